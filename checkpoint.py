@@ -1,0 +1,95 @@
+"""Checkpoints: one file that holds everything, written atomically, read without executing it."""
+
+import os
+import zipfile
+from pathlib import Path
+
+import torch
+
+FORMAT = "nanomdm"
+VERSION = 1
+
+
+def save(path: str | Path, state: dict) -> None:
+    """Write `state` (tensors, numbers, strings and containers of them) to `path`.
+
+    First to a temporary file beside it, synced to disk and renamed: whenever the power fails,
+    `path` is either the old checkpoint or the new one. Raises `OSError` where the folder cannot be
+    written.
+    """
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            torch.save({"format": FORMAT, "version": VERSION, **state}, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    _sync_folder(path.parent)
+
+
+def _sync_folder(folder: Path) -> None:
+    """Make the rename survive a power failure, where the system can sync folders (not Windows)."""
+    if os.name == "posix":
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def load(path: str | Path) -> dict:
+    """The state that `save` wrote, on the CPU. Nothing in the file is executed
+    (`weights_only=True`).
+
+    Raises `ValueError`, in one line that names the remedy, for a file that is missing, cut, altered
+    in any byte or not a checkpoint of this project.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise ValueError(
+            f"no checkpoint at {path}: train one with `python train.py`, or check the name"
+        )
+    try:
+        with zipfile.ZipFile(path) as archive:
+            damaged = archive.testzip()  # torch.load does not look at the checksums
+        state = torch.load(path, map_location="cpu", weights_only=True) if damaged is None else None
+    except Exception as error:  # a damaged or foreign file can fail anywhere in the two readers
+        reason = " ".join(str(error).split())[:80]
+        raise ValueError(
+            f"{path} is damaged or no checkpoint ({reason}): take an older one or train again"
+        ) from error
+    if damaged is not None:
+        raise ValueError(
+            f"{path} is damaged (checksum of {damaged}): take an older one or train again"
+        )
+    if not isinstance(state, dict) or state.get("format") != FORMAT:
+        raise ValueError(
+            f"{path} is not a checkpoint of this project: train one with `python train.py`"
+        )
+    if state["version"] != VERSION:
+        raise ValueError(
+            f"{path} has format version {state['version']}, this code reads {VERSION}: use the "
+            "code that wrote it"
+        )
+    return state
+
+
+def set_aside(folder: str | Path, names: tuple[str, ...]) -> list[Path]:
+    """Rename the files `names` of an earlier run to name-1, name-2, ... (the first number free for
+    all of them).
+
+    Returns the new paths, empty if there was nothing to rename.
+    """
+    old = [Path(folder, name) for name in names if Path(folder, name).exists()]
+    number = 1
+    while any(_numbered(Path(folder, name), number).exists() for name in names):
+        number += 1
+    return [path.rename(_numbered(path, number)) for path in old]
+
+
+def _numbered(path: Path, number: int) -> Path:
+    return path.with_stem(f"{path.stem}-{number}")

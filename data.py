@@ -1,0 +1,320 @@
+"""Text in, batches out: tokenizers, nanoGPT's .bin files, and their preparation."""
+
+import hashlib
+import importlib
+import io
+import json
+import os
+import pickle
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Generator, Tensor
+
+SPLITS = ("train", "val")
+SCANNED = 2**27  # tokens of a .bin that are checked when it is opened; batches are, when drawn
+
+
+# --- Tokenizers ---------------------------------------------------------------------------------
+# Each has vocab_size, encode(text) -> int64 array, decode(ids) -> text, decode_bytes(ids) -> bytes
+# and state(): plain values from which load_tokenizer makes it again. None adds special tokens.
+
+
+class CharTokenizer:
+    """One token a character: those of the training text in the order of their code points."""
+
+    def __init__(self, characters: str):
+        self.characters, self.vocab_size = characters, len(characters)
+        self.ids = {c: i for i, c in enumerate(characters)}
+
+    def encode(self, text: str) -> np.ndarray:
+        try:
+            return np.fromiter((self.ids[c] for c in text), np.int64, len(text))
+        except KeyError as error:
+            c = error.args[0]
+            raise ValueError(
+                f"the tokenizer has no character {c!r} (position {text.index(c)}), only the "
+                f"{self.vocab_size} of its training text: leave it out or train with "
+                "data.tokenizer=byte"
+            ) from None
+
+    def decode(self, ids) -> str:
+        return "".join(self.characters[i] for i in ids)
+
+    def decode_bytes(self, ids) -> bytes:
+        return self.decode(ids).encode()
+
+    def state(self) -> dict:
+        return {"kind": "char", "characters": self.characters}
+
+
+class ByteLevel:
+    """What tokenizers of bytes share: a token may be a part of a character."""
+
+    def decode(self, ids) -> str:
+        return self.decode_bytes(ids).decode(errors="replace")
+
+
+class ByteTokenizer(ByteLevel):
+    """One token a byte of UTF-8: any text, 256 tokens."""
+
+    vocab_size = 256
+
+    def encode(self, text: str) -> np.ndarray:
+        return np.frombuffer(text.encode(), np.uint8).astype(np.int64)
+
+    def decode_bytes(self, ids) -> bytes:
+        return bytes(ids)
+
+    def state(self) -> dict:
+        return {"kind": "byte"}
+
+
+class GPT2Tokenizer(ByteLevel):
+    """GPT-2's byte-pair encoding (50,257 tokens) by tiktoken, which fetches its tables once."""
+
+    def __init__(self):
+        try:
+            self.encoding = _optional("tiktoken").get_encoding("gpt2")
+        except OSError as error:
+            raise ValueError(
+                f"tiktoken cannot fetch its GPT-2 tables ({type(error).__name__}): go online once, "
+                "or point TIKTOKEN_CACHE_DIR at a folder that has them"
+            ) from error
+        self.vocab_size = self.encoding.n_vocab
+
+    def encode(self, text: str) -> np.ndarray:
+        return np.array(self.encoding.encode_ordinary(text), dtype=np.int64)
+
+    def decode_bytes(self, ids) -> bytes:
+        return self.encoding.decode_bytes(list(ids))
+
+    def state(self) -> dict:
+        return {"kind": "gpt2"}
+
+
+class BPETokenizer(ByteLevel):
+    """A byte-level BPE trained on the user's own text, by the `tokenizers` library."""
+
+    def __init__(self, serialized: str):
+        self.tokenizer = _optional("tokenizers").Tokenizer.from_str(serialized)
+        self.vocab_size = self.tokenizer.get_vocab_size()
+        # Byte-level BPEs write each byte as a printable character: GPT-2's table, inverted.
+        printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+        others = [b for b in range(256) if b not in printable]
+        self.bytes = {chr(b): b for b in printable} | {
+            chr(256 + i): b for i, b in enumerate(others)
+        }
+
+    @classmethod
+    def train(cls, text: str, vocab_size: int) -> "BPETokenizer":
+        lib = _optional("tokenizers")
+        tokenizer = lib.Tokenizer(lib.models.BPE())
+        tokenizer.pre_tokenizer = lib.pre_tokenizers.ByteLevel(add_prefix_space=False)
+        trainer = lib.trainers.BpeTrainer(
+            vocab_size=vocab_size,
+            initial_alphabet=sorted(lib.pre_tokenizers.ByteLevel.alphabet()),  # so any text works
+            show_progress=False,
+        )
+        tokenizer.train_from_iterator(text.splitlines(keepends=True), trainer)
+        return cls(tokenizer.to_str())
+
+    def encode(self, text: str) -> np.ndarray:
+        return np.array(self.tokenizer.encode(text).ids, dtype=np.int64)
+
+    def decode_bytes(self, ids) -> bytes:
+        return bytes(self.bytes[c] for i in ids for c in self.tokenizer.id_to_token(i))
+
+    def state(self) -> dict:
+        return {"kind": "bpe", "serialized": self.tokenizer.to_str()}
+
+
+TOKENIZERS = {
+    "char": CharTokenizer,
+    "byte": ByteTokenizer,
+    "gpt2": GPT2Tokenizer,
+    "bpe": BPETokenizer,
+}
+
+
+def load_tokenizer(state: dict):
+    """The tokenizer whose `state()` this is. Raises `ValueError` if it is none."""
+    try:
+        kind, values = state["kind"], {k: v for k, v in state.items() if k != "kind"}
+        return TOKENIZERS[kind](**values)
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"no tokenizer of this project ({error!r}): prepare it again") from error
+
+
+def train_tokenizer(kind: str, text: str, split: int, vocab_size: int):
+    """A tokenizer for `text`, whose training part ends at `split`.
+
+    Characters are counted over the whole text, as in nanoGPT; a BPE sees the training part only.
+    """
+    if kind == "char":
+        return CharTokenizer("".join(sorted(set(text))))
+    return BPETokenizer.train(text[:split], vocab_size) if kind == "bpe" else TOKENIZERS[kind]()
+
+
+def _optional(module: str):
+    try:
+        return importlib.import_module(module)
+    except ImportError:
+        raise ValueError(
+            f"this tokenizer needs a package that is missing: pip install {module}"
+        ) from None
+
+
+# --- Corpora ------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """Token ids of two splits, memory-mapped, and what is needed to name and reproduce them."""
+
+    name: str
+    sha256: str  # of the text; of val.bin where it was prepared elsewhere
+    tokenizer: object
+    train: np.ndarray
+    val: np.ndarray
+
+    def batch(
+        self, batch_size: int, block_size: int, generator: Generator, rows: Tensor | None = None
+    ) -> Tensor:
+        """Random blocks of the train split (B, L), int64; `rows` picks some of the `batch_size`."""
+        starts = torch.randint(len(self.train) - block_size + 1, (batch_size,), generator=generator)
+        starts = starts if rows is None else starts[rows]
+        batch = np.stack([self.train[i : i + block_size] for i in starts.tolist()])
+        check_ids(batch, self.tokenizer.vocab_size, "the train split")
+        return torch.from_numpy(batch.astype(np.int64))
+
+    def require(self, block_size: int) -> None:
+        """Raise `ValueError` if the train split is shorter than one block."""
+        if len(self.train) < block_size:
+            raise ValueError(
+                f"the train split of {self.name} has {len(self.train)} tokens, fewer than "
+                f"model.block_size={block_size}: take a longer text or a smaller block"
+            )
+
+
+def blocks(tokens: np.ndarray, block_size: int, limit: int = 0) -> list[Tensor]:
+    """The whole of `tokens` as rows (L,), int64, without overlap; the last may be shorter.
+
+    With a `limit`, as many rows as hold so many tokens, spread evenly.
+    """
+    starts = range(0, len(tokens), block_size)
+    if 0 < limit < len(tokens):
+        keep = max(1, limit // block_size)
+        starts = [starts[i * len(starts) // keep] for i in range(keep)]
+    return [torch.from_numpy(tokens[i : i + block_size].astype(np.int64)) for i in starts]
+
+
+def check_ids(tokens: np.ndarray, vocab_size: int, source: str) -> None:
+    if tokens.size and int(tokens.max()) >= vocab_size:
+        raise ValueError(
+            f"{source} holds the token {int(tokens.max())}, beyond its vocabulary of {vocab_size}: "
+            "it is damaged, or was made with another tokenizer"
+        )
+
+
+def prepare(
+    text: str, name: str, kind: str, vocab_size: int, cache: Path, trained: object | None = None
+) -> Corpus:
+    """Tokenize `text`, 90% train and 10% val by characters (as nanoGPT), once for each recipe.
+
+    The tokenizer is made as `kind` and `vocab_size` (bpe) say, unless a `trained` one is given.
+    Raises `ValueError` for an unknown kind, and for text that the tokenizer lacks symbols for.
+    """
+    if kind not in TOKENIZERS:
+        raise ValueError(f"data.tokenizer={kind} is unknown: choose one of {', '.join(TOKENIZERS)}")
+    sha256 = sha256_of(text.encode())
+    recipe = json.dumps([sha256, trained.state() if trained else [kind, vocab_size]])
+    folder = cache / f"{name}-{sha256_of(recipe.encode())[:12]}"
+    if not (folder / "meta.json").is_file():
+        split = int(0.9 * len(text))
+        if not split:
+            raise ValueError(f"{name} has {len(text)} characters: too few to train on")
+        tokenizer = trained or train_tokenizer(kind, text, split, vocab_size)
+        ids = {"train": tokenizer.encode(text[:split]), "val": tokenizer.encode(text[split:])}
+        write_bins(folder, ids, tokenizer, {"corpus": name, "sha256": sha256})
+    return open_bins(folder)
+
+
+def write_bins(folder: Path, splits: dict[str, np.ndarray], tokenizer, about: dict) -> None:
+    """Write split.bin for each split, uint16 or, for a large vocabulary, uint32; meta.json last."""
+    dtype = "uint16" if tokenizer.vocab_size <= 2**16 else "uint32"
+    for split, ids in splits.items():
+        write_atomically(folder / f"{split}.bin", ids.astype(dtype).tobytes())
+    counts = {split: len(ids) for split, ids in splits.items()}
+    meta = about | {"dtype": dtype, "tokens": counts, "tokenizer": tokenizer.state()}
+    write_atomically(folder / "meta.json", json.dumps(meta, indent=1).encode())
+
+
+def open_bins(folder: Path, tokenizer: str = "char", trained: object | None = None) -> Corpus:
+    """A folder of train.bin and val.bin with our meta.json, with nanoGPT's meta.pkl or with none.
+
+    Without one the bins are uint16 and `tokenizer` has to say gpt2 or byte. Raises `ValueError`.
+    """
+    if not folder.is_dir():
+        raise ValueError(f"no folder {folder}: check data.dir")
+    meta = _read_meta(folder, tokenizer)
+    own = load_tokenizer(meta["tokenizer"])
+    if trained is not None and own.state() != trained.state():
+        raise ValueError(f"{folder} was made with another tokenizer than the checkpoint has")
+    train, val = (_open_bin(folder / f"{split}.bin", meta["dtype"], own) for split in SPLITS)
+    sha256 = meta.get("sha256") or sha256_of(val.tobytes())
+    return Corpus(meta.get("corpus", folder.name), sha256, own, train, val)
+
+
+def _read_meta(folder: Path, tokenizer: str) -> dict:
+    try:
+        if (folder / "meta.json").is_file():
+            meta = json.loads((folder / "meta.json").read_bytes())
+            if meta["dtype"] not in ("uint16", "uint32"):
+                raise ValueError("no dtype uint16 or uint32")
+            return meta | {"tokenizer": dict(meta["tokenizer"])}
+        if (folder / "meta.pkl").is_file():
+            itos = PlainUnpickler(io.BytesIO((folder / "meta.pkl").read_bytes())).load()["itos"]
+            characters = "".join(itos[i] for i in range(len(itos)))
+            return {"dtype": "uint16", "tokenizer": {"kind": "char", "characters": characters}}
+    except Exception as error:  # a damaged pickle or JSON can fail in any way
+        raise ValueError(
+            f"the meta file in {folder} is damaged ({error}): prepare again"
+        ) from error
+    if tokenizer in ("char", "bpe"):
+        raise ValueError(
+            f"{folder} has no meta.json or meta.pkl: say data.tokenizer=gpt2 or data.tokenizer=byte"
+        )
+    return {"dtype": "uint16", "tokenizer": {"kind": tokenizer}}
+
+
+class PlainUnpickler(pickle.Unpickler):
+    """Reads nanoGPT's meta.pkl: dicts, strings and numbers. Refuses whatever could run code."""
+
+    def find_class(self, module: str, name: str):
+        raise pickle.UnpicklingError(f"it wants to load {module}.{name}")
+
+
+def _open_bin(path: Path, dtype: str, tokenizer) -> np.ndarray:
+    if not path.is_file():
+        raise ValueError(f"{path} is missing: prepare the data again, or check data.dir")
+    size = path.stat().st_size
+    if not size or size % np.dtype(dtype).itemsize:
+        raise ValueError(f"{path} is empty or cut ({size} bytes of {dtype}): prepare it again")
+    tokens = np.memmap(path, dtype=dtype, mode="r")
+    check_ids(tokens[:SCANNED], tokenizer.vocab_size, str(path))
+    return tokens
+
+
+def write_atomically(path: Path, content: bytes) -> None:
+    """Write a file that other processes see whole or not at all, in a folder made if need be."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f".{path.name}.{os.getpid()}")
+    part.write_bytes(content)
+    os.replace(part, path)
+
+
+def sha256_of(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()

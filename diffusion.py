@@ -1,0 +1,406 @@
+"""Masked diffusion: forward masking, the training loss, the likelihood bound and the reverse
+process.
+
+`model` is any callable from ids (B, L) to logits (B, L, V), and V is the vocabulary without the
+mask. Everything random is a function of (seed, row, position): a function that takes a `generator`
+draws one seed from it and hashes the rest, so that row i of a batch gets the same draws whatever
+the batch, the device or the number of processes.
+"""
+
+import functools
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Generator, Tensor
+
+Model = Callable[[Tensor], Tensor]
+GOLDEN = -0x61C8864680B583EB  # 2^64 / golden ratio, odd, as int64: SplitMix64's increment
+
+
+# --- Randomness ----------------------------------------------------------------------------------
+
+
+def _mix(x):
+    """SplitMix64's finaliser on int64 (products wrap, and a mask makes the shifts logical)."""
+    x = (x ^ ((x >> 30) & 0x3FFFFFFFF)) * -0x40A7B892E31B1A47
+    x = (x ^ ((x >> 27) & 0x1FFFFFFFFF)) * -0x6B2FB644ECCEEE15
+    return x ^ ((x >> 31) & 0x1FFFFFFFF)
+
+
+def draw_seed(generator: Generator | None) -> int:
+    """A base seed from `generator` (PyTorch's global one if None), best one on the CPU."""
+    device = "cpu" if generator is None else generator.device
+    return int(torch.randint(2**62, (), generator=generator, device=device))
+
+
+def uniform(seed: int, rows: Tensor, columns: int, *salt: int) -> Tensor:
+    """Uniform float64 draws in [0, 1) of shape (len(rows), columns), on the device of `rows`.
+
+    A counter-based generator (SplitMix64, Steele et al. 2014): entry (i, j) depends on (seed, salt,
+    rows[i], j) alone. Devices without float64 (MPS) get the draws by way of the CPU.
+    """
+    if rows.device.type == "mps":
+        return uniform(seed, rows.cpu(), columns, *salt).float().to(rows.device)
+    key = torch.tensor((seed, *salt))
+    key = functools.reduce(lambda key, value: _mix(key + value * GOLDEN), key).to(rows.device)
+    row_keys = _mix(_mix(key + rows * GOLDEN))  # (B,)
+    columns = torch.arange(1, columns + 1, device=rows.device)
+    bits = _mix(row_keys[:, None] + columns * GOLDEN)  # (B, columns)
+    return ((bits >> 11) & 0x1FFFFFFFFFFFFF).double() * 2.0**-53
+
+
+# --- Forward process -----------------------------------------------------------------------------
+
+
+def mask_probability(t: Tensor | float, eps: float = 1e-3) -> Tensor | float:
+    """p_mask(t) = (1 - eps) t + eps, the share of tokens masked at time t in [0, 1] (SMDM, arXiv
+    2410.18514).
+
+    `eps` keeps the training loss's weight 1 / p_mask finite; sampling and evaluation do not know
+    it.
+    """
+    return (1 - eps) * t + eps
+
+
+def mask_tokens(
+    x0: Tensor,
+    p_mask: Tensor | float,
+    mask_id: int,
+    generator: Generator | None = None,
+    rows: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Mask each token of x0 (B, L) independently with probability `p_mask` (a number, or one a row:
+    (B, 1)).
+
+    `rows` (B,) are the rows' numbers in a larger batch, if x0 is a part of one. Returns (xt,
+    is_masked), both (B, L). Carry `is_masked` along: `xt == mask_id` is no substitute where the
+    data may hold that id.
+    """
+    is_masked = uniform(draw_seed(generator), _rows(x0, rows), x0.size(1)) < p_mask
+    return x0.masked_fill(is_masked, mask_id), is_masked
+
+
+def mask_counts(
+    x0: Tensor, counts: Tensor, mask_id: int, seed: int, rows: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Mask exactly counts[i] random tokens of row i of x0 (B, L); returns (xt, is_masked)."""
+    noise = uniform(seed, rows, x0.size(1))
+    is_masked = noise.argsort(dim=1).argsort(dim=1) < counts[:, None]
+    return x0.masked_fill(is_masked, mask_id), is_masked
+
+
+def _rows(x: Tensor, rows: Tensor | None) -> Tensor:
+    return torch.arange(x.size(0), device=x.device) if rows is None else rows
+
+
+# --- Training loss and likelihood bound ----------------------------------------------------------
+
+
+def nll_from_logits(model: Model, xt: Tensor, x0: Tensor, is_masked: Tensor) -> Tensor:
+    """Cross-entropies in nats (B, L), 0 where nothing is masked, for a model that returns logits
+    (B, L, V).
+
+    At least float32, float64 for a float64 model. The default `nll` of `masked_diffusion_loss` and
+    `nelbo`; a model that computes its own (`Transformer` with targets=, where=) is passed in by a
+    function of the same form.
+    """
+    logits = model(xt)[is_masked]  # (masked, V)
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    nll = F.cross_entropy(logits, x0[is_masked], reduction="none")
+    return nll.new_zeros(x0.shape).masked_scatter(is_masked, nll)
+
+
+def masked_diffusion_loss(
+    model: Model,
+    x0: Tensor,
+    *,
+    mask_id: int,
+    generator: Generator | None = None,
+    eps: float = 1e-3,
+    rows: Tensor | None = None,
+    global_batch_size: int | None = None,
+    nll: Callable = nll_from_logits,
+) -> Tensor:
+    """The training loss E_t[ sum of CE over the masked / p_mask(t) ] / L in nats per token (SMDM,
+    eq. 5 with eps).
+
+    x0 (B, L) are clean ids. The times are stratified over the global batch: row i has t uniform in
+    [i / n, (i + 1) / n), n = `global_batch_size` (B by default) and i = `rows` (0 ... B - 1 by
+    default), so that a part of a batch gets its share of them. Divided by B L, and not by the
+    number of masked tokens: that would be no bound.
+    """
+    rows = _rows(x0, rows)
+    jitter = uniform(draw_seed(generator), rows, 1)
+    t = (rows[:, None] + jitter) / (global_batch_size or len(rows))  # (B, 1)
+    p_mask = mask_probability(t, eps)
+    xt, is_masked = mask_tokens(x0, p_mask, mask_id, generator, rows)
+    loss = nll(model, xt, x0, is_masked)
+    return (loss / p_mask.to(loss.dtype)).mean()
+
+
+def mask_capacity(batch_size: int, length: int, global_batch_size: int | None = None) -> int:
+    """How many tokens `masked_diffusion_loss` masks in a batch, plus six standard deviations.
+
+    Stratified times make the number nearly constant, so that this is about half of all and is
+    exceeded once in 1e9 batches. The variance is L B E[p (1 - p)], at most L B / 6, plus that of
+    the times within their strata.
+    """
+    strata = global_batch_size or batch_size
+    deviation = math.sqrt(length * batch_size / 6 + length**2 * batch_size / (12 * strata**2))
+    return min(
+        batch_size * length, math.ceil(batch_size * length * mask_probability(0.5) + 6 * deviation)
+    )
+
+
+class Bound(NamedTuple):
+    """A bound on -log p, nats per token, and its standard error over the masks (nan for 1 draw)."""
+
+    value: float
+    standard_error: float
+
+
+@torch.no_grad()
+def nelbo(
+    model: Model,
+    x0: Tensor | Sequence[Tensor],
+    *,
+    mask_id: int,
+    generator: Generator | None = None,
+    draws: int = 8,
+    batch_size: int = 64,
+    nll: Callable = nll_from_logits,
+    progress: Callable[[int], None] = lambda tokens: None,
+) -> Bound:
+    """The negative evidence lower bound of x0, an upper bound on -log p(x0) per token, in nats.
+
+    x0 is (N, L), or a sequence of N rows (L_i,) that may differ in length. Each of `draws` passes
+    masks l ~ U{1..L} tokens of every row, a uniformly random subset, and counts (L / l) times their
+    cross-entropy, which needs no epsilon and has finite variance (ARDM, arXiv 2110.02037). The l
+    are stratified over all N rows, in antithetic pairs (l, L + 1 - l). The passes are independent,
+    and the error is that of their mean: the text is given, the masks are random. The result does
+    not depend on `batch_size`. `progress` is told the tokens of each batch.
+    """
+    lengths = torch.tensor([len(row) for row in x0])
+    if draws < 1 or not len(lengths) or lengths.min() < 1:
+        raise ValueError(
+            f"eval.draws={draws} must be at least 1, and no row of the {len(lengths)} may be empty"
+        )
+    totals = []
+    for _ in range(draws):
+        counts = (stratified_pairs(len(lengths), generator) * lengths).long() + 1
+        seed = draw_seed(generator)
+        total = 0.0
+        for rows in _batches_of_equal_length(lengths, batch_size):
+            batch = x0[rows] if isinstance(x0, Tensor) else torch.stack([x0[i] for i in rows])
+            total += _weighted_nll(model, batch, counts[rows], mask_id, seed, rows, nll)
+            progress(batch.numel())
+        totals.append(total / int(lengths.sum()))
+    values = torch.tensor(totals, dtype=torch.float64)
+    return Bound(
+        values.mean().item(), values.std().item() / math.sqrt(draws) if draws > 1 else math.nan
+    )
+
+
+def student_t(freedom: int, coverage: float = 0.95) -> float:
+    """The half width, in standard errors, of an interval that holds the mean of `freedom` + 1
+    normal draws.
+
+    By bisection of P(|T| < t), for whole degrees of freedom a finite sum (Abramowitz and Stegun
+    26.7.3 and 26.7.4).
+    """
+
+    def inside(t: float) -> float:
+        theta = math.atan(t / math.sqrt(freedom))
+        power = math.cos(theta) if freedom % 2 else 1.0
+        total, term = 0.0, math.sin(theta) * power
+        for k in range(2 + freedom % 2, freedom + 1, 2):
+            total, term = total + term, term * math.cos(theta) ** 2 * (k - 1) / k
+        return 2 / math.pi * (theta + total) if freedom % 2 else total
+
+    low, high = 0.0, 1e6
+    for _ in range(100):
+        middle = (low + high) / 2
+        low, high = (middle, high) if inside(middle) < coverage else (low, middle)
+    return low
+
+
+def stratified_pairs(n: int, generator: Generator | None = None) -> Tensor:
+    """n uniform float64 draws in [0, 1): stratified, in pairs (u, 1 - u), in random order."""
+    pairs = (n + 1) // 2
+    u = (torch.arange(pairs) + torch.rand(pairs, dtype=torch.float64, generator=generator)) / pairs
+    slots = torch.cat((u, (1 - u).clamp(max=1 - 2**-53)))
+    return slots[torch.randperm(2 * pairs, generator=generator)[:n]]
+
+
+def _batches_of_equal_length(lengths: Tensor, batch_size: int):
+    for length in lengths.unique():
+        yield from (lengths == length).nonzero().squeeze(1).split(batch_size)
+
+
+def _weighted_nll(model, batch, counts, mask_id, seed, rows, nll) -> float:
+    device = batch.device
+    xt, is_masked = mask_counts(batch, counts.to(device), mask_id, seed, rows.to(device))
+    per_row = nll(model, xt, batch, is_masked).sum(dim=1, dtype=torch.float64).cpu()  # (B,)
+    return float((per_row * batch.size(1) / counts).sum())
+
+
+# --- Reverse process -----------------------------------------------------------------------------
+
+
+class Sampled(NamedTuple):
+    """The filled canvas (B, L), and how many times the network was called."""
+
+    ids: Tensor
+    calls: int
+
+
+@dataclass
+class Step:
+    """What a strategy may look at in one step, from time t = 1 - index / steps to s = 1 - (index +
+    1) / steps.
+
+    `logits` calls the network, once and only if somebody looks.
+    """
+
+    model: Model
+    xt: Tensor  # (B, L)
+    is_masked: Tensor  # (B, L)
+    holes: Tensor  # (B,) masks at the start
+    index: int
+    steps: int
+    seed: int
+    rows: Tensor  # (B,)
+
+    @functools.cached_property
+    def logits(self) -> Tensor:
+        return self.model(self.xt)  # (B, L, V)
+
+    @property
+    def calls(self) -> int:
+        return int("logits" in vars(self))
+
+    def uniform(self, purpose: int) -> Tensor:
+        """This step's draws (B, L) in [0, 1): purpose 0 chooses positions, 1 tokens."""
+        return uniform(self.seed, self.rows, self.xt.size(1), self.index, purpose)
+
+
+def stochastic(step: Step) -> Tensor:
+    """Random positions: each mask with probability 1 - s/t = 1 / (steps left), by itself (MDLM,
+    arXiv 2406.07524).
+
+    *K-step*: the law of the result is that of K ancestral steps.
+    """
+    return step.is_masked & (step.uniform(0) < 1 / (step.steps - step.index))
+
+
+def confidence(step: Step) -> Tensor:
+    """The positions whose best token is most probable, floor(holes * j / steps) of them filled
+    after step j.
+
+    *Heuristic*: no draw from the model's distribution, and prone to repetition. As in MaskGIT
+    (arXiv 2202.04200) and LLaDA (arXiv 2502.09992), except that the score is the model's top
+    probability, before temperature and top_p, and not that of the token drawn; at temperature 0 the
+    two agree.
+    """
+    budget = (
+        step.holes * (step.index + 1) // step.steps - step.holes * step.index // step.steps
+    )  # (B,)
+    if not budget.any():
+        return torch.zeros_like(step.is_masked)
+    score = (
+        step.logits.float().softmax(dim=-1).amax(dim=-1).masked_fill(~step.is_masked, -1.0)
+    )  # (B, L)
+    rank = score.argsort(dim=1, descending=True, stable=True).argsort(dim=1)
+    return rank < budget[:, None]
+
+
+STRATEGIES = {"stochastic": stochastic, "confidence": confidence}
+
+
+@torch.no_grad()
+def sample(
+    model: Model,
+    canvas: Tensor,
+    *,
+    is_masked: Tensor,
+    mask_id: int,
+    steps: int = 128,
+    strategy: str = "stochastic",
+    temperature: float = 1.0,
+    top_p: float = 1.0,
+    generator: Generator | None = None,
+    rows: Tensor | None = None,
+    callback: Callable[[int, float, Tensor], None] | None = None,
+) -> Sampled:
+    """Fill the positions `is_masked` (bool) of `canvas` (B, L) in `steps` steps; the others never
+    change.
+
+    Each step predicts all positions at once and reveals those that the strategy (a key of
+    `STRATEGIES`) chooses; after the last none is masked. A step that reveals nothing does not call
+    the network. Row i draws from (seed, rows[i]) alone (0 ... B - 1 by default). `callback(j, t,
+    xt)` sees the state after step j = 1 ... steps, at time t = 1 - j / steps. Temperature 0 takes
+    the most probable token; `top_p` keeps the smallest set of tokens whose probability reaches it.
+    Raises `ValueError` for a setting out of its range.
+    """
+    check_sampling(steps, strategy, temperature, top_p)
+    xt, is_masked = canvas.masked_fill(is_masked, mask_id), is_masked.clone()
+    seed, rows, holes = draw_seed(generator), _rows(canvas, rows), is_masked.sum(dim=1)
+    calls = 0
+    for index in range(steps):
+        step = Step(model, xt, is_masked, holes, index, steps, seed, rows)
+        revealed = STRATEGIES[strategy](step)
+        if revealed.any():
+            tokens = draw_tokens(
+                step.logits[revealed], step.uniform(1)[revealed], temperature, top_p
+            )
+            xt = xt.masked_scatter(revealed, tokens)
+            is_masked = is_masked & ~revealed
+        calls += step.calls
+        if callback is not None:
+            callback(index + 1, 1 - (index + 1) / steps, xt)
+    return Sampled(xt, calls)
+
+
+def check_sampling(steps: int, strategy: str, temperature: float, top_p: float) -> None:
+    """Raise `ValueError` for a setting of `sample` that is out of its range."""
+    if steps < 1:
+        raise ValueError(f"sampling.steps={steps} must be at least 1")
+    if not 0 <= temperature < math.inf:
+        raise ValueError(
+            f"sampling.temperature={temperature} must be 0 (the most probable token) or more"
+        )
+    if not 0 < top_p <= 1:
+        raise ValueError(f"sampling.top_p={top_p} must lie in (0, 1]; 1 keeps every token")
+    if strategy not in STRATEGIES:
+        raise ValueError(
+            f"sampling.strategy={strategy} is unknown: choose one of {', '.join(STRATEGIES)}"
+        )
+
+
+def draw_tokens(logits: Tensor, u: Tensor, temperature: float = 1.0, top_p: float = 1.0) -> Tensor:
+    """Tokens (N,) from logits (N, V) by inverting the distribution function at u (N,) in [0, 1).
+
+    In float64: Gumbel noise from float32 uniforms cuts off the tail and so lowers the effective
+    temperature (Zheng et al., arXiv 2409.02908). On the CPU where the device has no float64.
+    """
+    if temperature == 0:
+        return logits.argmax(dim=-1)
+    device = "cpu" if logits.device.type == "mps" else logits.device
+    probabilities = (logits.to(device).double() / temperature).softmax(dim=-1)
+    if top_p < 1:
+        probabilities = keep_top_p(probabilities, top_p)
+    cdf = probabilities.cumsum(dim=-1)
+    u = u.to(device).double()[:, None] * cdf[:, -1:]
+    tokens = torch.searchsorted(cdf, u, right=True).squeeze(1)
+    return tokens.clamp(max=logits.size(-1) - 1).to(logits.device)
+
+
+def keep_top_p(probabilities: Tensor, top_p: float) -> Tensor:
+    """Zero all but the likeliest tokens that together reach `top_p`, the crossing one kept; (N, V)."""
+    ordered, order = probabilities.sort(dim=-1, descending=True)
+    above = ordered.cumsum(dim=-1) - ordered  # what is more probable than each
+    return torch.zeros_like(probabilities).scatter(-1, order, ordered * (above < top_p))

@@ -1,0 +1,214 @@
+"""The denoiser: a transformer that sees the whole sequence and predicts every position of it."""
+
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from torch import Tensor
+
+# On a CPU, PyTorch's fused attention loses to softmax(QK^T)V written out up to this length
+# (docs/LOG.md).
+WRITTEN_OUT_UP_TO = 512
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Shape of a `Transformer`; every checkpoint stores one.
+
+    `vocab_size` counts the tokens of the data. The mask is one more id, `mask_id == vocab_size`,
+    which the network reads and never predicts. Raises `ValueError` for a shape that cannot be
+    built.
+    """
+
+    vocab_size: int
+    block_size: int = 128
+    n_layer: int = 4
+    n_head: int = 4
+    n_embd: int = 128
+    dropout: float = 0.0
+    tie_weights: bool = True
+    qk_norm: bool = True
+
+    def __post_init__(self):
+        for name in ("vocab_size", "block_size", "n_layer", "n_head", "n_embd"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"model.{name}={getattr(self, name)} must be at least 1")
+        if self.n_embd % self.n_head:
+            raise ValueError(
+                f"model.n_embd={self.n_embd} is not divisible by model.n_head={self.n_head}: "
+                f"choose a multiple of {self.n_head}"
+            )
+        if self.head_size % 2:
+            raise ValueError(
+                f"model.n_embd / model.n_head = {self.head_size} is odd, but rotary embeddings "
+                "turn pairs: choose an even head width"
+            )
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"model.dropout={self.dropout} must lie in [0, 1)")
+
+    @property
+    def mask_id(self) -> int:
+        return self.vocab_size
+
+    @property
+    def head_size(self) -> int:
+        return self.n_embd // self.n_head
+
+    @property
+    def hidden_size(self) -> int:
+        """Width of the SwiGLU layer: 8/3 of n_embd (the weights of a 4x MLP), a multiple of 32."""
+        return 32 * math.ceil(8 * self.n_embd / 3 / 32)
+
+
+def rope_tables(length: int, head_size: int, base: float = 10000.0) -> tuple[Tensor, Tensor]:
+    """Cosines and sines of the rotary embedding (RoFormer, arXiv 2104.09864), each (length,
+    head_size / 2).
+
+    Always float32: in bfloat16 the angles of neighbouring positions collapse.
+    """
+    frequencies = base ** (-torch.arange(0, head_size, 2, dtype=torch.float64) / head_size)
+    angles = torch.outer(torch.arange(length, dtype=torch.float64), frequencies)
+    return angles.cos().float(), angles.sin().float()
+
+
+def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Turn the pairs (x[k], x[k + K/2]) of x (B, H, L, K) by their position's angle, in float32."""
+    x1, x2 = x.float().chunk(2, dim=-1)
+    return torch.cat((x1 * cos - x2 * sin, x1 * sin + x2 * cos), dim=-1).type_as(x)
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Full (bidirectional) attention of (B, H, L, K) queries, keys and values."""
+    if q.device.type == "cpu" and q.size(-2) <= WRITTEN_OUT_UP_TO:
+        scores = (q * q.size(-1) ** -0.5) @ k.transpose(-2, -1)  # (B, H, L, L)
+        return scores.softmax(dim=-1, dtype=v.dtype) @ v
+    return F.scaled_dot_product_attention(q, k, v)
+
+
+class Attention(nn.Module):
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.n_head, self.qk_norm = config.n_head, config.qk_norm
+        self.qkv = nn.Linear(config.n_embd, 3 * config.n_embd, bias=False)
+        self.out = nn.Linear(config.n_embd, config.n_embd, bias=False)
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        B, L, D = x.shape
+        q, k, v = (
+            self.qkv(x).view(B, L, 3, self.n_head, -1).permute(2, 0, 3, 1, 4)
+        )  # each (B, H, L, K)
+        if self.qk_norm:  # bounded attention scores let the hidden matrices take large steps
+            q, k = F.rms_norm(q, q.shape[-1:]), F.rms_norm(k, k.shape[-1:])
+        y = attend(apply_rope(q, cos, sin), apply_rope(k, cos, sin), v)  # (B, H, L, K)
+        return self.out(y.transpose(1, 2).reshape(B, L, D))
+
+
+class SwiGLU(nn.Module):
+    """Gated MLP (arXiv 2002.05202): out(silu(gate(x)) * up(x)); gate and up are one product."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.gate_up = nn.Linear(config.n_embd, 2 * config.hidden_size, bias=False)
+        self.out = nn.Linear(config.hidden_size, config.n_embd, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        gate, up = self.gate_up(x).chunk(2, dim=-1)
+        return self.out(F.silu(gate) * up)
+
+
+class Block(nn.Module):
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.attention_norm = nn.RMSNorm(config.n_embd, eps=1e-5)
+        self.attention = Attention(config)
+        self.mlp_norm = nn.RMSNorm(config.n_embd, eps=1e-5)
+        self.mlp = SwiGLU(config)
+        self.dropout = nn.Dropout(config.dropout)
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        x = x + self.dropout(self.attention(self.attention_norm(x), cos, sin))
+        return x + self.dropout(self.mlp(self.mlp_norm(x)))
+
+
+class Transformer(nn.Module):
+    """Ids with masks (B, L) in, logits (B, L, V) out; L may be anything up to `block_size`.
+
+    No causal mask, and no input for the time t: the share of masks in the input says it (RADD,
+    arXiv 2406.03736). The embedding has V + 1 rows, the last for the mask; the head has V, so that
+    the mask cannot be predicted.
+    """
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.config = config
+        self.embedding = nn.Embedding(config.vocab_size + 1, config.n_embd)
+        self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layer))
+        self.norm = nn.RMSNorm(config.n_embd, eps=1e-5)
+        self.head = (
+            None if config.tie_weights else nn.Linear(config.n_embd, config.vocab_size, bias=False)
+        )
+        self.dropout = nn.Dropout(config.dropout)
+        cos, sin = rope_tables(config.block_size, config.head_size)
+        self.register_buffer("cos", cos, persistent=False)
+        self.register_buffer("sin", sin, persistent=False)
+        self.initialise()
+
+    @property
+    def device(self) -> torch.device:
+        return self.cos.device
+
+    def initialise(self) -> None:
+        """Normal weights of deviation 0.02, less by depth where they write to the residual."""
+        for name, parameter in self.named_parameters():
+            if parameter.ndim == 2:
+                depth = 2 * self.config.n_layer if name.endswith("out.weight") else 1
+                nn.init.normal_(parameter, std=0.02 / math.sqrt(depth))
+
+    def hidden(self, xt: Tensor) -> Tensor:
+        """The final hidden states (B, L, D) of ids (B, L)."""
+        L = xt.size(1)
+        if L > self.config.block_size:
+            raise ValueError(
+                f"the input has {L} tokens but model.block_size is {self.config.block_size}: "
+                "shorten it or train with a larger model.block_size"
+            )
+        x = self.dropout(self.embedding(xt))  # (B, L, D)
+        for block in self.blocks:
+            x = block(x, self.cos[:L], self.sin[:L])
+        return self.norm(x)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        weight = self.embedding.weight[:-1] if self.head is None else self.head.weight
+        return F.linear(hidden, weight)  # (..., V)
+
+    def forward(
+        self,
+        xt: Tensor,
+        targets: Tensor | None = None,
+        where: Tensor | None = None,
+        capacity: int | None = None,
+    ) -> Tensor:
+        """Logits (B, L, V); or, given `targets` (B, L) and `where` (bool), cross-entropies (B, L)
+        in nats.
+
+        The cross-entropies are float32, 0 outside `where`, and logits are built for the positions
+        in `where` alone. `capacity` fixes how many positions are computed (torch.compile wants
+        static shapes): positions beyond it are left out of the result, so it has to be an upper
+        bound on their number.
+        """
+        hidden = self.hidden(xt)
+        if targets is None:
+            return self.logits(hidden)
+        size = where.numel()
+        # Unused slots point at one position past the end, which is cut off again.
+        rows = (
+            where.flatten()
+            .nonzero_static(size=capacity or int(where.sum()), fill_value=size)
+            .squeeze(1)
+        )
+        read = rows.clamp(max=size - 1)
+        logits = self.logits(hidden.flatten(0, 1)[read]).float()  # (capacity, V)
+        nll = F.cross_entropy(logits, targets.flatten()[read], reduction="none")
+        return nll.new_zeros(size + 1).index_put((rows,), nll)[:size].view_as(xt)

@@ -1,0 +1,161 @@
+"""What the scripts share below the command line: device, precision, random numbers, loading."""
+
+import hashlib
+import os
+import shutil
+import sysconfig
+from contextlib import nullcontext
+from pathlib import Path
+from types import SimpleNamespace
+from typing import NamedTuple
+
+import torch
+from torch import Generator, Tensor, nn
+
+import checkpoint
+import data
+import diffusion
+import text
+from model import ModelConfig, Transformer
+
+WORTH_COMPILING = 500  # steps on a CPU after which torch.compile has earned its start-up back
+
+
+def pick_device(name: str) -> torch.device:
+    """`auto` takes the first of cuda, mps, cpu. Raises `ValueError` for one that is not there."""
+    available = [kind for kind in ("cuda", "mps") if getattr(torch, kind).is_available()] + ["cpu"]
+    if name == "auto":
+        return torch.device(available[0])
+    kind, _, index = name.partition(":")
+    count = torch.cuda.device_count() if kind == "cuda" else 1
+    if kind not in available or (index and not (index.isdecimal() and int(index) < count)):
+        raise ValueError(
+            f"system.device={name} is not there: choose auto or {', '.join(available)}"
+        )
+    return torch.device(name)
+
+
+def pick_dtype(name: str, device: torch.device, training: bool) -> torch.dtype:
+    """`auto` is bfloat16 in training where the hardware multiplies it natively, else float32."""
+    dtypes = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+    if name not in (*dtypes, "auto"):
+        raise ValueError(f"system.dtype={name} is unknown: choose auto, float32 or bfloat16")
+    if name != "auto":
+        return dtypes[name]
+    return torch.bfloat16 if training and _multiplies_bfloat16(device) else torch.float32
+
+
+def _multiplies_bfloat16(device: torch.device) -> bool:
+    if device.type == "cuda":
+        return torch.cuda.get_device_capability(device) >= (8, 0)
+    if device.type == "cpu" and hasattr(torch.cpu, "get_capabilities"):  # not in every torch 2
+        has = torch.cpu.get_capabilities()
+        return bool(has.get("avx512_bf16") or has.get("amx_bf16"))
+    return False
+
+
+def autocast(device: torch.device, dtype: torch.dtype):
+    """Mixed precision: matrix products in `dtype`, weights and sums in float32."""
+    return nullcontext() if dtype == torch.float32 else torch.autocast(device.type, dtype)
+
+
+def pays_to_compile(setting: str, device: torch.device, steps: int) -> bool:
+    """Whether to use torch.compile for so many steps.
+
+    `auto`: on a GPU always; on a CPU where there is a C++ compiler and the run is long enough.
+    """
+    if setting not in ("auto", "true", "false"):
+        raise ValueError(f"system.compile={setting} is unknown: choose auto, true or false")
+    if setting != "auto" or device.type != "cpu":
+        return setting == "true" or (setting == "auto" and device.type == "cuda")
+    compiler = shutil.which(os.environ.get("CXX", "g++")) or shutil.which("clang++")
+    headers = Path(sysconfig.get_path("include"), "Python.h").exists()
+    return bool(compiler) and headers and steps >= WORTH_COMPILING
+
+
+def generator(seed: int, purpose: str, step: int = 0) -> Generator:
+    """The random numbers of (seed, purpose, step): no state has to be saved for an exact resume."""
+    digest = hashlib.blake2b(f"{seed}/{purpose}/{step}".encode(), digest_size=8).digest()
+    return Generator().manual_seed(int.from_bytes(digest, "big") >> 1)
+
+
+class Loaded(NamedTuple):
+    """A checkpoint, ready for use."""
+
+    model: Transformer  # with its EMA weights, in evaluation mode
+    tokenizer: object
+    config: dict  # of the training run
+    state: dict  # the whole checkpoint
+
+
+def load(path: str, device: torch.device) -> Loaded:
+    """Load a checkpoint that train.py wrote. Raises `ValueError` for any other file."""
+    state = checkpoint.load(path)
+    try:
+        model = Transformer(ModelConfig(**state["model_config"]))
+        model.load_state_dict(state["ema"])
+        tokenizer = data.load_tokenizer(state["tokenizer"])
+        return Loaded(model.to(device).eval(), tokenizer, state["config"], state)
+    except (KeyError, TypeError, RuntimeError) as error:
+        raise ValueError(f"{path} holds no model of this version ({error}): train again") from error
+
+
+def load_corpus(settings: dict, trained: object | None = None) -> data.Corpus:
+    """The corpus that the `data` section names; `dir` (bins) goes before `path`, `path` before
+    `dataset`. `trained` is the tokenizer of a checkpoint that it has to fit. Raises `ValueError`.
+    """
+    settings = SimpleNamespace(**settings)
+    if settings.dir:
+        return data.open_bins(Path(settings.dir), settings.tokenizer, trained)
+    name, content = text.find_text(settings.dataset, settings.path, settings.cache_dir)
+    return data.prepare(
+        content, name, settings.tokenizer, settings.vocab_size, Path(settings.cache_dir), trained
+    )
+
+
+def refuse_model_settings(explicit: set[str]) -> None:
+    """For sample.py and eval.py: the checkpoint decides the network. Raises `ValueError`."""
+    if named := sorted(key for key in explicit if key.split(".")[0] == "model"):
+        raise ValueError(f"{named[0]} is decided by the checkpoint: leave it out")
+
+
+def nll(
+    model: nn.Module, xt: Tensor, x0: Tensor, is_masked: Tensor, capacity: int | None = None
+) -> Tensor:
+    """A `Transformer`'s own cross-entropies (B, L), as `diffusion` asks for them."""
+    return model(xt, targets=x0, where=is_masked, capacity=capacity)
+
+
+def bound(
+    model: Transformer, rows: list[Tensor], seed: int, draws: int, batch_size: int, **options
+) -> diffusion.Bound:
+    """`diffusion.nelbo` of rows (L_i,) under a `Transformer`, on masks that follow from `seed`."""
+    return diffusion.nelbo(
+        model,
+        [row.to(model.device) for row in rows],
+        mask_id=model.config.mask_id,
+        generator=generator(seed, "evaluation"),
+        draws=draws,
+        batch_size=batch_size,
+        nll=nll,
+        **options,
+    )
+
+
+def fill(
+    model: Transformer, canvas: Tensor, is_masked: Tensor, settings: SimpleNamespace, gen: Generator
+) -> diffusion.Sampled:
+    """`diffusion.sample` of a canvas (B, L) as the `sampling` section says."""
+    return diffusion.sample(
+        model,
+        canvas.to(model.device),
+        is_masked=is_masked.to(model.device),
+        mask_id=model.config.mask_id,
+        generator=gen,
+        **sampling_settings(settings),
+    )
+
+
+def sampling_settings(settings: SimpleNamespace) -> dict:
+    """The arguments of `diffusion.sample` that the `sampling` section holds."""
+    return {name: value for name, value in vars(settings).items() if name != "length"}

@@ -1,0 +1,116 @@
+"""Where text comes from: the user's files, a download, or the corpus that is shipped."""
+
+import hashlib
+import http.client
+import json
+import os
+import sys
+import time
+import urllib.request
+from pathlib import Path
+
+SHAKESPEARE_URL = (
+    "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
+)
+SHAKESPEARE_SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
+PLAYS = Path(__file__).parent / "corpora" / "plays.txt"
+SUFFIXES = (".txt", ".md", ".jsonl")
+
+
+def find_text(dataset: str, path: str, cache_dir: str) -> tuple[str, str]:
+    """(name, text) of the file or folder `path`, or, if that is empty, of a `dataset`.
+
+    Raises `ValueError` for an unknown dataset and whatever `read_text` raises.
+    """
+    if path:
+        return Path(path).resolve().name, read_text(path)
+    if dataset == "shakespeare":
+        return shakespeare(Path(cache_dir))
+    if dataset == "plays":
+        return dataset, read_text(PLAYS)
+    raise ValueError(
+        f"data.dataset={dataset} is unknown: choose shakespeare or plays, or set data.path"
+    )
+
+
+def read_text(path: str | Path) -> str:
+    """The text of a UTF-8 file, of a .jsonl file's "text" fields, or of all such in a folder.
+
+    Documents are joined by a newline. Raises `ValueError` for a path that is missing, empty, not
+    UTF-8 or without a text field.
+    """
+    path = Path(path)
+    if path.is_dir():
+        files = sorted(file for file in path.rglob("*") if file.suffix in SUFFIXES)
+        if not files:
+            raise ValueError(
+                f"no {', '.join(SUFFIXES)} file in {path}: name another folder or file"
+            )
+        return "\n".join(read_text(file) for file in files)
+    if not path.is_file():
+        raise ValueError(f"no file or folder {path}: check data.path")
+    try:
+        text = path.read_bytes().decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not UTF-8 (byte {error.start}): convert it first") from None
+    text = _jsonl_text(path, text) if path.suffix == ".jsonl" else text
+    if not text:
+        raise ValueError(f"{path} is empty: name a file with text in it")
+    return text
+
+
+def _jsonl_text(path: Path, lines: str) -> str:
+    documents = []
+    for number, line in enumerate(lines.split("\n"), start=1):
+        if line.strip():
+            try:
+                documents.append(str(json.loads(line)["text"]))
+            except (ValueError, KeyError, TypeError):
+                message = f'{path}, line {number}: expected a JSON object with a "text" field'
+                raise ValueError(message) from None
+    return "\n".join(documents)
+
+
+def download(url: str, path: Path, sha256: str, timeout: float = 10.0, limit: int = 2**26) -> None:
+    """Fetch `url` to `path`, which appears only once it is whole and has the right hash.
+
+    `timeout` seconds bound each wait, six times as much the whole, `limit` bytes the size. Raises
+    `OSError`.
+    """
+    deadline, body = time.monotonic() + 6 * timeout, bytearray()
+    try:
+        with urllib.request.urlopen(url, timeout=timeout) as response:
+            while chunk := response.read1(2**16):
+                body += chunk
+                if len(body) > limit or time.monotonic() > deadline:
+                    raise OSError("too large or too slow")
+    except http.client.HTTPException as error:
+        raise OSError(f"broken answer: {error!r}") from error
+    if hashlib.sha256(body).hexdigest() != sha256:
+        raise OSError(f"the {len(body)} bytes that came have not the pinned sha256")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f".{path.name}.{os.getpid()}")
+    part.write_bytes(body)
+    os.replace(part, path)
+
+
+def shakespeare(cache: Path, url: str = SHAKESPEARE_URL) -> tuple[str, str]:
+    """(name, text) of tiny Shakespeare, downloaded on first use.
+
+    Where that fails it says so, once, and takes the corpus that is shipped, under its own name.
+    """
+    path = cache / "shakespeare.txt"
+    try:
+        if (
+            not path.is_file()
+            or hashlib.sha256(path.read_bytes()).hexdigest() != SHAKESPEARE_SHA256
+        ):
+            download(url, path, SHAKESPEARE_SHA256)
+        return "shakespeare", read_text(path)
+    except OSError as error:
+        print(
+            f"cannot download tiny Shakespeare ({getattr(error, 'reason', error)}): using the "
+            "shipped corpus `plays`, whose loss does not compare with published numbers",
+            file=sys.stderr,
+        )
+        return "plays", read_text(PLAYS)
