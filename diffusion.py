@@ -400,7 +400,7 @@ def draw_tokens(logits: Tensor, u: Tensor, temperature: float = 1.0, top_p: floa
 
 
 def keep_top_p(probabilities: Tensor, top_p: float) -> Tensor:
-    """Zero all but the likeliest tokens that together reach `top_p`, the crossing one kept; (N, V)."""
+    """Zero all but the likeliest of (N, V) that together reach `top_p`, the crossing one kept."""
     ordered, order = probabilities.sort(dim=-1, descending=True)
     above = ordered.cumsum(dim=-1) - ordered  # what is more probable than each
     return torch.zeros_like(probabilities).scatter(-1, order, ordered * (above < top_p))

@@ -1,0 +1,81 @@
+"""What several tests share: the three scripts run in this process, on a tiny corpus and model."""
+
+import os
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+
+import cli
+import eval as eval_script
+import sample as sample_script
+import train as train_script
+
+ROOT = Path(__file__).resolve().parent.parent
+SCRIPTS = {
+    "train.py": train_script.train,
+    "sample.py": sample_script.main,
+    "eval.py": eval_script.main,
+}
+TINY = (
+    *("model.n_layer=2", "model.n_head=2", "model.n_embd=32", "model.block_size=32"),
+    *("training.max_iters=12", "training.batch_size=8", "training.warmup_iters=2"),
+    *("training.eval_interval=6", "training.sample_interval=6", "training.save_interval=6"),
+    *("sampling.steps=4", "logging.interval=1", "eval.draws=2", "system.compile=false"),
+    *("system.device=cpu", "system.dtype=float32"),
+)
+TEXT = "".join(f"KING {n % 7}:\nThe {w} of {w}s, and {n} more.\n\n" for n in range(60) for w in
+               ("crown", "night", "sword", "rose"))  # fmt: skip
+
+
+class Result(NamedTuple):
+    code: int
+    out: str
+    err: str
+
+
+@pytest.fixture
+def run(monkeypatch, capfd, tmp_path):
+    """run("train.py", "key=value", ...) as from a shell, in `tmp_path`: exit code and output."""
+    monkeypatch.chdir(tmp_path)
+
+    def run(script: str, *words: str) -> Result:
+        monkeypatch.setattr(sys, "argv", [script, *words])
+        capfd.readouterr()
+        code = 0
+        try:
+            cli.main(SCRIPTS[script])
+        except SystemExit as stop:
+            code = stop.code or 0
+        return Result(code, *capfd.readouterr())
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def text_file(tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("text") / "kings.txt"
+    path.write_text(TEXT)
+    return path
+
+
+@pytest.fixture(scope="session")
+def trained(tmp_path_factory, text_file) -> Path:
+    """The out_dir of a tiny run that is over: ckpt.pt, best.pt and metrics.jsonl."""
+    folder = tmp_path_factory.mktemp("trained")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        words = [
+            f"data.path={text_file}",
+            f"data.cache_dir={folder}/cache",
+            f"out_dir={folder}/out",
+        ]
+        patch.setattr(sys, "argv", ["train.py", *TINY, *words])
+        cli.main(train_script.train)
+    return folder / "out"
+
+
+def environment(**changes: str) -> dict[str, str]:
+    """This process's environment for a subprocess that is to import the project's files."""
+    return os.environ | {"PYTHONPATH": str(ROOT)} | changes
