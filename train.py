@@ -4,7 +4,7 @@ import copy
 import math
 import sys
 import tempfile
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
 
@@ -24,7 +24,7 @@ from runlog import Clock, Interrupt, RunLog
 
 FILES = ("ckpt.pt", "best.pt", "metrics.jsonl")
 INTERRUPTED = 130  # exit code of a run that Ctrl-C ended, after saving
-WEIGHT_OF_NEWEST = 0.02  # in the running average of the training loss
+AVERAGED = 50  # steps, about, in the running average of the training loss
 
 
 @dataclass
@@ -41,7 +41,7 @@ class Run:
     optimizer: optim.Optimizers
     step: int = 0  # optimizer steps done
     best: float = math.inf  # lowest validation bound so far, nats per token
-    loss_avg: Tensor | None = None  # running average of the training loss
+    loss_avg: Tensor = field(default_factory=lambda: torch.zeros(()))  # of the training loss
 
     @property
     def finished(self) -> bool:
@@ -204,7 +204,7 @@ def restore(run: Run, start: dict) -> None:
     run.model.load_state_dict(start["model"])
     run.optimizer.load_state_dict(start["optimizer"])
     run.step, run.best = start["step"], start["best"]
-    run.loss_avg = start["loss_avg"].to(run.device)
+    run.loss_avg = start["loss_avg"]
 
 
 def announce(run: Run) -> None:
@@ -232,8 +232,8 @@ def optimize(run: Run) -> tuple[Tensor, Tensor]:
     run.optimizer.step()
     run.optimizer.zero_grad()
     optim.update_ema(list(run.ema.parameters()), parameters, settings.ema_decay, run.step)
-    run.loss_avg = loss if run.loss_avg is None else run.loss_avg.lerp(loss, WEIGHT_OF_NEWEST)
     run.step += 1
+    run.loss_avg = torch.lerp(run.loss_avg.to(loss.device), loss, max(1 / AVERAGED, 1 / run.step))
     return loss, grad_norm
 
 

@@ -1,7 +1,276 @@
-from conftest import TINY
+"""Training: what a run leaves behind, and that interrupting it changes nothing."""
+
+import hashlib
+import json
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ROOT, TEXT, TINY, environment
+from torch._dynamo.utils import counters
+
+import checkpoint
+import runlog
+
+STEPS = 12  # of TINY
 
 
-def test_first(run, text_file, trained):
+@pytest.fixture
+def train(run, text_file):
+    """train("key=value", ...) on the tiny corpus into ./out; returns the checkpoint."""
+
+    def train(*words: str, code: int = 0) -> dict:
+        result = run("train.py", *TINY, f"data.path={text_file}", *words)
+        assert result.code == code, result
+        out = [word.split("=")[1] for word in words if word.startswith("out_dir=")] or ["out"]
+        return checkpoint.load(f"{out[0]}/ckpt.pt")
+
+    return train
+
+
+def metrics(folder: str | Path = "out") -> list[dict]:
+    lines = [json.loads(line) for line in Path(folder, "metrics.jsonl").read_text().splitlines()]
+    return [{key: line[key] for key in line if key != "train/time_ms"} for line in lines]
+
+
+def losses(folder: str = "out") -> list[float]:
+    return [line["train/loss"] for line in metrics(folder) if "train/loss" in line]
+
+
+def equal(a, b) -> bool:
+    """Whether two nested states hold the same bits."""
+    if isinstance(a, torch.Tensor):
+        return torch.equal(a, b)
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(equal(a[key], b[key]) for key in a)
+    if isinstance(a, list):
+        return len(a) == len(b) and all(map(equal, a, b))
+    return a == b
+
+
+def interrupt_at(monkeypatch, step: int) -> None:
+    """Press Ctrl-C, for real, while the run logs this step."""
+    log = runlog.RunLog.metrics
+
+    def logged(self, now, values):
+        log(self, now, values)
+        if now == step and "train/loss" in values:
+            monkeypatch.undo_interrupt()
+            signal.raise_signal(signal.SIGINT)
+
+    monkeypatch.undo_interrupt = lambda: setattr(runlog.RunLog, "metrics", log)
+    monkeypatch.setattr(runlog.RunLog, "metrics", logged)
+
+
+STATE = ("model", "ema", "optimizer", "step", "best", "loss_avg")
+
+
+@pytest.mark.parametrize("optimizer", ["muon", "adamw"])
+def test_a_resumed_run_equals_the_uninterrupted_one_bit_for_bit(train, monkeypatch, optimizer):
+    words = (f"training.optimizer={optimizer}", "model.dropout=0.2", "training.grad_accum=2")
+    whole, recorded = train(*words, "out_dir=whole"), metrics("whole")
+    interrupt_at(monkeypatch, step=7)
+    assert train(*words, code=130)["step"] == 7
+    resumed = train("training.resume=true")
+    assert all(equal(whole[key], resumed[key]) for key in STATE)
+    assert metrics() == recorded
+
+
+def test_a_killed_run_resumes_from_its_last_checkpoint(train, monkeypatch):
+    whole, recorded = train("out_dir=whole"), metrics("whole")
+    log = runlog.RunLog.metrics
+
+    def dies(self, step, values):
+        log(self, step, values)
+        if step == 8:
+            raise MemoryError
+
+    with monkeypatch.context() as patch:
+        patch.setattr(runlog.RunLog, "metrics", dies)
+        with pytest.raises(MemoryError):
+            train()
+    assert checkpoint.load("out/ckpt.pt")["step"] == 6
+    resumed = train("training.resume=true")
+    assert all(equal(whole[key], resumed[key]) for key in STATE)
+    assert metrics() == recorded
+
+
+def test_resuming_a_finished_run_leaves_it_as_it_is(train):
+    assert equal(train(), train("training.resume=true"))
+
+
+def test_a_resumed_run_can_be_made_longer(train):
+    train()
+    longer = train("training.resume=true", f"training.max_iters={STEPS + 3}")
+    assert longer["step"] == STEPS + 3
+    assert len(losses()) == STEPS + 3
+
+
+def test_the_same_seed_gives_the_same_weights(train):
+    assert equal(train("out_dir=a")["model"], train("out_dir=b")["model"])
+
+
+def test_another_seed_gives_other_weights(train):
+    assert not equal(train("out_dir=a")["model"], train("out_dir=b", "system.seed=2")["model"])
+
+
+def test_evaluating_and_sampling_do_not_change_what_is_trained(train):
+    often = train("out_dir=a", "training.eval_interval=1", "training.sample_interval=1")
+    never = train("out_dir=b", "training.eval_interval=0", "training.sample_interval=0")
+    assert equal(often["model"], never["model"])
+
+
+def test_accumulated_gradients_equal_those_of_the_whole_batch(train):
+    train("out_dir=a")
+    train("out_dir=b", "training.grad_accum=4")
+    assert losses("a")[:3] == pytest.approx(losses("b")[:3], rel=1e-5)
+
+
+def test_the_loss_curve_is_what_it_was(train):
+    """Seeded, so that a change that should alter nothing can be seen not to."""
+    train("training.max_iters=20", "model.dropout=0.1")
+    assert losses() == pytest.approx(CURVE, abs=2e-3)
+
+
+CURVE = [
+    4.0739,
+    3.2895,
+    3.4399,
+    2.9564,
+    3.6803,
+    3.0226,
+    4.4431,
+    3.1437,
+    2.6239,
+    4.3411,
+    3.8136,
+    2.6907,
+    3.4905,
+    3.3693,
+    3.1547,
+    3.4935,
+    2.633,
+    3.3585,
+    3.6593,
+    3.3072,
+]
+
+
+def test_training_learns_the_text(train):
+    """A model that knows the letters' frequencies alone could not pass."""
+    train("training.max_iters=150", "training.eval_interval=150", "training.sample_interval=0")
+    shares = torch.tensor([TEXT.count(c) for c in set(TEXT)]) / len(TEXT)
+    entropy = -(shares * shares.log()).sum().item()
+    assert metrics()[-1]["eval/val_loss"] < 0.8 * entropy
+
+
+def test_best_pt_holds_the_weights_with_the_lowest_bound(train):
+    train("training.eval_interval=2", "training.learning_rate=0.3")
+    bounds = {line["step"]: line["eval/val_loss"] for line in metrics() if "eval/val_loss" in line}
+    best = checkpoint.load("out/best.pt")
+    assert best["step"] == min(bounds, key=bounds.get)
+    assert best["best"] == min(bounds.values())
+
+
+def test_the_bound_in_the_log_is_the_one_that_eval_prints(run, trained):
+    logged = metrics(trained)[-1]["eval/val_loss"]
+    printed = run("eval.py", f"checkpoint={trained}/ckpt.pt", "eval.draws=1", TINY[-1])
+    assert f"loss {logged:.4f} nats/token" in printed.out
+
+
+def test_a_second_run_keeps_the_first_ones_files(train):
+    first = train()
+    train("system.seed=2")
+    assert equal(checkpoint.load("out/ckpt-1.pt"), first)
+
+
+def test_a_second_run_says_what_it_keeps(run, text_file):
+    run("train.py", *TINY, f"data.path={text_file}")
     result = run("train.py", *TINY, f"data.path={text_file}")
-    assert result.code == 0, result
-    assert run("sample.py", f"checkpoint={trained}/ckpt.pt", "sampling.steps=3").code == 0
+    assert "ckpt-1.pt" in result.out and "best-1.pt" in result.out
+
+
+def test_init_from_starts_a_new_run_from_the_ema_weights(train, trained):
+    start = checkpoint.load(trained / "ckpt.pt")
+    tuned = train(f"training.init_from={trained}/ckpt.pt", "training.learning_rate=1e-9")
+    assert tuned["step"] == STEPS
+    close = [torch.allclose(tuned["ema"][k], v, atol=1e-6) for k, v in start["ema"].items()]
+    assert all(close)
+
+
+def test_init_from_takes_the_network_from_the_checkpoint(run, trained, text_file):
+    result = run(
+        "train.py",
+        *[word for word in TINY if not word.startswith("model.")],
+        *(f"data.path={text_file}", f"training.init_from={trained}/ckpt.pt", "model.dropout=0.1"),
+    )
+    assert result.code == 0, result.err
+    shape = checkpoint.load("out/ckpt.pt")["model_config"]
+    assert (shape["n_embd"], shape["dropout"]) == (32, 0.1)
+
+
+def test_a_checkpoint_names_its_corpus(trained, text_file):
+    corpus = checkpoint.load(trained / "ckpt.pt")["corpus"]
+    digest = hashlib.sha256(text_file.read_bytes()).hexdigest()
+    assert corpus == {"name": text_file.name, "sha256": digest}
+
+
+def script(name: str, *words: str, folder, **changes: str) -> subprocess.CompletedProcess:
+    command = [sys.executable, str(ROOT / name), *words]
+    return subprocess.run(
+        command, cwd=folder, env=environment(**changes), capture_output=True, text=True, timeout=120
+    )
+
+
+def test_a_run_goes_on_without_a_working_compiler(tmp_path, text_file):
+    result = script(
+        "train.py",
+        *(*TINY, f"data.path={text_file}", "system.compile=true", "training.max_iters=2"),
+        folder=tmp_path,
+        CXX="false",
+        TORCHINDUCTOR_CACHE_DIR=str(tmp_path / "inductor"),
+    )
+    assert result.returncode == 0, result.stderr
+    assert "going on without" in result.stderr
+    assert checkpoint.load(tmp_path / "out" / "ckpt.pt")["step"] == 2
+
+
+def test_compiling_does_not_change_the_losses(train):
+    words = ("model.n_layer=1", "training.max_iters=3")
+    train("out_dir=eager", *words)
+    counters.clear()
+    train("out_dir=compiled", *words, "system.compile=true")
+    assert losses("compiled") == pytest.approx(losses("eager"), rel=1e-3)
+    assert counters["stats"]["unique_graphs"] == 1  # it did compile, in one piece
+    assert not counters["graph_break"]
+
+
+BLOCKER = """
+from importlib.machinery import PathFinder
+find = PathFinder.find_spec
+extras = {"tqdm", "tiktoken", "tokenizers", "wandb", "pytest", "hypothesis"}
+
+def find_installed(name, *rest):
+    return None if name.split(".")[0] in extras else find(name, *rest)
+
+PathFinder.find_spec = find_installed
+"""
+
+
+@pytest.fixture
+def plain_install(tmp_path):
+    """PYTHONPATH of a Python that has none of the optional packages."""
+    (tmp_path / "blocker").mkdir()
+    (tmp_path / "blocker" / "sitecustomize.py").write_text(BLOCKER)
+    return {"PYTHONPATH": f"{tmp_path}/blocker:{ROOT}"}
+
+
+def test_the_scripts_need_no_optional_package(tmp_path, text_file, plain_install):
+    words = (*TINY, f"data.path={text_file}")
+    assert script("train.py", *words, folder=tmp_path, **plain_install).returncode == 0
+    for name in ("sample.py", "eval.py"):
+        result = script(name, "sampling.steps=2", folder=tmp_path, **plain_install)
+        assert result.returncode == 0, result.stderr

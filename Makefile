@@ -1,0 +1,27 @@
+# make run: install, train the default model, sample from it and evaluate it.
+# make test: install with the development extras and run every test.
+
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+
+run: $(VENV)/run.done
+	$(BIN)/python train.py
+	$(BIN)/python sample.py prompt="ROMEO:"
+	$(BIN)/python eval.py
+
+test: $(VENV)/dev.done
+	$(BIN)/python -m pytest
+
+lint: $(VENV)/dev.done
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+$(VENV)/run.done: EXTRA := progress
+$(VENV)/dev.done: EXTRA := dev
+$(VENV)/%.done: pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt ".[$(EXTRA)]"
+	touch $@
+
+.PHONY: run test lint

@@ -1,0 +1,117 @@
+"""The shape of the repository: which file may import which, and that no setting is dead."""
+
+import ast
+import dataclasses
+import inspect
+import re
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+from conftest import ROOT
+from omegaconf import OmegaConf
+
+import diffusion
+from model import ModelConfig
+
+FLOORS = (
+    ("model", "diffusion", "text", "data", "optim", "checkpoint"),
+    ("cli", "runtime", "runlog"),
+    ("train", "sample", "eval"),
+)
+FLOOR_OF = {name: floor for floor, names in enumerate(FLOORS) for name in names}
+
+
+def imports_of(path: Path) -> set[str]:
+    """The top-level modules that a file imports, anywhere in it."""
+    names = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names |= {alias.name.split(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path.name} has a relative import"
+            names.add(node.module.split(".")[0])
+    return names
+
+
+def test_every_python_file_at_the_root_has_a_floor():
+    assert {path.stem for path in ROOT.glob("*.py")} == set(FLOOR_OF)
+
+
+@pytest.mark.parametrize("name", FLOOR_OF)
+def test_imports_only_point_down(name):
+    siblings = imports_of(ROOT / f"{name}.py") & (set(FLOOR_OF) | {"tools", "bench", "tests"})
+    assert all(FLOOR_OF.get(other, 9) < FLOOR_OF[name] for other in siblings), siblings
+
+
+@pytest.mark.parametrize("name", FLOORS[0])
+def test_a_leaf_needs_torch_numpy_and_the_standard_library_only(name):
+    allowed = set(sys.stdlib_module_names) | {"torch", "numpy"}
+    assert imports_of(ROOT / f"{name}.py") <= allowed
+
+
+def test_no_root_file_shadows_a_dependency():
+    pins = (ROOT / "constraints.txt").read_text()
+    packages = {line.split("==")[0].lower().replace("-", "_") for line in pins.splitlines()}
+    assert not packages & set(FLOOR_OF)
+    assert not set(sys.stdlib_module_names) & set(FLOOR_OF)
+
+
+def test_the_core_stays_small(capsys):
+    sizes = {
+        floor: {name: len((ROOT / f"{name}.py").read_text().splitlines()) for name in names}
+        for floor, names in enumerate(FLOORS)
+    }
+    with capsys.disabled():
+        for floor, files in sizes.items():
+            listing = ", ".join(f"{name} {lines}" for name, lines in files.items())
+            print(f"\nfloor {floor}: {sum(files.values())} lines ({listing})", end="")
+    assert max(max(files.values()) for files in sizes.values()) <= 420
+    assert sum(sum(files.values()) for files in sizes.values()) <= 2300
+
+
+def test_the_package_holds_exactly_the_leaves():
+    wheel = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["hatch"]["build"]
+    included = wheel["targets"]["wheel"]["force-include"]
+    assert {Path(name).stem for name in included if name.endswith(".py")} == set(FLOORS[0])
+    assert all(target == f"nanomdm/{source}" for source, target in included.items())
+
+
+def dotted(values: dict, prefix: str = "") -> set[str]:
+    nested = (
+        dotted(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key}
+        for key, value in values.items()
+    )
+    return set().union(*nested)
+
+
+def settings() -> set[str]:
+    values = OmegaConf.to_container(OmegaConf.load(ROOT / "configs" / "config.yaml"), resolve=False)
+    return dotted({key: value for key, value in values.items() if key not in ("hydra", "defaults")})
+
+
+@pytest.mark.parametrize("key", sorted(settings()))
+def test_every_setting_is_read(key):
+    """By name in the scripts, or as an argument of what the whole section is handed to."""
+    section, _, name = key.rpartition(".")
+    handed_over = {
+        "model": {field.name for field in dataclasses.fields(ModelConfig)},
+        "sampling": set(inspect.signature(diffusion.sample).parameters),
+    }
+    code = "".join((ROOT / f"{script}.py").read_text() for floor in FLOORS[1:] for script in floor)
+    read_by_name = re.search(
+        rf"(config|settings|\b{section or 'config'})\.{name}\b|\"{name}\"", code
+    )
+    assert read_by_name or name in handed_over.get(section, ()), f"nothing reads {key}"
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "configs").rglob("*.yaml")), ids=lambda p: p.stem)
+def test_every_setting_is_explained_in_its_line(path):
+    if path.stem != "config":
+        assert path.read_text().splitlines()[1].startswith("# ")
+        return
+    text = path.read_text().split("hydra:")[0]
+    lines = [line for line in text.splitlines() if re.match(r"\s*\w+:\s*\S", line)]
+    assert len(lines) == len(settings())
+    assert not [line for line in lines if not re.search(r"  # \S", line)]
