@@ -1,6 +1,7 @@
 """Checkpoints: one file that holds everything, written atomically, read without executing it."""
 
 import os
+import pickle
 import zipfile
 from pathlib import Path
 
@@ -21,13 +22,14 @@ def save(path: str | Path, state: dict) -> None:
     temporary = path.with_name(f".{path.name}.tmp")
     try:
         with open(temporary, "wb") as file:
-            torch.save({"format": FORMAT, "version": VERSION, **state}, file)
+            torch.save(state | {"format": FORMAT, "version": VERSION}, file)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
-    except BaseException:
+    except RuntimeError as error:  # what PyTorch makes of a full disk
+        raise OSError(f"cannot write {path} ({error}): free some space") from error
+    finally:
         temporary.unlink(missing_ok=True)
-        raise
     _sync_folder(path.parent)
 
 
@@ -54,28 +56,34 @@ def load(path: str | Path) -> dict:
             f"no checkpoint at {path}: train one with `python train.py`, or check the name"
         )
     try:
-        with zipfile.ZipFile(path) as archive:
-            damaged = archive.testzip()  # torch.load does not look at the checksums
-        state = torch.load(path, map_location="cpu", weights_only=True) if damaged is None else None
+        check_archive(path)
+        state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # a damaged or foreign file can fail anywhere in the two readers
-        reason = " ".join(str(error).split())[:80]
+        reason = str(error).splitlines()[0][:80] if str(error) else type(error).__name__
+        if isinstance(error, pickle.UnpicklingError):
+            reason = "it holds more than plain data"
         raise ValueError(
             f"{path} is damaged or no checkpoint ({reason}): take an older one or train again"
         ) from error
-    if damaged is not None:
-        raise ValueError(
-            f"{path} is damaged (checksum of {damaged}): take an older one or train again"
-        )
     if not isinstance(state, dict) or state.get("format") != FORMAT:
         raise ValueError(
             f"{path} is not a checkpoint of this project: train one with `python train.py`"
         )
-    if state["version"] != VERSION:
+    if state.get("version") != VERSION:
         raise ValueError(
-            f"{path} has format version {state['version']}, this code reads {VERSION}: use the "
+            f"{path} has format version {state.get('version')}, this code reads {VERSION}: use the "
             "code that wrote it"
         )
     return state
+
+
+def check_archive(path: Path) -> None:
+    """Raise `ValueError` for a zip that torch.load would read without seeing that it is damaged."""
+    with zipfile.ZipFile(path) as archive:
+        bad = archive.testzip()  # torch.load does not look at the checksums
+        folders = [entry.filename for entry in archive.infolist() if entry.external_attr & 0x10]
+    if bad or folders:  # torch.load leaves a tensor uninitialised whose entry says that it is one
+        raise ValueError(f"the checksum or the entry of {bad or folders[0]} is wrong")
 
 
 def set_aside(folder: str | Path, names: tuple[str, ...]) -> list[Path]:

@@ -66,7 +66,7 @@ class ByteTokenizer(ByteLevel):
         return np.frombuffer(text.encode(), np.uint8).astype(np.int64)
 
     def decode_bytes(self, ids) -> bytes:
-        return bytes(ids)
+        return bytes(list(ids))  # of an array, bytes() would take the buffer
 
     def state(self) -> dict:
         return {"kind": "byte"}
@@ -144,8 +144,10 @@ def load_tokenizer(state: dict):
     try:
         kind, values = state["kind"], {k: v for k, v in state.items() if k != "kind"}
         return TOKENIZERS[kind](**values)
-    except (KeyError, TypeError) as error:
-        raise ValueError(f"no tokenizer of this project ({error!r}): prepare it again") from error
+    except ValueError:
+        raise
+    except Exception as error:  # the tokenizers library raises bare ones
+        raise ValueError(f"no tokenizer of this project ({error!r})") from error
 
 
 def train_tokenizer(kind: str, text: str, split: int, vocab_size: int):
@@ -230,7 +232,8 @@ def prepare(
     if kind not in TOKENIZERS:
         raise ValueError(f"data.tokenizer={kind} is unknown: choose one of {', '.join(TOKENIZERS)}")
     sha256 = sha256_of(text.encode())
-    recipe = json.dumps([sha256, trained.state() if trained else [kind, vocab_size]])
+    made = [kind, vocab_size if kind == "bpe" else 0]
+    recipe = json.dumps([sha256, trained.state() if trained else made])
     folder = cache / f"{name}-{sha256_of(recipe.encode())[:12]}"
     if not (folder / "meta.json").is_file():
         split = int(0.9 * len(text))
@@ -260,10 +263,13 @@ def open_bins(folder: Path, tokenizer: str = "char", trained: object | None = No
     if not folder.is_dir():
         raise ValueError(f"no folder {folder}: check data.dir")
     meta = _read_meta(folder, tokenizer)
-    own = load_tokenizer(meta["tokenizer"])
+    try:
+        own = load_tokenizer(meta["tokenizer"])
+    except ValueError as error:
+        raise ValueError(f"{folder}: {error}: prepare the data again") from error
     if trained is not None and own.state() != trained.state():
         raise ValueError(f"{folder} was made with another tokenizer than the checkpoint has")
-    train, val = (_open_bin(folder / f"{split}.bin", meta["dtype"], own) for split in SPLITS)
+    train, val = (_open_bin(folder, split, meta, own.vocab_size) for split in SPLITS)
     sha256 = meta.get("sha256") or sha256_of(val.tobytes())
     return Corpus(meta.get("corpus", folder.name), sha256, own, train, val)
 
@@ -283,7 +289,7 @@ def _read_meta(folder: Path, tokenizer: str) -> dict:
         raise ValueError(
             f"the meta file in {folder} is damaged ({error}): prepare again"
         ) from error
-    if tokenizer in ("char", "bpe"):
+    if tokenizer not in ("gpt2", "byte"):
         raise ValueError(
             f"{folder} has no meta.json or meta.pkl: say data.tokenizer=gpt2 or data.tokenizer=byte"
         )
@@ -297,14 +303,15 @@ class PlainUnpickler(pickle.Unpickler):
         raise pickle.UnpicklingError(f"it wants to load {module}.{name}")
 
 
-def _open_bin(path: Path, dtype: str, tokenizer) -> np.ndarray:
+def _open_bin(folder: Path, split: str, meta: dict, vocab_size: int) -> np.ndarray:
+    path, dtype = folder / f"{split}.bin", np.dtype(meta["dtype"])
     if not path.is_file():
         raise ValueError(f"{path} is missing: prepare the data again, or check data.dir")
-    size = path.stat().st_size
-    if not size or size % np.dtype(dtype).itemsize:
-        raise ValueError(f"{path} is empty or cut ({size} bytes of {dtype}): prepare it again")
+    tokens, rest = divmod(path.stat().st_size, dtype.itemsize)
+    if not tokens or rest or tokens != meta.get("tokens", {}).get(split, tokens):
+        raise ValueError(f"{path} is empty or cut ({tokens} tokens): prepare the data again")
     tokens = np.memmap(path, dtype=dtype, mode="r")
-    check_ids(tokens[:SCANNED], tokenizer.vocab_size, str(path))
+    check_ids(tokens[:SCANNED], vocab_size, str(path))
     return tokens
 
 
@@ -312,8 +319,11 @@ def write_atomically(path: Path, content: bytes) -> None:
     """Write a file that other processes see whole or not at all, in a folder made if need be."""
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f".{path.name}.{os.getpid()}")
-    part.write_bytes(content)
-    os.replace(part, path)
+    try:
+        part.write_bytes(content)
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)
 
 
 def sha256_of(content: bytes) -> str:

@@ -9,6 +9,7 @@ the batch, the device or the number of processes.
 
 import functools
 import math
+import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -57,11 +58,10 @@ def uniform(seed: int, rows: Tensor, columns: int, *salt: int) -> Tensor:
 
 
 def mask_probability(t: Tensor | float, eps: float = 1e-3) -> Tensor | float:
-    """p_mask(t) = (1 - eps) t + eps, the share of tokens masked at time t in [0, 1] (SMDM, arXiv
-    2410.18514).
+    """The share of tokens masked at time t in [0, 1]: p_mask(t) = (1 - eps) t + eps.
 
     `eps` keeps the training loss's weight 1 / p_mask finite; sampling and evaluation do not know
-    it.
+    it (SMDM, arXiv 2410.18514).
     """
     return (1 - eps) * t + eps
 
@@ -73,8 +73,7 @@ def mask_tokens(
     generator: Generator | None = None,
     rows: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Mask each token of x0 (B, L) independently with probability `p_mask` (a number, or one a row:
-    (B, 1)).
+    """Mask each token of x0 (B, L) independently with probability `p_mask`, a number or (B, 1).
 
     `rows` (B,) are the rows' numbers in a larger batch, if x0 is a part of one. Returns (xt,
     is_masked), both (B, L). Carry `is_masked` along: `xt == mask_id` is no substitute where the
@@ -101,8 +100,7 @@ def _rows(x: Tensor, rows: Tensor | None) -> Tensor:
 
 
 def nll_from_logits(model: Model, xt: Tensor, x0: Tensor, is_masked: Tensor) -> Tensor:
-    """Cross-entropies in nats (B, L), 0 where nothing is masked, for a model that returns logits
-    (B, L, V).
+    """Cross-entropies (B, L) in nats, 0 where nothing is masked, from a model's logits (B, L, V).
 
     At least float32, float64 for a float64 model. The default `nll` of `masked_diffusion_loss` and
     `nelbo`; a model that computes its own (`Transformer` with targets=, where=) is passed in by a
@@ -125,10 +123,9 @@ def masked_diffusion_loss(
     global_batch_size: int | None = None,
     nll: Callable = nll_from_logits,
 ) -> Tensor:
-    """The training loss E_t[ sum of CE over the masked / p_mask(t) ] / L in nats per token (SMDM,
-    eq. 5 with eps).
+    """The training loss E_t[ sum of CE over the masked / p_mask(t) ] / L, in nats per token.
 
-    x0 (B, L) are clean ids. The times are stratified over the global batch: row i has t uniform in
+    As in SMDM (arXiv 2410.18514) and LLaDA. x0 (B, L) are clean ids. The times are stratified over the global batch: row i has t uniform in
     [i / n, (i + 1) / n), n = `global_batch_size` (B by default) and i = `rows` (0 ... B - 1 by
     default), so that a part of a batch gets its share of them. Divided by B L, and not by the
     number of masked tokens: that would be no bound.
@@ -151,9 +148,8 @@ def mask_capacity(batch_size: int, length: int, global_batch_size: int | None = 
     """
     strata = global_batch_size or batch_size
     deviation = math.sqrt(length * batch_size / 6 + length**2 * batch_size / (12 * strata**2))
-    return min(
-        batch_size * length, math.ceil(batch_size * length * mask_probability(0.5) + 6 * deviation)
-    )
+    mean = batch_size * length * mask_probability(0.5)
+    return min(batch_size * length, math.ceil(mean + 6 * deviation))
 
 
 class Bound(NamedTuple):
@@ -199,18 +195,15 @@ def nelbo(
             total += _weighted_nll(model, batch, counts[rows], mask_id, seed, rows, nll)
             progress(batch.numel())
         totals.append(total / int(lengths.sum()))
-    values = torch.tensor(totals, dtype=torch.float64)
-    return Bound(
-        values.mean().item(), values.std().item() / math.sqrt(draws) if draws > 1 else math.nan
-    )
+    mean = statistics.fmean(totals)
+    return Bound(mean, statistics.stdev(totals) / math.sqrt(draws) if draws > 1 else math.nan)
 
 
 def student_t(freedom: int, coverage: float = 0.95) -> float:
-    """The half width, in standard errors, of an interval that holds the mean of `freedom` + 1
-    normal draws.
+    """The t with P(|T| < t) = `coverage` for Student's T with so many degrees of freedom.
 
-    By bisection of P(|T| < t), for whole degrees of freedom a finite sum (Abramowitz and Stegun
-    26.7.3 and 26.7.4).
+    By bisection; for whole degrees the probability is a finite sum (Abramowitz and Stegun 26.7.3
+    and 26.7.4).
     """
 
     def inside(t: float) -> float:
@@ -230,10 +223,12 @@ def student_t(freedom: int, coverage: float = 0.95) -> float:
 
 def stratified_pairs(n: int, generator: Generator | None = None) -> Tensor:
     """n uniform float64 draws in [0, 1): stratified, in pairs (u, 1 - u), in random order."""
-    pairs = (n + 1) // 2
-    u = (torch.arange(pairs) + torch.rand(pairs, dtype=torch.float64, generator=generator)) / pairs
+    seed, pairs = draw_seed(generator), (n + 1) // 2
+    strata = torch.arange(pairs)
+    u = (strata + uniform(seed, strata, 1).squeeze(1)) / pairs
     slots = torch.cat((u, (1 - u).clamp(max=1 - 2**-53)))
-    return slots[torch.randperm(2 * pairs, generator=generator)[:n]]
+    order = uniform(seed, torch.arange(2 * pairs), 1, 1).squeeze(1).argsort()
+    return slots[order[:n]]
 
 
 def _batches_of_equal_length(lengths: Tensor, batch_size: int):
@@ -260,10 +255,9 @@ class Sampled(NamedTuple):
 
 @dataclass
 class Step:
-    """What a strategy may look at in one step, from time t = 1 - index / steps to s = 1 - (index +
-    1) / steps.
+    """What a strategy may look at in one step; `logits` calls the network, only if looked at.
 
-    `logits` calls the network, once and only if somebody looks.
+    The step goes from time t = 1 - index / steps to s = 1 - (index + 1) / steps.
     """
 
     model: Model
@@ -289,31 +283,27 @@ class Step:
 
 
 def stochastic(step: Step) -> Tensor:
-    """Random positions: each mask with probability 1 - s/t = 1 / (steps left), by itself (MDLM,
-    arXiv 2406.07524).
+    """Random positions: each mask by itself with probability 1 - s/t = 1 / (steps left).
 
-    *K-step*: the law of the result is that of K ancestral steps.
+    *K-step*: the law of the result is that of K ancestral steps (MDLM, arXiv 2406.07524).
     """
     return step.is_masked & (step.uniform(0) < 1 / (step.steps - step.index))
 
 
 def confidence(step: Step) -> Tensor:
-    """The positions whose best token is most probable, floor(holes * j / steps) of them filled
-    after step j.
+    """The positions whose best token is most probable: floor(holes j / steps) after step j.
 
     *Heuristic*: no draw from the model's distribution, and prone to repetition. As in MaskGIT
     (arXiv 2202.04200) and LLaDA (arXiv 2502.09992), except that the score is the model's top
     probability, before temperature and top_p, and not that of the token drawn; at temperature 0 the
     two agree.
     """
-    budget = (
-        step.holes * (step.index + 1) // step.steps - step.holes * step.index // step.steps
-    )  # (B,)
+    before, after = (step.holes * j // step.steps for j in (step.index, step.index + 1))
+    budget = after - before  # (B,)
     if not budget.any():
         return torch.zeros_like(step.is_masked)
-    score = (
-        step.logits.float().softmax(dim=-1).amax(dim=-1).masked_fill(~step.is_masked, -1.0)
-    )  # (B, L)
+    score = step.logits.float().softmax(dim=-1).amax(dim=-1)  # (B, L)
+    score = score.masked_fill(~step.is_masked, -1.0)
     rank = score.argsort(dim=1, descending=True, stable=True).argsort(dim=1)
     return rank < budget[:, None]
 

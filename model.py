@@ -202,12 +202,13 @@ class Transformer(nn.Module):
         if targets is None:
             return self.logits(hidden)
         size = where.numel()
-        # Unused slots point at one position past the end, which is cut off again.
+        # Slots that stay unused point at one position past the end, which is cut off again.
+        rows = where.flatten()
         rows = (
-            where.flatten()
-            .nonzero_static(size=capacity or int(where.sum()), fill_value=size)
-            .squeeze(1)
-        )
+            rows.nonzero()
+            if capacity is None
+            else rows.nonzero_static(size=capacity, fill_value=size)
+        ).squeeze(1)
         read = rows.clamp(max=size - 1)
         logits = self.logits(hidden.flatten(0, 1)[read]).float()  # (capacity, V)
         nll = F.cross_entropy(logits, targets.flatten()[read], reduction="none")

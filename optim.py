@@ -39,8 +39,12 @@ class Optimizers:
         return [part.state_dict() for part in self.parts]
 
     def load_state_dict(self, states: list[dict]) -> None:
+        """Restore the moments. Rates and decay stay as built: a resumed run may have changed them."""
         for part, state in zip(self.parts, states, strict=True):
+            groups = [{k: v for k, v in g.items() if k != "params"} for g in part.param_groups]
             part.load_state_dict(state)
+            for group, built in zip(part.param_groups, groups, strict=True):
+                group.update(built)
 
 
 def build_optimizer(
@@ -98,7 +102,7 @@ def learning_rate_factor(
         raise ValueError(f"training.lr_schedule={schedule} is unknown: choose cosine or linear")
     if step < warmup_iters:
         return (step + 1) / (warmup_iters + 1)
-    done = (step - warmup_iters) / max(1, max_iters - 1 - warmup_iters)
+    done = min(1.0, (step - warmup_iters) / max(1, max_iters - 1 - warmup_iters))
     left = (1 + math.cos(math.pi * done)) / 2 if schedule == "cosine" else 1 - done
     return floor + (1 - floor) * left
 

@@ -41,7 +41,8 @@ def read_text(path: str | Path) -> str:
     """
     path = Path(path)
     if path.is_dir():
-        files = sorted(file for file in path.rglob("*") if file.suffix in SUFFIXES)
+        found = sorted(path.rglob("*"))
+        files = [file for file in found if file.suffix.lower() in SUFFIXES and file.is_file()]
         if not files:
             raise ValueError(
                 f"no {', '.join(SUFFIXES)} file in {path}: name another folder or file"
@@ -64,8 +65,10 @@ def _jsonl_text(path: Path, lines: str) -> str:
     for number, line in enumerate(lines.split("\n"), start=1):
         if line.strip():
             try:
-                documents.append(str(json.loads(line)["text"]))
-            except (ValueError, KeyError, TypeError):
+                document = json.loads(line)["text"]
+                document.encode()  # lone surrogates are no text
+                documents.append(document)
+            except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
                 message = f'{path}, line {number}: expected a JSON object with a "text" field'
                 raise ValueError(message) from None
     return "\n".join(documents)
@@ -74,7 +77,7 @@ def _jsonl_text(path: Path, lines: str) -> str:
 def download(url: str, path: Path, sha256: str, timeout: float = 10.0, limit: int = 2**26) -> None:
     """Fetch `url` to `path`, which appears only once it is whole and has the right hash.
 
-    `timeout` seconds bound each wait, six times as much the whole, `limit` bytes the size. Raises
+    `timeout` seconds bound each wait, six times as much the body's, `limit` bytes its size. Raises
     `OSError`.
     """
     deadline, body = time.monotonic() + 6 * timeout, bytearray()
@@ -90,8 +93,11 @@ def download(url: str, path: Path, sha256: str, timeout: float = 10.0, limit: in
         raise OSError(f"the {len(body)} bytes that came have not the pinned sha256")
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f".{path.name}.{os.getpid()}")
-    part.write_bytes(body)
-    os.replace(part, path)
+    try:
+        part.write_bytes(body)
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)
 
 
 def shakespeare(cache: Path, url: str = SHAKESPEARE_URL) -> tuple[str, str]:

@@ -122,7 +122,7 @@ def build(config: Section, explicit: set[str]) -> Run:
 def resumed_config(config: Section, explicit: set[str], start: dict) -> Section:
     """The interrupted run's configuration, but for what this command names.
 
-    Raises `ValueError` where that would be another network or other data.
+    Raises `ValueError` where that would be another network, other data or another optimizer.
     """
     resumed = cli.section(start["config"])
     for key in sorted(explicit - {"experiment"}):
@@ -131,7 +131,8 @@ def resumed_config(config: Section, explicit: set[str], start: dict) -> Section:
         for part in path:
             old, new = getattr(old, part), getattr(new, part)
         was, value = getattr(old, name), getattr(new, name)
-        if key.split(".")[0] in ("model", "data") and was != value:
+        fixed = key.split(".")[0] in ("model", "data") or key == "training.optimizer"
+        if fixed and was != value:
             raise ValueError(
                 f"{key}={value} is not what the interrupted run had ({was}): leave it out, or "
                 "start a new run in another out_dir"

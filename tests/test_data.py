@@ -1,0 +1,577 @@
+"""Tokenizers, .bin files and batches; what is read from outside is never trusted."""
+
+import hashlib
+import json
+import os
+import pickle
+import shutil
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import data
+from data import BPETokenizer, ByteTokenizer, CharTokenizer, Corpus, load_tokenizer, open_bins
+from data import blocks as blocks_of
+
+SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
+DATA = Path(os.environ.get("NANOMDM_DATA", SHARED))
+SHAKESPEARE = DATA / "tinyshakespeare" / "input.txt"
+GPT2 = {  # the names under which tiktoken looks for its tables
+    "vocab.bpe": "6d1cbeee0f20b3d9449abfede4726ed8212e3aee",
+    "encoder.json": "6c7ea1a7e38e3a7f062df639a5b80947f075ffe6",
+}
+needs_shakespeare = pytest.mark.skipif(
+    not SHAKESPEARE.is_file(), reason="no tiny Shakespeare: set NANOMDM_DATA to a folder of it"
+)
+POEM = "The owl and the pussycat went to sea in a beautiful pea-green boat.\n" * 20
+anything = given(st.text(max_size=40))
+few = settings(max_examples=60, deadline=None)
+
+
+@pytest.fixture(scope="module")
+def bpe() -> BPETokenizer:
+    pytest.importorskip("tokenizers")
+    return BPETokenizer.train(POEM, 280)
+
+
+@pytest.fixture(scope="module")
+def gpt2(tmp_path_factory):
+    pytest.importorskip("tiktoken")
+    if not (DATA / "gpt2-bpe").is_dir():
+        pytest.skip("no GPT-2 tables: set NANOMDM_DATA to a folder of them")
+    folder = tmp_path_factory.mktemp("tiktoken")  # a copy: tiktoken deletes what it distrusts
+    for name, cached in GPT2.items():
+        shutil.copyfile(DATA / "gpt2-bpe" / name, folder / cached)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TIKTOKEN_CACHE_DIR", str(folder))
+        yield data.GPT2Tokenizer()
+
+
+# --- Tokenizers ---------------------------------------------------------------------------------
+
+
+@few
+@anything
+def test_bytes_give_any_text_back(text):
+    assert ByteTokenizer().decode(ByteTokenizer().encode(text).tolist()) == text
+
+
+@few
+@anything
+def test_a_bpe_gives_any_text_back(bpe, text):
+    assert bpe.decode(bpe.encode(text).tolist()) == text
+
+
+@few
+@anything
+def test_the_bytes_of_a_bpe_are_those_of_the_text(bpe, text):
+    assert bpe.decode_bytes(bpe.encode(text).tolist()) == text.encode()
+
+
+@few
+@given(st.text(alphabet="añ\n€😀", max_size=40))
+def test_characters_give_a_text_of_known_ones_back(text):
+    tokenizer = CharTokenizer("\nañ€😀")
+    assert tokenizer.decode(tokenizer.encode(text).tolist()) == text
+
+
+def test_gpt2_gives_a_text_with_its_special_words_back(gpt2):
+    text = "Ünï <|endoftext|> 😀\r\n"
+    assert gpt2.decode(gpt2.encode(text).tolist()) == text
+
+
+@pytest.mark.parametrize("kind", ["char", "byte", "bpe", "gpt2"])
+def test_what_encode_returns_decodes_as_it_is(kind, request):
+    if kind in ("bpe", "gpt2"):
+        tokenizer = request.getfixturevalue(kind)
+    else:
+        tokenizer = {"char": CharTokenizer(" Thelow"), "byte": ByteTokenizer()}[kind]
+    assert tokenizer.decode(tokenizer.encode("The owl")) == "The owl"
+
+
+@pytest.mark.parametrize("tokenizer", [CharTokenizer("añ"), ByteTokenizer()], ids=["char", "byte"])
+def test_the_bytes_of_tokens_are_those_of_the_text(tokenizer):
+    assert tokenizer.decode_bytes(tokenizer.encode("ñañ").tolist()) == b"\xc3\xb1a\xc3\xb1"
+
+
+def test_characters_are_numbered_by_their_place():
+    assert CharTokenizer("abc").encode("cab").tolist() == [2, 0, 1]
+
+
+def test_bytes_are_numbered_by_their_value():
+    assert ByteTokenizer().encode("é").tolist() == [0xC3, 0xA9]
+
+
+def test_gpt2_numbers_tokens_as_gpt2_does(gpt2):
+    assert gpt2.encode("Hello world").tolist() == [15496, 995]
+
+
+def test_no_text_becomes_gpt2s_special_token(gpt2):
+    assert 50256 not in gpt2.encode("<|endoftext|>")
+
+
+def test_half_a_character_is_its_bytes(bpe):
+    half = bpe.encode("\N{SNOWMAN}").tolist()[:1]
+    assert (ByteTokenizer().decode_bytes([0xE2]), bpe.decode_bytes(half)) == (b"\xe2", b"\xe2")
+
+
+def test_half_a_character_reads_as_a_replacement_character(bpe):
+    half = bpe.encode("\N{SNOWMAN}").tolist()[:1]
+    assert (ByteTokenizer().decode([0xE2]), bpe.decode(half)) == ("\ufffd", "\ufffd")
+
+
+def test_an_unknown_character_is_refused_with_its_place_and_a_remedy():
+    message = r"no character 'ü' \(position 2\), only the 3 of .* data\.tokenizer=byte"
+    with pytest.raises(ValueError, match=message):
+        CharTokenizer("abc").encode("abüc")
+
+
+def test_ids_are_int64(bpe):
+    tokenizers = (CharTokenizer("ab"), ByteTokenizer(), bpe)
+    assert [t.encode("ab").dtype for t in tokenizers] == [np.int64] * 3
+
+
+def test_no_text_is_no_tokens(bpe):
+    tokenizers = (CharTokenizer("ab"), ByteTokenizer(), bpe)
+    assert [t.encode("").shape for t in tokenizers] == [(0,)] * 3
+
+
+def test_a_vocabulary_of_characters_has_one_symbol_each():
+    assert CharTokenizer("añ€").vocab_size == 3
+
+
+def test_a_vocabulary_of_bytes_has_256_symbols():
+    assert ByteTokenizer().vocab_size == 256
+
+
+def test_a_bpe_has_the_vocabulary_asked_for(bpe):
+    assert bpe.vocab_size == 280
+
+
+def test_gpt2_has_50257_tokens(gpt2):
+    assert gpt2.vocab_size == 50257
+
+
+def test_a_bpe_writes_its_training_text_with_fewer_tokens_than_bytes(bpe):
+    assert len(bpe.encode(POEM)) < 0.6 * len(POEM)
+
+
+@pytest.mark.parametrize("kind", ["char", "byte", "bpe", "gpt2"])
+def test_a_tokenizer_comes_back_from_its_state_written_as_json(kind, request):
+    if kind in ("bpe", "gpt2"):
+        tokenizer = request.getfixturevalue(kind)
+    else:
+        tokenizer = {"char": CharTokenizer("\nTa ehlow"), "byte": ByteTokenizer()}[kind]
+    again = load_tokenizer(json.loads(json.dumps(tokenizer.state())))
+    assert again.encode("The\nowl").tolist() == tokenizer.encode("The\nowl").tolist()
+
+
+@pytest.mark.parametrize(
+    "state",
+    [
+        {},
+        {"kind": "word"},
+        {"kind": "char"},
+        {"kind": "byte", "size": 3},
+        {"kind": "char", "characters": 5},
+        {"kind": "bpe", "serialized": "{"},
+        "byte",
+    ],
+    ids=str,
+)
+def test_a_state_that_is_no_tokenizers_is_refused(state):
+    pytest.importorskip("tokenizers")
+    with pytest.raises(ValueError, match="no tokenizer of this project"):
+        load_tokenizer(state)
+
+
+@pytest.mark.parametrize(("kind", "package"), [("gpt2", "tiktoken"), ("bpe", "tokenizers")])
+def test_a_missing_package_is_named_with_its_install_command(kind, package, monkeypatch, tmp_path):
+    monkeypatch.setitem(sys.modules, package, None)  # so that importing it fails
+    with pytest.raises(ValueError, match=f"pip install {package}$"):
+        data.prepare(POEM, "poem", kind, 300, tmp_path)
+
+
+def test_tables_that_tiktoken_cannot_fetch_are_an_error_with_a_remedy(monkeypatch):
+    def get_encoding(name: str):
+        raise ConnectionError("no network")
+
+    monkeypatch.setitem(sys.modules, "tiktoken", SimpleNamespace(get_encoding=get_encoding))
+    with pytest.raises(ValueError, match=r"ConnectionError.*TIKTOKEN_CACHE_DIR"):
+        data.GPT2Tokenizer()
+
+
+# --- Preparation --------------------------------------------------------------------------------
+
+
+def prepare(cache: Path, text: str = POEM, kind: str = "char", vocab_size: int = 300) -> Corpus:
+    return data.prepare(text, "poem", kind, vocab_size, cache)
+
+
+def folder_in(cache: Path) -> Path:
+    (folder,) = cache.iterdir()
+    return folder
+
+
+class Large:
+    """A tokenizer of more symbols than uint16 can number; each character is the last one."""
+
+    def __init__(self, vocab_size: int = 70_000):
+        self.vocab_size = vocab_size
+
+    def encode(self, text: str) -> np.ndarray:
+        return np.full(len(text), self.vocab_size - 1, dtype=np.int64)
+
+    def state(self) -> dict:
+        return {"kind": "large", "vocab_size": self.vocab_size}
+
+
+def test_an_unknown_tokenizer_is_refused_with_the_choices(tmp_path):
+    message = r"data\.tokenizer=word is unknown: choose one of char, byte, gpt2, bpe"
+    with pytest.raises(ValueError, match=message):
+        prepare(tmp_path, kind="word")
+
+
+def test_nine_tenths_of_the_characters_are_for_training(tmp_path):
+    corpus = prepare(tmp_path, "é" * 20, kind="byte")  # two bytes each
+    assert (len(corpus.train), len(corpus.val)) == (36, 4)
+
+
+def test_the_splits_put_together_are_the_text(tmp_path):
+    corpus = prepare(tmp_path)
+    ids = [*corpus.train.tolist(), *corpus.val.tolist()]
+    assert corpus.tokenizer.decode(ids) == POEM
+
+
+def test_characters_of_the_whole_text_are_symbols_in_the_order_of_their_code_points(tmp_path):
+    corpus = prepare(tmp_path, "b" * 9 + "a")  # the split for training has no "a"
+    assert corpus.tokenizer.characters == "ab"
+
+
+def test_a_bpe_is_trained_on_the_training_part_alone(tmp_path):
+    pytest.importorskip("tokenizers")
+    tokenizer = prepare(tmp_path, "abab " * 180 + "xyxy " * 20, kind="bpe").tokenizer
+    assert (len(tokenizer.encode("abab")), len(tokenizer.encode("xyxy"))) == (1, 4)
+
+
+@pytest.mark.parametrize("text", ["", "a"])
+def test_a_text_too_short_to_split_is_refused_with_its_length(text, tmp_path):
+    with pytest.raises(ValueError, match=f"poem has {len(text)} characters: too few"):
+        prepare(tmp_path, text)
+
+
+def test_small_vocabularies_are_written_as_uint16(tmp_path):
+    prepare(tmp_path, "ab" * 50)
+    ids = np.frombuffer((folder_in(tmp_path) / "train.bin").read_bytes(), dtype="<u2")
+    assert ids.tolist() == [0, 1] * 45
+
+
+@pytest.mark.parametrize(("vocab_size", "dtype"), [(2**16, "<u2"), (2**16 + 1, "<u4")])
+def test_vocabularies_beyond_65536_are_written_as_uint32(vocab_size, dtype, tmp_path, monkeypatch):
+    monkeypatch.setitem(data.TOKENIZERS, "large", lambda vocab_size=vocab_size: Large(vocab_size))
+    prepare(tmp_path, "x" * 10, kind="large")
+    ids = np.frombuffer((folder_in(tmp_path) / "train.bin").read_bytes(), dtype=dtype)
+    assert ids.tolist() == [vocab_size - 1] * 9
+
+
+def test_uint32_bins_are_read_back_whole(tmp_path, monkeypatch):
+    monkeypatch.setitem(data.TOKENIZERS, "large", Large)
+    assert prepare(tmp_path, "x" * 10, kind="large").train.tolist() == [69_999] * 9
+
+
+def test_the_meta_file_says_what_the_bins_hold(tmp_path):
+    prepare(tmp_path, "ab" * 50)
+    meta = json.loads((folder_in(tmp_path) / "meta.json").read_text())
+    assert meta == {
+        "corpus": "poem",
+        "sha256": hashlib.sha256(b"ab" * 50).hexdigest(),
+        "dtype": "uint16",
+        "tokens": {"train": 90, "val": 10},
+        "tokenizer": {"kind": "char", "characters": "ab"},
+    }
+
+
+def times(folder: Path) -> dict[str, int]:
+    return {path.name: path.stat().st_mtime_ns for path in folder.iterdir()}
+
+
+def test_what_is_prepared_is_used_again_as_it_is(tmp_path):
+    prepare(tmp_path)
+    folder = folder_in(tmp_path)
+    for path in folder.iterdir():
+        os.utime(path, (1, 1))
+    before = times(folder)
+    prepare(tmp_path)
+    assert times(folder) == before and len(list(tmp_path.iterdir())) == 1
+
+
+def test_a_preparation_that_was_interrupted_is_done_again(tmp_path):
+    prepare(tmp_path)
+    folder = folder_in(tmp_path)
+    (folder / "meta.json").unlink()
+    (folder / "train.bin").write_bytes(b"")
+    assert len(prepare(tmp_path).train) == 0.9 * len(POEM)
+
+
+@pytest.mark.parametrize("change", [{"text": POEM + "\n"}, {"kind": "byte"}])
+def test_another_text_or_tokenizer_is_prepared_beside_the_first(change, tmp_path):
+    prepare(tmp_path)
+    prepare(tmp_path, **change)
+    assert len(list(tmp_path.iterdir())) == 2
+
+
+def test_a_given_tokenizer_is_used_instead_of_a_new_one(tmp_path):
+    trained = CharTokenizer("".join(sorted(set(POEM + "xyz"))))
+    corpus = data.prepare(POEM, "poem", "char", 300, tmp_path, trained)
+    assert corpus.tokenizer.characters == trained.characters
+
+
+def test_a_write_that_fails_leaves_no_file(tmp_path, monkeypatch):
+    def full(*paths):
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr(os, "replace", full)
+    with pytest.raises(OSError, match="no space"):
+        data.write_atomically(tmp_path / "train.bin", b"12")
+    assert list(tmp_path.iterdir()) == []
+
+
+@needs_shakespeare
+def test_tiny_shakespeare_has_nanogpts_65_characters_and_token_counts(tmp_path):
+    corpus = prepare(tmp_path, SHAKESPEARE.read_bytes().decode())
+    counts = corpus.tokenizer.vocab_size, len(corpus.train), len(corpus.val)
+    assert counts == (65, 1_003_854, 111_540)
+
+
+@needs_shakespeare
+def test_tiny_shakespeare_has_nanogpts_counts_of_gpt2_tokens(tmp_path, gpt2):
+    corpus = prepare(tmp_path, SHAKESPEARE.read_bytes().decode(), kind="gpt2")
+    assert (len(corpus.train), len(corpus.val)) == (301_966, 36_059)
+
+
+# --- Folders of bins ----------------------------------------------------------------------------
+
+
+def nanogpt(folder: Path, meta: object | None = None, train: tuple = (0, 1, 2, 1)) -> Path:
+    """A folder as nanoGPT's data/*/prepare.py leaves it; without `meta`, there is no meta.pkl."""
+    folder.mkdir(exist_ok=True)
+    np.array(train, dtype=np.uint16).tofile(folder / "train.bin")
+    np.array([2, 0], dtype=np.uint16).tofile(folder / "val.bin")
+    if meta is not None:
+        (folder / "meta.pkl").write_bytes(pickle.dumps(meta))
+    return folder
+
+
+CHARACTERS = {"vocab_size": 3, "itos": dict(enumerate("abc")), "stoi": {"a": 0, "b": 1, "c": 2}}
+
+
+def test_a_folder_of_nanogpt_opens_with_its_characters(tmp_path):
+    corpus = open_bins(nanogpt(tmp_path, CHARACTERS))
+    assert corpus.tokenizer.decode(corpus.train) == "abcb"
+
+
+class Payload:
+    """Runs a shell command when it is unpickled without care."""
+
+    def __init__(self, command: str):
+        self.command = command
+
+    def __reduce__(self):
+        return os.system, (self.command,)
+
+
+def test_a_meta_file_that_runs_code_is_refused_before_it_runs(tmp_path):
+    marker = tmp_path / "executed"
+    payload = Payload(f'echo > "{marker}"')
+    folder = nanogpt(tmp_path / "bins", CHARACTERS | {"more": payload})
+    with pytest.raises(ValueError, match=r"meta file in .*bins is damaged \(it wants to load"):
+        open_bins(folder)
+    assert not marker.exists()
+
+
+def test_bins_without_a_meta_file_need_to_be_told_their_tokenizer(tmp_path):
+    message = r"no meta\.json or meta\.pkl: say data\.tokenizer=gpt2 or data\.tokenizer=byte"
+    with pytest.raises(ValueError, match=message):
+        open_bins(nanogpt(tmp_path))
+
+
+def test_bins_without_a_meta_file_open_with_the_tokenizer_that_they_are_told(tmp_path):
+    corpus = open_bins(nanogpt(tmp_path, train=(72, 105)), tokenizer="byte")
+    assert corpus.tokenizer.decode(corpus.train.tolist()) == "Hi"
+
+
+def test_bins_of_another_tokenizer_than_the_trained_one_are_refused(tmp_path):
+    with pytest.raises(ValueError, match="made with another tokenizer than the checkpoint has"):
+        open_bins(nanogpt(tmp_path, CHARACTERS), trained=ByteTokenizer())
+
+
+def test_a_missing_folder_is_refused_with_its_name_and_key(tmp_path):
+    with pytest.raises(ValueError, match=r"no folder .*nowhere: check data\.dir"):
+        open_bins(tmp_path / "nowhere")
+
+
+def test_bins_are_memory_mapped(tmp_path):
+    corpus = prepare(tmp_path)
+    assert isinstance(corpus.train, np.memmap) and isinstance(corpus.val, np.memmap)
+
+
+def test_bins_cannot_be_written_to(tmp_path):
+    with pytest.raises(ValueError, match="read-only"):
+        prepare(tmp_path).train[0] = 1
+
+
+@pytest.mark.parametrize("split", ["train", "val"])
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (
+            lambda path: path.write_bytes(b"\xff\xff" + path.read_bytes()[2:]),
+            "holds the token 65535",
+        ),
+        (lambda path: path.write_bytes(path.read_bytes()[:-1]), "cut"),
+        (lambda path: path.write_bytes(path.read_bytes()[:-2]), "cut"),
+        (lambda path: path.write_bytes(b""), "empty"),
+        (Path.unlink, "missing"),
+    ],
+    ids=["other ids", "cut within a token", "cut between tokens", "empty", "missing"],
+)
+def test_a_damaged_bin_is_refused_by_its_name(split, damage, message, tmp_path):
+    prepare(tmp_path)
+    damage(folder_in(tmp_path) / f"{split}.bin")
+    with pytest.raises(ValueError, match=rf"{split}\.bin.*{message}"):
+        prepare(tmp_path)
+
+
+def test_the_masks_id_in_a_bin_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="holds the token 3, beyond its vocabulary of 3"):
+        open_bins(nanogpt(tmp_path, CHARACTERS, train=(0, 3)))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"dtype": "float64"},
+        {"dtype": None},
+        {"tokenizer": None},
+        {"tokenizer": {"kind": "word"}},
+        {"tokenizer": {"kind": "char"}},
+    ],
+    ids=str,
+)
+def test_a_meta_file_with_a_wrong_field_is_refused_with_its_folder(change, tmp_path):
+    prepare(tmp_path)
+    path = folder_in(tmp_path) / "meta.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    with pytest.raises(ValueError, match=path.parent.name):
+        prepare(tmp_path)
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"[]", b"\xff\xfe", b'{"dtype": "uint16"}'])
+def test_a_meta_json_that_is_none_is_refused_with_its_folder(content, tmp_path):
+    prepare(tmp_path)
+    (folder_in(tmp_path) / "meta.json").write_bytes(content)
+    with pytest.raises(ValueError, match=f"{folder_in(tmp_path).name} is damaged"):
+        prepare(tmp_path)
+
+
+@pytest.mark.parametrize("meta", [[], {}, {"itos": {1: "a"}}, {"itos": {0: 5}}], ids=str)
+def test_a_meta_pkl_without_characters_is_refused_with_its_folder(meta, tmp_path):
+    with pytest.raises(ValueError, match=f"{tmp_path.name} is damaged"):
+        open_bins(nanogpt(tmp_path, meta))
+
+
+# --- Batches ------------------------------------------------------------------------------------
+
+
+def counting(length: int, vocab_size: int = 1000) -> Corpus:
+    """A train split that counts from 0, so that a block shows where it starts, and other values
+    for val."""
+    train, val = np.arange(length, dtype=np.uint16), np.full(length, 999, dtype=np.uint16)
+    return Corpus("count", "", SimpleNamespace(vocab_size=vocab_size), train, val)
+
+
+def generator(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def test_a_batch_is_int64_rows_of_one_block_each():
+    batch = counting(100).batch(5, 8, generator())
+    assert (batch.shape, batch.dtype) == ((5, 8), torch.int64)
+
+
+def test_every_row_of_a_batch_is_a_stretch_of_the_train_split():
+    batch = counting(100).batch(50, 8, generator())
+    assert torch.equal(batch, batch[:, :1] + torch.arange(8)) and batch.max() < 100
+
+
+def test_the_same_generator_draws_the_same_batch():
+    batches = [counting(100).batch(5, 8, generator(seed)) for seed in (1, 1)]
+    assert torch.equal(*batches)
+
+
+def test_another_generator_draws_another_batch():
+    batches = [counting(900).batch(5, 8, generator(seed)) for seed in (1, 2)]
+    assert not torch.equal(*batches)
+
+
+def test_rows_are_those_of_the_whole_batch():
+    whole, rows = counting(900).batch(6, 8, generator()), torch.tensor([4, 1])
+    assert torch.equal(counting(900).batch(6, 8, generator(), rows), whole[rows])
+
+
+def test_every_start_is_drawn_up_to_the_last():
+    starts = counting(12).batch(400, 8, generator())[:, 0]
+    assert starts.unique().tolist() == [0, 1, 2, 3, 4]
+
+
+def test_a_split_of_one_block_is_the_only_row():
+    batch = counting(8).batch(3, 8, generator())
+    assert torch.equal(batch, torch.arange(8).expand(3, 8))
+
+
+def test_ids_beyond_what_was_scanned_are_refused_when_they_are_drawn(tmp_path, monkeypatch):
+    monkeypatch.setattr(data, "SCANNED", 2)
+    corpus = open_bins(nanogpt(tmp_path, CHARACTERS, train=(0, 1, 7)))
+    with pytest.raises(ValueError, match="train split holds the token 7, beyond .* of 3"):
+        corpus.batch(1, 3, generator())
+
+
+def test_a_split_shorter_than_a_block_is_refused_with_both_lengths():
+    message = r"split of count has 7 tokens, fewer than model\.block_size=8: take a longer text"
+    with pytest.raises(ValueError, match=message):
+        counting(7).require(8)
+
+
+def test_a_split_of_exactly_one_block_is_enough():
+    assert counting(8).require(8) is None
+
+
+@pytest.mark.parametrize("length", [1, 8, 10, 16])
+def test_blocks_cover_every_token_once_and_in_order(length):
+    rows = blocks_of(np.arange(length, dtype=np.uint16), 8)
+    assert torch.cat(rows).tolist() == list(range(length))
+
+
+def test_only_the_last_block_is_shorter():
+    rows = blocks_of(np.arange(20, dtype=np.uint16), 8)
+    assert [(len(row), row.dtype) for row in rows] == [
+        (8, torch.int64), (8, torch.int64), (4, torch.int64)
+    ]  # fmt: skip
+
+
+def test_a_limit_spreads_the_blocks_evenly():
+    rows = blocks_of(np.arange(1000, dtype=np.uint16), 10, limit=50)
+    assert [row.tolist() for row in rows] == [
+        list(range(start, start + 10)) for start in (0, 200, 400, 600, 800)
+    ]
+
+
+@pytest.mark.parametrize(("limit", "count"), [(0, 3), (19, 2), (20, 3), (99, 3), (1, 1)])
+def test_a_limit_is_a_number_of_tokens(limit, count):
+    assert len(blocks_of(np.arange(20, dtype=np.uint16), 8, limit)) == count

@@ -1,0 +1,287 @@
+"""Parameter groups, steps, schedule and average against formulas written out here."""
+
+import copy
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+from model import ModelConfig, Transformer
+from optim import MUON_RATE, Optimizers, build_optimizer, learning_rate_factor, update_ema
+
+NAMES = ("adamw", "muon")
+RATE, DECAY = 1e-2, 0.1
+HIDDEN = {
+    f"blocks.{i}.{name}.weight"
+    for i in range(2)
+    for name in ("attention.qkv", "attention.out", "mlp.gate_up", "mlp.out")
+}
+
+
+def build(tie_weights: bool = True) -> Transformer:
+    torch.manual_seed(0)
+    return Transformer(ModelConfig(7, 8, n_layer=2, n_head=2, n_embd=16, tie_weights=tie_weights))
+
+
+def optimizer_of(model: Transformer, name: str, rate: float = RATE) -> Optimizers:
+    return build_optimizer(model, name, rate, DECAY)
+
+
+def names_in(model: Transformer, groups: list[dict]) -> list[str]:
+    """The names of the parameters in `groups`, each as often as it is there."""
+    name_of = {id(p): name for name, p in model.named_parameters()}
+    return [name_of[id(p)] for group in groups for p in group["params"]]
+
+
+def draw_gradients(model: Transformer, seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    for parameter in model.parameters():
+        parameter.grad = torch.randn(parameter.shape, generator=generator)
+
+
+# --- Groups -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("tie_weights", [True, False])
+def test_every_parameter_is_in_exactly_one_group(name, tie_weights):
+    model = build(tie_weights)
+    names = names_in(model, optimizer_of(model, name).groups())
+    assert sorted(names) == sorted(n for n, _ in model.named_parameters())
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_matrices_decay_and_gains_do_not(name):
+    model = build(tie_weights=False)
+    before = copy.deepcopy(model)
+    for parameter in model.parameters():
+        parameter.grad = torch.zeros_like(parameter)  # so that a step is nothing but decay
+    optimizer_of(model, name).step()
+    for (key, new), old in zip(model.named_parameters(), before.parameters(), strict=True):
+        rate = MUON_RATE * RATE if name == "muon" and key in HIDDEN else RATE
+        kept = 1 - rate * DECAY if new.ndim == 2 else 1
+        torch.testing.assert_close(new, kept * old, rtol=1e-6, atol=0, msg=key)
+
+
+@pytest.mark.parametrize("tie_weights", [True, False])
+def test_muon_gets_exactly_the_hidden_matrices(tie_weights):
+    model = build(tie_weights)
+    (part,) = (p for p in optimizer_of(model, "muon").parts if isinstance(p, torch.optim.Muon))
+    assert set(names_in(model, part.param_groups)) == HIDDEN
+
+
+def test_adamw_keeps_the_embedding_the_head_and_the_gains_beside_muon():
+    model = build(tie_weights=False)
+    (part,) = (p for p in optimizer_of(model, "muon").parts if isinstance(p, torch.optim.AdamW))
+    others = {name for name, _ in model.named_parameters()} - HIDDEN
+    assert {"embedding.weight", "head.weight", "norm.weight"} < others
+    assert set(names_in(model, part.param_groups)) == others
+
+
+def test_a_frozen_parameter_is_left_out():
+    model = build()
+    model.embedding.weight.requires_grad_(False)
+    names = names_in(model, optimizer_of(model, "muon").groups())
+    assert "embedding.weight" not in names
+
+
+def test_twice_the_learning_rate_is_twice_the_rate_of_every_group():
+    once, twice = (optimizer_of(build(), "muon", rate).groups() for rate in (RATE, 2 * RATE))
+    assert [g["lr"] for g in twice] == [2 * g["lr"] for g in once]
+
+
+def test_the_factor_of_the_schedule_is_of_the_rates_that_the_groups_were_built_with():
+    optimizer = optimizer_of(build(), "muon")
+    built = [g["lr"] for g in optimizer.groups()]
+    optimizer.set_learning_rate(0.25)
+    optimizer.set_learning_rate(0.5)  # not of the quarter
+    assert [g["lr"] for g in optimizer.groups()] == [0.5 * rate for rate in built]
+
+
+def test_an_unknown_optimizer_is_refused_with_the_choices():
+    message = r"training\.optimizer=sgd is unknown: choose adamw or muon"
+    with pytest.raises(ValueError, match=message):
+        build_optimizer(build(), "sgd", RATE, DECAY)
+
+
+def test_zero_grad_drops_every_gradient():
+    model = build()
+    draw_gradients(model, seed=0)
+    optimizer_of(model, "muon").zero_grad()
+    assert all(p.grad is None for p in model.parameters())
+
+
+# --- Steps --------------------------------------------------------------------------------------
+
+
+def adamw_by_hand(x: Tensor, gradients: list[Tensor], decay: float) -> Tensor:
+    """x after a step for each gradient: arXiv 1711.05101, algorithm 2, in float64."""
+    beta1, beta2, eps = 0.9, 0.95, 1e-8
+    x = x.double()
+    m, v = torch.zeros_like(x), torch.zeros_like(x)
+    for t, g in enumerate(gradients, start=1):
+        m = beta1 * m + (1 - beta1) * g.double()
+        v = beta2 * v + (1 - beta2) * g.double() ** 2
+        update = (m / (1 - beta1**t)) / ((v / (1 - beta2**t)).sqrt() + eps)
+        x = x - RATE * decay * x - RATE * update
+    return x
+
+
+def test_steps_of_adamw_are_those_written_out_in_float64():
+    model = build()
+    before, gradients = copy.deepcopy(model), []
+    optimizer = optimizer_of(model, "adamw")
+    for seed in range(4):
+        draw_gradients(model, seed)
+        gradients.append([p.grad.clone() for p in model.parameters()])
+        optimizer.step()
+    for i, (new, old) in enumerate(zip(model.parameters(), before.parameters(), strict=True)):
+        decay = DECAY if old.ndim == 2 else 0
+        expected = adamw_by_hand(old.detach(), [g[i] for g in gradients], decay)
+        torch.testing.assert_close(new.double(), expected, rtol=1e-5, atol=1e-6)
+
+
+def muon_update(singular_values: Tensor) -> tuple[Tensor, Tensor]:
+    """Muon's first update of a (16, 64) matrix whose gradient has these singular values, divided
+    by its rate; and the gradient's polar factor U V^T."""
+    model = build()
+    weight = model.blocks[0].mlp.out.weight
+    draw_gradients(model, seed=1)
+    U, _, Vh = torch.linalg.svd(weight.grad, full_matrices=False)
+    weight.grad = U @ singular_values.diag() @ Vh
+    before = weight.detach().clone()
+    build_optimizer(model, "muon", RATE, weight_decay=0.0).step()
+    return (before - weight.detach()) / (MUON_RATE * RATE), U @ Vh
+
+
+def test_muon_takes_the_direction_of_the_gradients_polar_factor():
+    update, polar = muon_update(torch.linspace(0.1, 1, 16))
+    assert (update * polar).sum() / (update.norm() * polar.norm()) > 0.97
+
+
+def test_muon_makes_singular_values_that_differ_tenfold_nearly_equal():
+    update, _ = muon_update(torch.linspace(0.1, 1, 16))
+    values = torch.linalg.svdvals(update)
+    assert values.max() / values.min() < 2
+
+
+def test_muons_update_has_a_root_mean_square_of_a_fifth_of_its_rate():
+    update, _ = muon_update(torch.linspace(0.1, 1, 16))
+    assert update.square().mean().sqrt().item() == pytest.approx(0.2, rel=0.2)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_restored_optimizer_takes_the_step_that_the_saved_one_takes(name):
+    model = build()
+    optimizer = optimizer_of(model, name)
+    for seed in range(3):
+        draw_gradients(model, seed)
+        optimizer.step()
+    twin = copy.deepcopy(model)
+    restored = optimizer_of(twin, name)
+    restored.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    for network, its_optimizer in ((model, optimizer), (twin, restored)):
+        draw_gradients(network, seed=3)
+        its_optimizer.set_learning_rate(0.5)
+        its_optimizer.step()
+    assert all(map(torch.equal, model.parameters(), twin.parameters()))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_restored_optimizer_keeps_the_rates_that_it_was_built_with(name):
+    state = optimizer_of(build(), name, 0.5 * RATE).state_dict()
+    restored = optimizer_of(build(), name)
+    built = [(g["lr"], g["weight_decay"]) for g in restored.groups()]
+    restored.load_state_dict(state)
+    restored.set_learning_rate(1.0)
+    assert [(g["lr"], g["weight_decay"]) for g in restored.groups()] == built
+
+
+def test_the_state_of_one_optimizer_is_refused_by_the_other():
+    state = optimizer_of(build(), "adamw").state_dict()
+    with pytest.raises(ValueError):
+        optimizer_of(build(), "muon").load_state_dict(state)
+
+
+# --- Schedule -----------------------------------------------------------------------------------
+
+
+def factors(schedule: str, max_iters: int = 105, warmup: int = 4, floor: float = 0.1):
+    return [learning_rate_factor(s, max_iters, warmup, schedule, floor) for s in range(max_iters)]
+
+
+SCHEDULES = pytest.mark.parametrize("schedule", ["cosine", "linear"])
+
+
+@SCHEDULES
+def test_the_warm_up_rises_in_equal_steps_that_skip_zero(schedule):
+    assert factors(schedule)[:4] == pytest.approx([0.2, 0.4, 0.6, 0.8])
+
+
+@SCHEDULES
+def test_the_peak_is_one_and_comes_after_the_warm_up(schedule):
+    values = factors(schedule)
+    assert values[4] == 1 == max(values) and values.count(1) == 1
+
+
+@SCHEDULES
+def test_the_schedule_never_rises_after_its_peak(schedule):
+    values = factors(schedule)[4:]
+    assert values == sorted(values, reverse=True)
+
+
+@SCHEDULES
+@pytest.mark.parametrize("floor", [0.0, 0.1])
+@pytest.mark.parametrize("warmup", [0, 4])
+def test_the_last_step_has_exactly_the_floor(schedule, floor, warmup):
+    assert factors(schedule, warmup=warmup, floor=floor)[-1] == floor
+
+
+@pytest.mark.parametrize(
+    ("schedule", "left"), [("cosine", (1 + math.sqrt(0.5)) / 2), ("linear", 0.75)]
+)
+def test_a_quarter_of_the_decay_leaves_what_the_wave_or_the_line_says(schedule, left):
+    assert factors(schedule)[29] == pytest.approx(0.1 + 0.9 * left)
+
+
+def test_an_unknown_schedule_is_refused_with_the_choices():
+    message = r"training\.lr_schedule=step is unknown: choose cosine or linear"
+    with pytest.raises(ValueError, match=message):
+        learning_rate_factor(0, 10, 1, "step", 0.1)
+
+
+# --- Moving average -----------------------------------------------------------------------------
+
+
+def test_the_average_weighs_what_it_saw_by_powers_of_the_decay():
+    d, start = 0.9, torch.tensor([1.0, -2.0])
+    seen = torch.randn(20, 2, generator=torch.Generator().manual_seed(0))
+    average = [start.clone()]
+    for i, current in enumerate(seen):
+        update_ema(average, [current], d, step=1000 + i)
+    weights = (1 - d) * d ** torch.arange(19.0, -1, -1)
+    expected = d**20 * start + (weights[:, None] * seen).sum(dim=0)
+    torch.testing.assert_close(average[0], expected)
+
+
+@pytest.mark.parametrize(("step", "d"), [(0, 0.1), (5, 0.4), (80, 0.9), (81, 0.9), (10**6, 0.9)])
+def test_the_decay_rises_to_its_limit(step, d):
+    average = [torch.tensor([1.0])]
+    update_ema(average, [torch.tensor([0.0])], 0.9, step)
+    torch.testing.assert_close(average[0], torch.tensor([d]))
+
+
+@pytest.mark.parametrize("steps", [1, 3, 10])
+def test_the_initial_weights_keep_one_part_in_a_binomial_coefficient(steps):
+    average = [torch.ones(1, dtype=torch.float64)]  # the product of (1 + s) / (10 + s)
+    for step in range(steps):
+        update_ema(average, [torch.zeros(1, dtype=torch.float64)], 0.9999, step)
+    assert average[0].item() == pytest.approx(1 / math.comb(steps + 9, 9))
+
+
+def test_the_average_takes_no_part_in_gradients():
+    model = build()
+    average = copy.deepcopy(model)
+    update_ema(list(average.parameters()), list(model.parameters()), 0.9, 0)
+    assert all(p.is_leaf for p in average.parameters())

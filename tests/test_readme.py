@@ -1,0 +1,135 @@
+"""README.md is true: its commands run, its files exist, its links lead somewhere."""
+
+import operator
+import re
+import shlex
+import shutil
+import sys
+
+import pytest
+import torch
+import yaml
+from conftest import ROOT, TEXT, TINY
+
+import cli
+import data
+import model
+
+README = (ROOT / "README.md").read_text()
+COMMANDS = [
+    line
+    for block in re.findall(r"^```bash\n(.*?)^```", README, flags=re.S | re.M)
+    for line in block.splitlines()
+    if line.startswith("python ")
+]
+PROMISED = """
+python train.py
+python train.py +experiment=medium logging.wandb=true
+python train.py training.max_iters=10000 model.n_layer=6
+python train.py model.n_layer=6 model.n_head=6 model.n_embd=384 training.learning_rate=6e-4 logging.wandb=true
+python train.py model.n_layer=8 model.n_head=8 model.n_embd=512 training.max_iters=20000
+python train.py logging.wandb=true logging.project=mdm-experiments logging.name=my-run logging.tags=[small,debug]
+python train.py system.device=cpu system.dtype=float32
+python sample.py checkpoint=out/ckpt.pt
+python sample.py checkpoint=out/ckpt.pt prompt="ROMEO:"
+python sample.py checkpoint=out/ckpt.pt prompt="To be or not"
+python sample.py checkpoint=out/ckpt.pt sampling.steps=128 sampling.temperature=0.8
+python sample.py checkpoint=out/ckpt.pt sampling.strategy=confidence
+python sample.py checkpoint=out/ckpt.pt num_samples=5
+python eval.py checkpoint=out/ckpt.pt
+""".strip().splitlines()  # noqa: E501
+SHRINK = [word for word in TINY if not word.startswith(("system", "sampling"))]
+
+
+@pytest.fixture
+def folder(tmp_path, trained, monkeypatch):
+    """A working directory as a user has it after a first run, on a corpus that is tiny."""
+    shutil.copytree(trained, tmp_path / "out")
+    (tmp_path / "corpora").mkdir()
+    (tmp_path / "corpora" / "plays.txt").write_text(TEXT)
+    tokenizer = data.train_tokenizer("char", TEXT, split=0, vocab_size=0)
+    splits = {split: tokenizer.encode(TEXT) for split in data.SPLITS}
+    data.write_bins(tmp_path / "prepared" / "shakespeare_char", splits, tokenizer, {})
+    monkeypatch.setenv("WANDB_MODE", "disabled")
+    return tmp_path
+
+
+def test_the_commands_that_were_promised_are_shown():
+    assert set(PROMISED) <= set(COMMANDS)
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_a_command_of_the_readme_works(command, folder, run, text_file):
+    """Run as it stands there, but on a small text, with a network and a run that are shrunk."""
+    _, script, *words = shlex.split(command)
+    if script == "train.py":
+        own_data = any(word.startswith("data.") for word in words)
+        words += SHRINK + ([] if own_data else [f"data.path={text_file}"])
+        if "training.resume=true" in words:
+            words = ["training.resume=true"]
+    else:
+        for old, new in (("ROMEO", "KING"), ("To be or not", "The crown"), ("=64", "=24")):
+            words = [word.replace(old, new) for word in words]
+        words.append("sampling.steps=4")
+    result = run(script, *words)
+    assert result.code == 0, result.err
+    assert result.out.strip()
+
+
+@pytest.fixture
+def configured(monkeypatch):
+    """configured("key=value", ...): the configuration that train.py would begin with."""
+
+    def configured(*words: str) -> cli.Section:
+        received = []
+        monkeypatch.setattr(sys, "argv", ["train.py", *words])
+        cli.main(lambda config, explicit: received.append(config))
+        return received[0]
+
+    return configured
+
+
+@pytest.mark.parametrize("command", [c for c in COMMANDS if "train.py" in c and "-m" not in c])
+def test_a_training_command_means_what_it_says(command, configured):
+    """Unshrunk, up to where the run would begin: every value that it names arrives."""
+    words = shlex.split(command)[2:]
+    config = configured(*words)
+    for word in words:
+        if not word.startswith("+"):
+            key, value = word.split("=")
+            arrived = operator.attrgetter(key)(config)
+            assert arrived == type(arrived)(yaml.safe_load(value)), key
+
+
+@pytest.mark.parametrize("name", ["small", "medium", "gpt2"])
+def test_the_table_of_sizes_is_right(name, configured):
+    shape = configured(f"+experiment={name}").model
+    with torch.device("meta"):
+        vocabulary = 50257 if name == "gpt2" else 65
+        network = model.Transformer(model.ModelConfig(vocabulary, **vars(shape)))
+    millions = sum(p.numel() for p in network.parameters()) / 1e6
+    sizes = f"{shape.n_layer}, {shape.n_head}, {shape.n_embd}, {shape.block_size}"
+    assert f"`python train.py +experiment={name}` | {sizes} | {millions:.1f} M |" in README
+
+
+@pytest.mark.parametrize("target", sorted(set(re.findall(r"\]\(([^)#:]+)\)", README))))
+def test_a_link_leads_somewhere(target):
+    assert (ROOT / target).exists()
+
+
+def test_the_listing_names_every_file():
+    listing = re.search(r"## Files\n\n```\n(.*?)```", README, flags=re.S)[1]
+    listed = {line.split()[0] for line in listing.splitlines()}
+    folders = {"configs/", "corpora/", "docs/", "tests/", "tools/"}
+    assert listed == {path.name for path in ROOT.glob("*.py")} | folders
+
+
+def test_functions_that_the_concepts_link_to_exist():
+    for name, file in re.findall(r"\[`(\w+)`\]\((\w+\.py)\)", README):
+        assert f"def {name}(" in (ROOT / file).read_text()
+
+
+def test_the_make_file_installs_what_pyproject_says_with_the_constraints():
+    makefile = (ROOT / "Makefile").read_text()
+    assert "--constraint constraints.txt" in makefile
+    assert re.search(r"^torch==2\.13\.0$", (ROOT / "constraints.txt").read_text(), flags=re.M)
