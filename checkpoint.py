@@ -26,8 +26,9 @@ def save(path: str | Path, state: dict) -> None:
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
-    except RuntimeError as error:  # what PyTorch makes of a full disk
-        raise OSError(f"cannot write {path} ({error}): free some space") from error
+    except (OSError, RuntimeError) as error:  # PyTorch makes a RuntimeError of a full disk
+        reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
+        raise OSError(f"cannot write {path} ({reason}): free some space there") from error
     finally:
         temporary.unlink(missing_ok=True)
     _sync_folder(path.parent)
@@ -44,8 +45,7 @@ def _sync_folder(folder: Path) -> None:
 
 
 def load(path: str | Path) -> dict:
-    """The state that `save` wrote, on the CPU. Nothing in the file is executed
-    (`weights_only=True`).
+    """The state that `save` wrote, on the CPU. Nothing in the file is executed.
 
     Raises `ValueError`, in one line that names the remedy, for a file that is missing, cut, altered
     in any byte or not a checkpoint of this project.

@@ -1,6 +1,7 @@
 """The command line of the three scripts: Hydra, made to take any text and to answer in one line."""
 
 import difflib
+import functools
 import math
 import os
 import re
@@ -13,7 +14,7 @@ from types import SimpleNamespace
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
-from hydra.errors import HydraException
+from hydra.errors import HydraException, OverrideParseException
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
@@ -23,6 +24,17 @@ FREE_TEXT = {
     *("checkpoint", "prompt", "out_dir", "data.path", "data.dir", "data.cache_dir"),
     *("training.init_from", "logging.project", "logging.name"),
 }
+TAKE_A_WORD = ("--cfg", "-c", "--info", "-i", "--package", "-p")
+OPTIONS = (
+    *TAKE_A_WORD,
+    "--help",
+    "-h",
+    "--hydra-help",
+    "--version",
+    "--resolve",
+    "--multirun",
+    "-m",
+)
 KINDS = {
     bool: "true or false",
     int: "a whole number",
@@ -45,7 +57,10 @@ def section(values: dict) -> Section:
 
 
 def main(script: Callable[[Section, set[str]], None]) -> None:
-    """Run `script(config, explicit)`, `explicit` being the keys that the command line names."""
+    """Run `script(config, explicit)`; `explicit` are the keys that the command line names.
+
+    Those of an experiment that it names are among them.
+    """
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra passes errors on, instead of printing five lines
     decorate = hydra.main(version_base="1.3", config_path=str(CONFIGS), config_name="config")
 
@@ -54,44 +69,65 @@ def main(script: Callable[[Section, set[str]], None]) -> None:
             script(*read(composed))
 
     with one_line_errors():
-        sys.argv[1:] = [prepare_argument(argument) for argument in sys.argv[1:]]
+        before = ["", *sys.argv[1:]]
+        sys.argv[1:] = [
+            word if previous in TAKE_A_WORD else prepare_argument(word)
+            for previous, word in zip(before, sys.argv[1:], strict=False)
+        ]
         decorate(task)()
 
 
 @contextmanager
 def one_line_errors():
-    """End a mistake of the user's in one line on stderr, with exit code 2 for bad input
-    (`ValueError`) and 1 for what fails at run time (`OSError`, `RuntimeError`).
+    """End a mistake of the user's in one line on stderr.
 
-    Only errors that this project raises are treated so: others are bugs and keep their traceback.
+    The exit code is 2 for bad input (`ValueError`), 1 for what fails at run time (`OSError`). Other
+    errors than those, and those that no `raise` of ours raised, are bugs and keep their traceback.
     """
     try:
         yield
+    except OverrideParseException as error:
+        word, reason = error.override.lstrip("+"), str(error).splitlines()[0]
+        stop(f"cannot read {word} ({reason}): quote what is special to Hydra", code=2)
     except (HydraException, OmegaConfBaseException) as error:
-        stop(error, code=2)
-    except (ValueError, OSError, RuntimeError) as error:
-        if not raised_here(error):
+        merged = re.match(r"Error merging override \+*([\w.]+)=(.*)", str(error))
+        stop(str(misfit(*merged.groups()) if merged else error), code=2)
+    except KeyboardInterrupt:
+        stop("interrupted", code=130)
+    except OSError as error:
+        stop(str(error), code=1)
+    except (ValueError, RuntimeError) as error:
+        if not raised_by_us(error):
             raise
-        stop(error, code=2 if isinstance(error, ValueError) else 1)
+        stop(str(error), code=2 if isinstance(error, ValueError) else 1)
+
+
+def stop(message: str, code: int) -> None:
+    print("error: " + " ".join(message.split()), file=sys.stderr)
+    sys.exit(code)
+
+
+def raised_by_us(error: Exception) -> bool:
+    last = traceback.extract_tb(error.__traceback__)[-1]
+    return Path(last.filename).parent == ROOT and last.line.startswith("raise")
 
 
 def read(composed) -> tuple[Section, set[str]]:
     """The configuration as plain, checked values, and the keys that the command line names."""
     values, job = OmegaConf.to_container(composed, resolve=True), HydraConfig.get()
-    config = section(check_types(values))
+    values = check_types(values)
+    config = section(values)
     if job.mode.name == "MULTIRUN":  # each job of a sweep has a folder of its own
         config.out_dir = str(Path(config.out_dir, str(job.job.num)))
-    return config, {word.split("=")[0].lstrip("+~") for word in job.overrides.task}
-
-
-def stop(error: Exception, code: int) -> None:
-    print("error: " + " ".join(str(error).split()), file=sys.stderr)
-    sys.exit(code)
-
-
-def raised_here(error: Exception) -> bool:
-    """Whether the statement that raised the error is one of this project's."""
-    return Path(traceback.extract_tb(error.__traceback__)[-1].filename).parent == ROOT
+    explicit = set()
+    for word in job.overrides.task:
+        key, _, value = word.partition("=")
+        key = key.lstrip("+")
+        if key == "experiment":
+            explicit |= {k for name in experiments(value) for k in _dotted(_load_experiment(name))}
+        else:
+            explicit |= {k for k in _dotted(values) if k == key or k.startswith(f"{key}.")}
+    return config, explicit
 
 
 # --- Words --------------------------------------------------------------------------------------
@@ -104,22 +140,32 @@ def prepare_argument(word: str) -> str:
     """
     key, equals, value = word.partition("=")
     name = key.lstrip("+")
-    if name == "experiment":
-        check_experiments(value)
-        return f"+experiment={value}"
-    if word.startswith(("-", "~", "hydra")) or "/" in name:
+    if word.startswith("-"):
+        if key not in OPTIONS:
+            raise ValueError(f"no option {word}: a setting is key=value, without dashes")
         return word
-    if not equals:
+    if not equals and not word.startswith("~"):
         raise ValueError(f"{word!r} is no setting: write key=value, as in training.max_iters=1000")
+    if name == "experiment":
+        experiments(value)
+        return f"+experiment={value}"
+    if word.startswith(("~", "hydra")) or "/" in name:
+        return word
     return f"++{name}={quote(value) if name in FREE_TEXT else value}"
 
 
-def check_experiments(value: str) -> None:
-    """Raise `ValueError` for a name that has no file in configs/experiment."""
+def experiments(value: str) -> list[str]:
+    """The names in experiment=NAME or [NAME,NAME]. Raises `ValueError` for one without a file."""
     known = sorted(path.stem for path in (CONFIGS / "experiment").glob("*.yaml"))
-    for name in value.strip("[]").split(","):
-        if name.strip() not in known:
+    names = [name.strip() for name in value.strip("[]").split(",")]
+    for name in names:
+        if name not in known:
             raise ValueError(f"no experiment {name!r}: choose one of {', '.join(known)}")
+    return names
+
+
+def _load_experiment(name: str) -> dict:
+    return OmegaConf.to_container(OmegaConf.load(CONFIGS / "experiment" / f"{name}.yaml"))
 
 
 def quote(text: str) -> str:
@@ -140,9 +186,16 @@ def check_types(values: dict) -> dict:
 
     Raises `ValueError` for a key that configs/config.yaml has not, and for a value of another type.
     """
+    known = list(_dotted(defaults := load_defaults()))
+    for key in _dotted(values):
+        if not any(k == key or k.startswith(f"{key}.") or key.startswith(f"{k}.") for k in known):
+            raise ValueError(f"no setting {key}: {_nearest(key, known)}")
+    return _checked("", values, defaults)
+
+
+def load_defaults() -> dict:
     defaults = OmegaConf.to_container(OmegaConf.load(CONFIGS / "config.yaml"), resolve=False)
-    defaults = {k: v for k, v in defaults.items() if k not in ("hydra", "defaults")}
-    return _checked("", values, defaults, list(_dotted(defaults)))
+    return {k: v for k, v in defaults.items() if k not in ("hydra", "defaults")}
 
 
 def _dotted(values: dict, prefix: str = ""):
@@ -150,15 +203,13 @@ def _dotted(values: dict, prefix: str = ""):
         yield from _dotted(value, f"{prefix}{key}.") if isinstance(value, dict) else [prefix + key]
 
 
-def _checked(key: str, value, default, known: list[str]):
+def _checked(key: str, value, default):
     if not isinstance(default, dict) or not isinstance(value, dict):
         return _typed(key, value, default)
     prefix = f"{key}." if key else ""
-    if unknown := [prefix + name for name in value if name not in default]:
-        raise ValueError(f"no setting {unknown[0]}: {_nearest(unknown[0], known)}")
     if missing := [prefix + name for name in default if name not in value]:
         raise ValueError(f"the setting {missing[0]} is missing: do not delete it")
-    return {k: _checked(prefix + k, value[k], default[k], known) for k in default}
+    return {name: _checked(prefix + name, value[name], default[name]) for name in default}
 
 
 def _nearest(key: str, known: list[str]) -> str:
@@ -176,5 +227,14 @@ def _typed(key: str, value, default):
     elif kind is list and given is list:
         value = [str(item) for item in value]
     if type(value) is not kind or (kind is float and not math.isfinite(value)):
-        raise ValueError(f"{key}={value} is not {KINDS[kind]}: its default is {default!r}")
+        raise misfit(key, value)
     return value
+
+
+def misfit(key: str, value) -> ValueError:
+    """The error that says that `value` is not of the kind of the setting `key`."""
+    default = functools.reduce(dict.get, key.split("."), load_defaults())
+    kind = KINDS[type(default)]
+    if isinstance(default, dict):
+        return ValueError(f"{key}={value} is not {kind}: set {key}.{next(iter(default))} and so on")
+    return ValueError(f"{key}={value} is not {kind}: its default is {default!r}")

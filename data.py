@@ -110,6 +110,8 @@ class BPETokenizer(ByteLevel):
 
     @classmethod
     def train(cls, text: str, vocab_size: int) -> "BPETokenizer":
+        if vocab_size < 256:
+            raise ValueError(f"data.vocab_size={vocab_size} must be at least 256: any byte is one")
         lib = _optional("tokenizers")
         tokenizer = lib.Tokenizer(lib.models.BPE())
         tokenizer.pre_tokenizer = lib.pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -262,7 +264,7 @@ def open_bins(folder: Path, tokenizer: str = "char", trained: object | None = No
     """
     if not folder.is_dir():
         raise ValueError(f"no folder {folder}: check data.dir")
-    meta = _read_meta(folder, tokenizer)
+    meta = _read_meta(folder, trained.state()["kind"] if trained else tokenizer)
     try:
         own = load_tokenizer(meta["tokenizer"])
     except ValueError as error:
@@ -291,7 +293,8 @@ def _read_meta(folder: Path, tokenizer: str) -> dict:
         ) from error
     if tokenizer not in ("gpt2", "byte"):
         raise ValueError(
-            f"{folder} has no meta.json or meta.pkl: say data.tokenizer=gpt2 or data.tokenizer=byte"
+            f"{folder} has no meta.json or meta.pkl, and data.tokenizer={tokenizer}: say "
+            "data.tokenizer=gpt2 or data.tokenizer=byte"
         )
     return {"dtype": "uint16", "tokenizer": {"kind": tokenizer}}
 

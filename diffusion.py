@@ -125,10 +125,10 @@ def masked_diffusion_loss(
 ) -> Tensor:
     """The training loss E_t[ sum of CE over the masked / p_mask(t) ] / L, in nats per token.
 
-    As in SMDM (arXiv 2410.18514) and LLaDA. x0 (B, L) are clean ids. The times are stratified over the global batch: row i has t uniform in
-    [i / n, (i + 1) / n), n = `global_batch_size` (B by default) and i = `rows` (0 ... B - 1 by
-    default), so that a part of a batch gets its share of them. Divided by B L, and not by the
-    number of masked tokens: that would be no bound.
+    As in SMDM (arXiv 2410.18514) and LLaDA. x0 (B, L) are clean ids. The times are stratified over
+    the global batch: row i has t uniform in [i / n, (i + 1) / n), n = `global_batch_size` (B by
+    default) and i = `rows` (0 ... B - 1 by default), so that a part of a batch gets its share of
+    them. Divided by B L, and not by the number of masked tokens: that would be no bound.
     """
     rows = _rows(x0, rows)
     jitter = uniform(draw_seed(generator), rows, 1)

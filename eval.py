@@ -16,9 +16,10 @@ from runtime import Loaded
 
 
 def main(config: Section, explicit: set[str]) -> None:
-    runtime.refuse_model_settings(explicit)
-    if config.eval.draws < 1 or config.eval.batch_size < 1:
-        raise ValueError("eval.draws and eval.batch_size must be at least 1")
+    runtime.refuse_what_the_checkpoint_decides(explicit)
+    for name, value in vars(config.eval).items():
+        if value < 1:
+            raise ValueError(f"eval.{name}={value} must be at least 1")
     device = runtime.pick_device(config.system.device)
     loaded = runtime.load(config.checkpoint, device)
     source, tokens = choose_tokens(config, explicit, loaded)
@@ -37,10 +38,14 @@ def choose_tokens(config: Section, explicit: set[str], loaded: Loaded) -> tuple[
 
     That of data.dir= or data.dataset= if the command names one, or of the run's own data.
     """
-    if "data.path" in explicit:
-        return config.data.path, loaded.tokenizer.encode(text.read_text(config.data.path))
-    named = explicit & {"data.dir", "data.dataset"}
-    settings = vars(config.data) if named else loaded.config["data"]
+    if "data.path" in explicit and config.data.path:
+        try:
+            return config.data.path, loaded.tokenizer.encode(text.read_text(config.data.path))
+        except ValueError as error:
+            raise ValueError(f"{config.data.path}: {error}") from error
+    named = "data.dataset" in explicit or config.data.dir
+    own = loaded.config["data"] | {"cache_dir": config.data.cache_dir}
+    settings = vars(config.data) if named else own
     corpus, trained_on = runtime.load_corpus(settings, loaded.tokenizer), loaded.state["corpus"]
     if not named and corpus.sha256 != trained_on["sha256"]:
         raise ValueError(

@@ -39,7 +39,7 @@ class Optimizers:
         return [part.state_dict() for part in self.parts]
 
     def load_state_dict(self, states: list[dict]) -> None:
-        """Restore the moments. Rates and decay stay as built: a resumed run may have changed them."""
+        """Restore the moments; rates and decay stay as built, for a resumed run may change them."""
         for part, state in zip(self.parts, states, strict=True):
             groups = [{k: v for k, v in g.items() if k != "params"} for g in part.param_groups]
             part.load_state_dict(state)

@@ -48,9 +48,7 @@ class RunLog:
         for text in texts:
             self.say(f"--- sample after {step} steps ---\n{text}\n---")
         if self.wandb is not None:
-            import wandb
-
-            table = wandb.Table(["step", "text"], [[step, text] for text in texts])
+            table = import_wandb().Table(["step", "text"], [[step, text] for text in texts])
             self.wandb.log({"samples": table}, step=step)
 
     def progress(self, step: int, text: str) -> None:
@@ -96,14 +94,13 @@ def open_metrics(path: Path, first_step: int):
 
 def start_wandb(config: SimpleNamespace, details: dict):
     """A W&B run; offline, and saying so, without login or network. WANDB_MODE goes before that."""
-    try:
-        import wandb
-    except ImportError:
-        raise ValueError("logging.wandb=true needs a package: pip install wandb") from None
+    wandb = import_wandb()
     mode, settings = os.environ.get("WANDB_MODE"), config.logging
     if mode is None and (reason := why_offline()):
         mode = "offline"
-        print(f"W&B goes offline ({reason}): `wandb sync` uploads it later", file=sys.stderr)
+        print(
+            f"W&B goes offline ({reason}): set WANDB_MODE=online if that is wrong", file=sys.stderr
+        )
     return wandb.init(
         project=settings.project,
         name=settings.name or None,
@@ -114,13 +111,22 @@ def start_wandb(config: SimpleNamespace, details: dict):
     )
 
 
+def import_wandb():
+    try:
+        import wandb
+    except ImportError:
+        raise ValueError("logging.wandb=true needs a package: pip install wandb") from None
+    return wandb
+
+
 def why_offline() -> str:
     """Why W&B cannot be reached; empty if it can."""
     url = urlsplit(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai"))
+    port = url.port or (80 if url.scheme == "http" else 443)
     if not os.environ.get("WANDB_API_KEY") and not _in_netrc(url.hostname):
         return "no login"
     try:
-        socket.create_connection((url.hostname, url.port or 443), timeout=3).close()
+        socket.create_connection((url.hostname, port), timeout=3).close()
     except OSError as error:
         return f"no network: {error}"
     return ""

@@ -26,9 +26,8 @@ def pick_device(name: str) -> torch.device:
     available = [kind for kind in ("cuda", "mps") if getattr(torch, kind).is_available()] + ["cpu"]
     if name == "auto":
         return torch.device(available[0])
-    kind, _, index = name.partition(":")
-    count = torch.cuda.device_count() if kind == "cuda" else 1
-    if kind not in available or (index and not (index.isdecimal() and int(index) < count)):
+    cards = [f"cuda:{i}" for i in range(torch.cuda.device_count())]
+    if name not in available + cards:
         raise ValueError(
             f"system.device={name} is not there: choose auto or {', '.join(available)}"
         )
@@ -88,7 +87,7 @@ class Loaded(NamedTuple):
     state: dict  # the whole checkpoint
 
 
-def load(path: str, device: torch.device) -> Loaded:
+def load(path: str | Path, device: torch.device) -> Loaded:
     """Load a checkpoint that train.py wrote. Raises `ValueError` for any other file."""
     state = checkpoint.load(path)
     try:
@@ -113,10 +112,11 @@ def load_corpus(settings: dict, trained: object | None = None) -> data.Corpus:
     )
 
 
-def refuse_model_settings(explicit: set[str]) -> None:
-    """For sample.py and eval.py: the checkpoint decides the network. Raises `ValueError`."""
-    if named := sorted(key for key in explicit if key.split(".")[0] == "model"):
-        raise ValueError(f"{named[0]} is decided by the checkpoint: leave it out")
+def refuse_what_the_checkpoint_decides(explicit: set[str]) -> None:
+    """For sample.py and eval.py: network and tokenizer are given. Raises `ValueError`."""
+    for key in sorted(explicit):
+        if key.startswith("model.") or key in ("data.tokenizer", "data.vocab_size"):
+            raise ValueError(f"{key} is decided by the checkpoint: leave it out")
 
 
 def nll(

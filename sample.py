@@ -12,19 +12,19 @@ from cli import Section
 
 
 def main(config: Section, explicit: set[str]) -> None:
-    runtime.refuse_model_settings(explicit)
+    runtime.refuse_what_the_checkpoint_decides(explicit)
     diffusion.check_sampling(**runtime.sampling_settings(config.sampling))
     if config.num_samples < 1:
         raise ValueError(f"num_samples={config.num_samples} must be at least 1")
     device = runtime.pick_device(config.system.device)
     loaded = runtime.load(config.checkpoint, device)
-    step = loaded.state["step"]
-    print(f"{config.checkpoint}: EMA weights after {step} steps, on {device}", file=sys.stderr)
     prompt = torch.from_numpy(loaded.tokenizer.encode(config.prompt))
     canvas, is_masked = make_canvas(
         prompt, config.sampling.length, loaded.model.config.block_size, config.num_samples
     )
     dtype = runtime.pick_dtype(config.system.dtype, device, training=False)
+    step = loaded.state["step"]
+    print(f"{config.checkpoint}: EMA weights after {step} steps, on {device}", file=sys.stderr)
     with runtime.autocast(device, dtype):
         generator = runtime.generator(config.system.seed, "sample")
         sampled = runtime.fill(loaded.model, canvas, is_masked, config.sampling, generator)

@@ -54,7 +54,7 @@ def read_text(path: str | Path) -> str:
         text = path.read_bytes().decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise ValueError(f"{path} is not UTF-8 (byte {error.start}): convert it first") from None
-    text = _jsonl_text(path, text) if path.suffix == ".jsonl" else text
+    text = _jsonl_text(path, text) if path.suffix.lower() == ".jsonl" else text
     if not text:
         raise ValueError(f"{path} is empty: name a file with text in it")
     return text

@@ -20,10 +20,11 @@ import optim
 import runtime
 from cli import Section
 from model import ModelConfig, Transformer
-from runlog import Clock, Interrupt, RunLog
+from runlog import Clock, Interrupt, RunLog, import_wandb
 
 FILES = ("ckpt.pt", "best.pt", "metrics.jsonl")
 INTERRUPTED = 130  # exit code of a run that Ctrl-C ended, after saving
+KEPT = ("data.tokenizer", "data.vocab_size", "training.optimizer")  # when a run is resumed
 AVERAGED = 50  # steps, about, in the running average of the training loss
 
 
@@ -64,6 +65,9 @@ def train(config: Section, explicit: set[str]) -> None:
     run = build(config, explicit)
     settings = run.config.training
     announce(run)
+    if run.finished:
+        print("nothing is left to do: raise training.max_iters to go on")
+        return
     with Interrupt() as interrupt, RunLog(run.config, run.step, run.describe()) as log:
         clock = Clock(run.step)
         while not (run.finished or interrupt.asked):
@@ -78,7 +82,12 @@ def train(config: Section, explicit: set[str]) -> None:
                 if run.due(settings.save_interval) or run.finished or interrupt.asked:
                     save(run, "ckpt.pt")
     if interrupt.asked:
-        print(f"stopped and saved after step {run.step}: go on with training.resume=true")
+        saved = Path(run.config.out_dir, "ckpt.pt").exists()
+        print(
+            f"saved after step {run.step}: go on with training.resume=true"
+            if saved
+            else "stopped before the first step: there is nothing to save"
+        )
         sys.exit(INTERRUPTED)
 
 
@@ -86,83 +95,88 @@ def train(config: Section, explicit: set[str]) -> None:
 
 
 def build(config: Section, explicit: set[str]) -> Run:
-    """The run that the configuration describes: a new one, one from other weights, or a resumed."""
-    start = None
+    """The run that the configuration describes: a new one, one from other weights, or a resumed.
+
+    Raises `ValueError` before anything is written.
+    """
+    start, cpu = None, torch.device("cpu")
     if config.training.resume:
-        start = checkpoint.load(Path(config.out_dir, "ckpt.pt"))
+        start = runtime.load(Path(config.out_dir, "ckpt.pt"), cpu)
         config = resumed_config(config, explicit, start)
     elif config.training.init_from:
-        start = checkpoint.load(config.training.init_from)
+        start = runtime.load(config.training.init_from, cpu)
     check(config)
     device = runtime.pick_device(config.system.device)
     dtype = runtime.pick_dtype(config.system.dtype, device, training=True)
-    trained = data.load_tokenizer(start["tokenizer"]) if start else None
-    corpus = runtime.load_corpus(vars(config.data), trained)
+    corpus = runtime.load_corpus(vars(config.data), start.tokenizer if start else None)
     if corpus.name == "plays":  # the fallback was taken: a resumed run has to take it, too
         config.data.dataset = "plays"
-    model = make_model(config, explicit, corpus.tokenizer.vocab_size, start).to(device)
-    corpus.require(model.config.block_size)
+    model = make_model(config, explicit, corpus, start).to(device)
     settings = config.training
     optimizer = optim.build_optimizer(
         model, settings.optimizer, settings.learning_rate, settings.weight_decay
     )
     average = copy.deepcopy(model).eval()
     run = Run(config, corpus, device, dtype, model, model, average, optimizer)
-    claim_folder(config.out_dir)
     if settings.resume:
-        restore(run, start)
-    else:
-        for path in checkpoint.set_aside(config.out_dir, FILES):
-            print(f"an earlier run's file is kept as {path}")
+        restore(run, start.state)
     if runtime.pays_to_compile(config.system.compile, device, settings.max_iters - run.step):
         run.forward = torch.compile(model)
+    claim_folder(config.out_dir)
+    if not settings.resume:
+        for path in checkpoint.set_aside(config.out_dir, FILES):
+            print(f"an earlier run's file is kept as {path}")
     return run
 
 
-def resumed_config(config: Section, explicit: set[str], start: dict) -> Section:
+def resumed_config(config: Section, explicit: set[str], start: runtime.Loaded) -> Section:
     """The interrupted run's configuration, but for what this command names.
 
-    Raises `ValueError` where that would be another network, other data or another optimizer.
+    Raises `ValueError` where that would be another network, tokenizer or optimizer.
     """
-    resumed = cli.section(start["config"])
-    for key in sorted(explicit - {"experiment"}):
+    resumed = cli.section(start.config)
+    for key in sorted(explicit):
         *path, name = key.split(".")
         old, new = resumed, config
         for part in path:
             old, new = getattr(old, part), getattr(new, part)
         was, value = getattr(old, name), getattr(new, name)
-        fixed = key.split(".")[0] in ("model", "data") or key == "training.optimizer"
-        if fixed and was != value:
+        if was != value and (key.startswith("model.") or key in KEPT):
             raise ValueError(
-                f"{key}={value} is not what the interrupted run had ({was}): leave it out, or "
-                "start a new run in another out_dir"
+                f"{key}={value} is not what the interrupted run had ({was}): leave it out (or its "
+                "experiment), or start a new run in another out_dir"
             )
         setattr(old, name, value)
+    resumed.out_dir = config.out_dir
     return resumed
 
 
 def make_model(
-    config: Section, explicit: set[str], vocab_size: int, start: dict | None
+    config: Section, explicit: set[str], corpus: data.Corpus, start: runtime.Loaded | None
 ) -> Transformer:
     """A new network, or that of the checkpoint `start`, which decides its shape but not dropout."""
-    shape = vars(config.model)
-    for name, value in (start or {}).get("model_config", {}).items():
-        if name in shape and name != "dropout":
-            if f"model.{name}" in explicit and shape[name] != value:
-                raise ValueError(
-                    f"model.{name}={shape[name]} is not what the checkpoint has ({value}): "
-                    "leave it out, or train from the beginning"
-                )
-            shape[name] = value
-    torch.manual_seed(runtime.generator(config.system.seed, "weights").initial_seed())
-    model = Transformer(ModelConfig(vocab_size, **shape))
+    shape, kind = vars(config.model), config.data.tokenizer
     if start:
-        model.load_state_dict(start["ema"])
+        decided = asdict(start.model.config) | {"dropout": config.model.dropout}
+        named = {f"model.{k}": (v, decided[k]) for k, v in shape.items()}
+        named["data.tokenizer"] = (kind, start.tokenizer.state()["kind"])
+        for key, (value, given) in named.items():
+            if key in explicit and value != given:
+                raise ValueError(
+                    f"{key}={value} is not what the checkpoint has ({given}): leave it out (or its "
+                    "experiment), or train from the beginning"
+                )
+        shape.update((name, decided[name]) for name in shape)
+    corpus.require(config.model.block_size)
+    torch.manual_seed(runtime.generator(config.system.seed, "weights").initial_seed())
+    model = Transformer(ModelConfig(corpus.tokenizer.vocab_size, **shape))
+    if start:
+        model.load_state_dict(start.model.state_dict())
     return model
 
 
 def check(config: Section) -> None:
-    """Raise `ValueError` for a value out of its range, before anything is written."""
+    """Raise `ValueError` for a value out of its range."""
     values = vars(config.training)
     positive = ("max_iters", "batch_size", "grad_accum", "learning_rate")
     for name, value in values.items():
@@ -174,15 +188,18 @@ def check(config: Section) -> None:
             f"training.batch_size={values['batch_size']} is not divisible by "
             f"training.grad_accum={values['grad_accum']}: change one of them"
         )
-    for name in ("ema_decay", "min_lr_ratio"):
-        if values[name] >= 1:
-            raise ValueError(f"training.{name}={values[name]} must be less than 1")
+    for name, most in (("ema_decay", 0.999999), ("min_lr_ratio", 1.0)):
+        if values[name] > most:
+            raise ValueError(f"training.{name}={values[name]} must be at most {most}")
     if not 0 < config.diffusion.eps < 1:
         raise ValueError(f"diffusion.eps={config.diffusion.eps} must lie between 0 and 1")
-    if config.logging.interval < 1 or config.eval.batch_size < 1:
-        raise ValueError("logging.interval and eval.batch_size must be positive")
+    for section, name in (("logging", "interval"), ("eval", "batch_size")):
+        if (value := getattr(getattr(config, section), name)) < 1:
+            raise ValueError(f"{section}.{name}={value} must be at least 1")
     schedule(config, 0)
     diffusion.check_sampling(**runtime.sampling_settings(config.sampling))
+    if config.logging.wandb:
+        import_wandb()
 
 
 def claim_folder(folder: str) -> None:
@@ -196,16 +213,20 @@ def claim_folder(folder: str) -> None:
         ) from error
 
 
-def restore(run: Run, start: dict) -> None:
-    if start["corpus"]["sha256"] != run.corpus.sha256:
+def restore(run: Run, state: dict) -> None:
+    if "optimizer" not in state:
         raise ValueError(
-            f"the interrupted run's text ({start['corpus']['name']}) is not what it was: bring it "
+            f"{run.config.out_dir}/ckpt.pt holds averaged weights only and cannot be resumed: "
+            "start from them by training.init_from="
+        )
+    if state["corpus"]["sha256"] != run.corpus.sha256:
+        raise ValueError(
+            f"the interrupted run's text ({state['corpus']['name']}) is not what it was: bring it "
             "back, or start a new run in another out_dir"
         )
-    run.model.load_state_dict(start["model"])
-    run.optimizer.load_state_dict(start["optimizer"])
-    run.step, run.best = start["step"], start["best"]
-    run.loss_avg = start["loss_avg"]
+    run.model.load_state_dict(state["model"])
+    run.optimizer.load_state_dict(state["optimizer"])
+    run.step, run.best, run.loss_avg = state["step"], state["best"], state["loss_avg"]
 
 
 def announce(run: Run) -> None:

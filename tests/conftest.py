@@ -6,12 +6,14 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
+import torch
 
 import cli
 import eval as eval_script
 import sample as sample_script
 import train as train_script
 
+torch.set_num_threads(1)  # threads only get into each other's way where models are tiny
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPTS = {
     "train.py": train_script.train,
@@ -78,4 +80,4 @@ def trained(tmp_path_factory, text_file) -> Path:
 
 def environment(**changes: str) -> dict[str, str]:
     """This process's environment for a subprocess that is to import the project's files."""
-    return os.environ | {"PYTHONPATH": str(ROOT)} | changes
+    return os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"} | changes

@@ -82,6 +82,7 @@ CHAIN = chain(0.1, 0.2)
 CHAIN_TEXT = CHAIN.data.repeat_interleave(  # (100, L), every sequence as often as its law says
     torch.tensor((36, 9, 1, 4, 4, 1, 9, 36)), dim=0
 )
+CHAIN_ENTROPY = -sum(p * math.log(p) for p in (0.5, 0.5, 0.1, 0.9, 0.2, 0.8))
 LOOP = loop()
 
 

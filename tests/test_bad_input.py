@@ -10,10 +10,17 @@ import numpy as np
 import pytest
 import torch
 from conftest import TINY
+from hydra._internal.hydra import Hydra
 
 import checkpoint
 
 NO_FOLDER = "/dev/null/x"  # a file as parent: not even root can make it
+
+
+@pytest.fixture(autouse=True)
+def hurry(monkeypatch):
+    """Spare Hydra from composing twice, first of all to learn that it is not to sweep."""
+    monkeypatch.setattr(Hydra, "get_mode", lambda *_, **__: None)
 
 
 @pytest.fixture
@@ -69,7 +76,6 @@ def names(line: str, parts: str) -> bool:
     [
         ("model.n_head=3", "model.n_embd=32 | model.n_head=3 | multiple of 3"),
         ("model.n_embd=6", "model.n_embd | model.n_head | 3 is odd | even head width"),
-        ("model.n_head=32", "model.n_embd | model.n_head | 1 is odd | even head width"),
         ("model.n_layer=0", "model.n_layer=0 | at least 1"),
         ("model.block_size=9145", "kings.txt | 9144 | model.block_size=9145 | longer text"),
         ("model.dropout=1", "model.dropout=1.0 | [0, 1)"),
@@ -79,20 +85,16 @@ def names(line: str, parts: str) -> bool:
         ("training.batch_size=0", "training.batch_size=0 | positive"),
         ("training.grad_accum=3", "training.batch_size=8 | training.grad_accum=3 | change one"),
         ("training.learning_rate=0", "training.learning_rate=0.0 | positive"),
-        ("training.warmup_iters=-1", "training.warmup_iters=-1 | 0 or more"),
         ("training.grad_clip=-1", "training.grad_clip=-1.0 | 0 or more"),
         ("training.ema_decay=1", "training.ema_decay=1.0 | less than 1"),
-        ("training.eval_interval=-1", "training.eval_interval=-1 | 0 or more"),
         ("training.eval_tokens=-1", "training.eval_tokens=-1 | 0 or more"),
         ("training.optimizer=sgd", "training.optimizer=sgd | adamw | muon"),
         ("training.lr_schedule=step", "training.lr_schedule=step | cosine | linear"),
         ("sampling.steps=0", "sampling.steps=0 | at least 1"),
-        ("sampling.strategy=greedy", "sampling.strategy=greedy | stochastic, confidence"),
         ("eval.batch_size=0", "eval.batch_size=0 | at least 1"),
         ("logging.interval=0", "logging.interval=0 | at least 1"),
         ("system.device=tpu", "system.device=tpu | auto | cpu"),
         ("system.device=cuda:99", "system.device=cuda:99 | auto | cpu"),
-        ("system.device=cpu:7", "system.device=cpu:7 | auto | cpu"),
         ("system.device=cpu:", "system.device=cpu: | auto | cpu"),
         ("system.dtype=float16", "system.dtype=float16 | float32 | bfloat16"),
         ("system.compile=maybe", "system.compile=maybe | auto, true or false"),
@@ -125,7 +127,6 @@ def test_a_setting_that_train_cannot_use(refusal, words, named):
         (["sampling.top_p=1.5"], "sampling.top_p=1.5 | (0, 1]"),
         (["sampling.length=33"], "sampling.length=33 | 32"),
         (["sampling.strategy=greedy"], "sampling.strategy=greedy | stochastic, confidence"),
-        (["system.device=tpu"], "system.device=tpu | auto | cpu"),
         (["system.dtype=float16"], "system.dtype=float16 | float32 | bfloat16"),
         (["model.n_layer=2"], "model.n_layer | checkpoint | leave it out"),
         (["model={n_layer:2}"], "model | checkpoint | leave it out"),
@@ -142,10 +143,10 @@ def test_a_setting_that_sample_cannot_use(refusal, words, named):
     [
         ("eval.draws=0", "eval.draws=0 | at least 1"),
         ("eval.batch_size=0", "eval.batch_size=0 | at least 1"),
-        ("system.device=tpu", "system.device=tpu | auto | cpu"),
         ("system.dtype=float16", "system.dtype=float16 | float32 | bfloat16"),
         ("model.n_layer=2", "model.n_layer | checkpoint | leave it out"),
         ("data.path=nowhere.txt", "nowhere.txt | data.path"),
+        ("data.path=latin.txt", "latin.txt is not UTF-8 (byte 0)"),
         ("data.dir=nowhere", "nowhere | data.dir"),
         ("data.dataset=wikipedia", "data.dataset=wikipedia | shakespeare | plays"),
         ("data.dataset=plays", "no character 'F'"),
@@ -154,6 +155,7 @@ def test_a_setting_that_sample_cannot_use(refusal, words, named):
     ],
 )
 def test_a_setting_that_eval_cannot_use(refusal, word, named):
+    Path("latin.txt").write_bytes(b"\xe9")
     assert names(refusal("eval", word), named)
 
 
@@ -214,10 +216,9 @@ def test_wandb_that_is_not_installed_is_found_out_before_anything_is_touched(ref
         ("broken.jsonl", b"KING 1\n", "broken.jsonl, line 1 | JSON"),
     ],
 )
-@pytest.mark.parametrize("command", ["train", "eval"])
-def test_a_text_that_cannot_be_read(refusal, command, name, data, named):
+def test_a_text_that_cannot_be_read(refusal, name, data, named):
     Path(name).write_bytes(data)
-    assert names(refusal(command, f"data.path={name}"), named)
+    assert names(refusal("train", f"data.path={name}"), named)
 
 
 @pytest.mark.parametrize(
@@ -287,7 +288,7 @@ def test_bins_that_cannot_be_used(refusal, bins, ids, meta, named):
 def test_bins_of_which_one_is_cut_within_a_token(refusal, bins):
     bins([0] * 99, AB)
     Path("bins/val.bin").write_bytes(b"\0" * 99)
-    assert names(refusal("train", "data.dir=bins"), "val.bin | cut (99 bytes | prepare")
+    assert names(refusal("train", "data.dir=bins"), "val.bin | cut | prepare")
 
 
 def test_bins_of_which_one_is_missing(refusal, bins):
@@ -330,7 +331,7 @@ DAMAGES = {
     "missing": (Path.unlink, "no checkpoint at"),
     "a text": (lambda path: path.write_text("KING"), "is damaged or no checkpoint | train again"),
     "cut": (cut, "is damaged or no checkpoint | train again"),
-    "one byte flipped": (flip_a_byte, "is damaged (checksum | train again"),
+    "one byte flipped": (flip_a_byte, "is damaged | checksum | train again"),
     "foreign": (
         lambda path: torch.save({"model": {}}, path),
         "is not a checkpoint of this project",
@@ -344,7 +345,7 @@ DAMAGES = {
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
-@pytest.mark.parametrize("command", ["sample", "eval", "resume", "init_from"])
+@pytest.mark.parametrize("command", ["sample", "resume", "init_from"])
 def test_a_checkpoint_that_cannot_be_used(refusal, out, command, damage):
     spoil, named = DAMAGES[damage]
     spoil(out / "ckpt.pt")
@@ -361,7 +362,7 @@ def test_a_checkpoint_that_cannot_be_used(refusal, out, command, damage):
         (["model.n_embd=64"], "model.n_embd=64 | 32 | leave it out"),
         (["model.dropout=0.5"], "model.dropout=0.5 | 0.0 | leave it out"),
         (["data.tokenizer=byte"], "data.tokenizer=byte | char | leave it out"),
-        (["data.path=other.txt"], "other.txt | kings.txt"),
+        (["data.path=other.txt"], "kings.txt | another out_dir"),
         (["training.optimizer=adamw"], "training.optimizer=adamw | muon | leave it out"),
         (["experiment=small"], "experiment | leave it out"),
         (["training.grad_accum=3"], "training.grad_accum=3 | training.batch_size=8"),

@@ -1,6 +1,7 @@
 """The command line: any text arrives as it is, and a mistake is answered in one line."""
 
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -167,13 +168,11 @@ def test_a_text_may_be_empty(configure, key):
     ("word", "right"),
     [
         ("training.max_itrs=5", "training.max_iters"),
-        ("trainingmax_iters=5", "training.max_iters"),
         ("Training.max_iters=5", "training.max_iters"),
         ("max_iters=5", "training.max_iters"),
         ("model.layers=3", "model.n_layer"),
         ("modl.n_layer=3", "model.n_layer"),
         ("promt=x", "prompt"),
-        ("sampling.temprature=1", "sampling.temperature"),
         ("+data.file_path=x", "data.path"),
         ("system.devise=cpu", "system.device"),
     ],
@@ -183,7 +182,7 @@ def test_a_misspelt_key_is_answered_with_the_nearest_right_one(refusal, word, ri
     assert word.lstrip("+").split("=")[0] in line and f"did you mean {right}?" in line
 
 
-@pytest.mark.parametrize("word", ["qqq=1", "+qqq=1", "qqq.xxx=1", "defaults=[]"])
+@pytest.mark.parametrize("word", ["qqq=1", "qqq.xxx=1", "defaults=[]"])
 def test_a_key_like_no_other_is_answered_with_where_to_look(refusal, word):
     line = refusal(word)
     assert word.lstrip("+").split("=")[0] in line and "configs/config.yaml" in line
@@ -205,7 +204,7 @@ def test_no_key_can_be_deleted(refusal, key):
     assert f"{key} " in refusal(f"~{key}")
 
 
-@pytest.mark.parametrize("word", ["hello", "", "out/ckpt.pt", "training.max_iters", "a/b"])
+@pytest.mark.parametrize("word", ["hello", "", "out/ckpt.pt", "training.max_iters"])
 def test_a_word_without_an_equals_sign_is_answered_with_the_form(refusal, word):
     line = refusal(word)
     assert word in line and "key=value" in line
@@ -219,9 +218,8 @@ def test_an_option_that_is_none_is_answered_in_one_line(refusal, word):
 @pytest.mark.parametrize(
     "word",
     [
-        *("training.max_iters=[1", "training.max_iters={", "training.max_iters=("),
-        *("data.tokenizer='", "logging.tags=[a,", "model.n_layer =3", "training..max_iters=1"),
-        *("training.max_iters=${", "training.max_iters=1,2", "training.max_iters=${nope}"),
+        *("training.max_iters=[1", "training.max_iters=(", "training.max_iters=1,2"),
+        *("data.tokenizer='", "model.n_layer =3", "training.max_iters=${nope}"),
     ],
 )
 def test_what_hydra_cannot_read_is_answered_in_one_line_with_the_key(refusal, word):
@@ -231,24 +229,15 @@ def test_what_hydra_cannot_read_is_answered_in_one_line_with_the_key(refusal, wo
 # --- Values -------------------------------------------------------------------------------------
 
 ILL_TYPED = {
-    "true or false": [
-        "logging.wandb=yes",
-        "logging.wandb=1",
-        "logging.wandb=",
-        "training.resume=x",
-    ],
+    "true or false": ["logging.wandb=yes", "logging.wandb=1", "training.resume="],
     "a whole number": [
         *("model.n_layer=2.5", "model.n_layer=four", "model.n_layer=true", "model.n_layer="),
-        *("model.n_layer=null", "model.n_layer=[1]", "model.n_layer={a:1}", "model.n_layer.x=1"),
-        *("training.max_iters=1e400", "training.max_iters=???"),
+        *("model.n_layer=null", "model.n_layer=[1]", "model.n_layer.x=1", "model.n_layer=1e400"),
     ],
-    "a number": [
-        *("model.dropout=x", "model.dropout=true", "model.dropout=nan", "model.dropout=inf"),
-        *("training.learning_rate=", "training.learning_rate=[1]", "sampling.top_p=null"),
-    ],
+    "a number": ["model.dropout=x", "model.dropout=true", "model.dropout=nan", "model.dropout="],
     "a text": ["system.device=null", "system.device=[a]", "data.tokenizer={a:b}"],
-    "a list": ["logging.tags=x", "logging.tags=", "logging.tags=null", "logging.tags={a:b}"],
-    "a section": ["model=3", "model=", "model=[1]", "training=null"],
+    "a list": ["logging.tags=x", "logging.tags=null", "logging.tags={a:b}"],
+    "a section": ["model=3", "model=[1]", "training=null"],
 }
 
 
@@ -264,7 +253,6 @@ def test_a_value_of_another_type_is_answered_with_the_type(refusal, kind, word):
     ("word", "value"),
     [
         ("model.dropout=0", 0.0),
-        ("training.learning_rate=1", 1.0),
         ("training.learning_rate=6e-4", 0.0006),
         ("training.max_iters=1e3", 1000),
         ("training.max_iters=20.0", 20),
@@ -309,7 +297,7 @@ def test_the_command_line_goes_before_an_experiment(configure, order):
 
 def test_experiments_can_be_swept_over(configure):
     calls = configure("-m", f"experiment={','.join(EXPERIMENTS)}")
-    assert len({repr(config) for config, _ in calls}) == len(EXPERIMENTS) == 3
+    assert len({repr(config) for config, _ in calls}) == len(EXPERIMENTS)
 
 
 # --- What a command leaves behind ---------------------------------------------------------------
@@ -373,9 +361,7 @@ def test_a_failure_at_run_time_is_one_line_with_exit_code_1(short_run, monkeypat
     assert (code, err.count("error: "), err.splitlines()[-1][:7]) == (1, 1, "error: "), err
 
 
-@pytest.mark.parametrize(
-    "width", [32, 256]
-)  # torch reports a small file and a large one in two ways
+@pytest.mark.parametrize("width", [32, 256])  # two ways in which torch.save fails
 def test_a_full_disk_is_one_line_with_exit_code_1_that_names_the_file(short_run, width):
     resource = pytest.importorskip("resource")
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -389,8 +375,8 @@ def test_a_full_disk_is_one_line_with_exit_code_1_that_names_the_file(short_run,
 
 
 def test_an_interrupted_run_has_exit_code_130(short_run, monkeypatch):
-    monkeypatch.setattr(train.Interrupt, "asked", True)
-    assert short_run().code == 130
+    monkeypatch.setattr(RunLog, "metrics", lambda *_: signal.raise_signal(signal.SIGINT))
+    assert short_run("training.max_iters=3").code == 130
 
 
 # --- Bugs of ours -------------------------------------------------------------------------------

@@ -7,6 +7,7 @@ import pytest
 import torch
 from problems import (
     CHAIN,
+    CHAIN_ENTROPY,
     CHAIN_TEXT,
     LOOP,
     arbitrary_network,
@@ -21,7 +22,6 @@ from problems import (
 
 import diffusion
 
-ENTROPY = 1.5186325775
 # eps, training loss (sum over L), (1 - eps) loss + F(eps), for the chain and its exact denoiser
 EPSILONS = [
     (1e-3, 1.5190734163, 1.5186328984),
@@ -214,13 +214,12 @@ def test_the_same_seed_gives_the_same_loss_and_another_seed_another():
 # --- What the loss amounts to --------------------------------------------------------------------
 
 
-def expected_loss(eps: float, nll=diffusion.nll_from_logits) -> float:
-    """E_t[F(p_mask(t)) / p_mask(t)] for the chain's exact denoiser: over every mask, by quadrature
-    in t.
+def expected_loss(eps: float) -> float:
+    """E_t[F(p_mask(t)) / p_mask(t)] of the chain's exact denoiser, over every mask, by quadrature.
 
     Eight nodes are exact: F(p) / p is a polynomial of degree L - 1.
     """
-    costs = expected_costs(exact_denoiser(CHAIN), CHAIN, nll)
+    costs = expected_costs(exact_denoiser(CHAIN), CHAIN, diffusion.nll_from_logits)
     nodes, weights = np.polynomial.legendre.leggauss(8)
     probabilities = [diffusion.mask_probability((node + 1) / 2, eps) for node in nodes]
     return sum(
@@ -238,7 +237,7 @@ def test_the_expected_training_loss_is_that_of_the_table(eps, loss, bound):
 def test_adding_the_cost_at_eps_makes_the_training_loss_a_bound(eps, loss, bound):
     costs = expected_costs(exact_denoiser(CHAIN), CHAIN, diffusion.nll_from_logits)
     stopped = (1 - eps) * expected_loss(eps) + cost_at(eps, costs).item()
-    assert stopped == pytest.approx(bound, abs=1e-8) and stopped >= ENTROPY
+    assert stopped == pytest.approx(bound, abs=1e-8) and stopped >= CHAIN_ENTROPY
 
 
 @pytest.mark.parametrize("eps, loss, bound", EPSILONS)
@@ -257,20 +256,15 @@ def test_the_training_loss_averages_to_that_of_the_table_in_nats_per_token(eps, 
     assert z_score(torch.stack(losses), loss / CHAIN.L) < 4
 
 
-@pytest.mark.parametrize("B, batches", [(1, 2000), (1000, 100)])
+@pytest.mark.parametrize("B, batches", [(1, 400), (1000, 100)])
 def test_the_loss_of_a_network_that_knows_nothing_averages_to_ln_v(B, batches):
     """In batches of one row, too, where masks that knew their time's jitter would show."""
+    model, x0 = zero_logits(5), torch.zeros(B, 4).long()
     losses = [
-        diffusion.masked_diffusion_loss(
-            zero_logits(LOOP.V),
-            LOOP.draw(B, seed),
-            mask_id=LOOP.V,
-            generator=seeded(seed),
-            eps=0.1,
-        )
+        diffusion.masked_diffusion_loss(model, x0, mask_id=5, generator=seeded(seed), eps=0.1)
         for seed in range(batches)
     ]
-    assert z_score(torch.stack(losses), math.log(LOOP.V)) < 4
+    assert z_score(torch.stack(losses), math.log(5)) < 4
 
 
 def test_the_loss_is_the_sum_over_the_masked_divided_by_p_and_by_all_tokens():

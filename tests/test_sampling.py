@@ -45,9 +45,9 @@ def prompts(B: int) -> tuple[torch.Tensor, torch.Tensor]:
     return canvas, torch.rand(B, L, generator=seeded(2)) < torch.linspace(0.2, 1, B)[:, None]
 
 
-def history(strategy: str, steps: int, B: int = 6, **settings) -> list[torch.Tensor]:
+def history(strategy: str, steps: int, **settings) -> list[torch.Tensor]:
     """The states xt (B, L) of `linear_network` after each step, the given canvas first."""
-    canvas, is_masked = prompts(B)
+    canvas, is_masked = prompts(6)
     states = [canvas.masked_fill(is_masked, V)]
     fill(
         linear_network,
@@ -300,19 +300,16 @@ def test_one_row_needs_as_many_calls_on_average_as_the_formula_says():
 
 def plain_confidence(canvas: list[int], is_masked: list[bool], steps: int) -> list[list[int]]:
     """The states of one row after each step at temperature 0, from the definition."""
-    holes = sum(is_masked)
-    xt = [V if hole else token for token, hole in zip(canvas, is_masked, strict=True)]
-    open_, states = [i for i in range(L) if is_masked[i]], []
+    holes = [i for i in range(L) if is_masked[i]]
+    xt = [V if i in holes else canvas[i] for i in range(L)]
+    left, states = list(holes), []
     for j in range(1, steps + 1):
-        logits = linear_network(torch.tensor([xt]))[0].tolist()
-
-        def confidence(i: int, logits: list[list[float]] = logits) -> float:
-            return math.exp(max(logits[i])) / sum(math.exp(logit) for logit in logits[i])
-
-        filled = holes - len(open_)
-        for i in sorted(open_, key=confidence, reverse=True)[: holes * j // steps - filled]:
-            xt[i] = max(range(V), key=lambda v, i=i, logits=logits: logits[i][v])
-            open_.remove(i)
+        top = linear_network(torch.tensor([xt]))[0].softmax(dim=-1).max(dim=-1)
+        score, token = top.values.tolist(), top.indices.tolist()
+        budget = len(holes) * j // steps - (len(holes) - len(left))
+        for i in sorted(left, key=score.__getitem__, reverse=True)[:budget]:
+            xt[i] = token[i]
+            left.remove(i)
         states.append(list(xt))
     return states
 
@@ -381,6 +378,11 @@ def test_tokens_are_drawn_in_proportion_to_their_tempered_probabilities(temperat
 @pytest.mark.parametrize("u, token", [(1 - 2e-9, 0), (1 - 0.5e-9, 1), (1 - 1e-13, 1)])
 def test_a_tail_of_one_in_a_thousand_million_is_drawn_exactly_in_its_quantile(u, token):
     assert drawn([1 - 1e-9, 1e-9], torch.tensor([u], dtype=torch.float64)).item() == token
+
+
+def test_probabilities_are_not_rounded_to_float32():
+    u = torch.tensor([0.5 + 0.5e-9, 0.5 + 1.5e-9], dtype=torch.float64)
+    assert drawn([0.5 + 1e-9, 0.5 - 1e-9], u).tolist() == [0, 1]
 
 
 def test_float32_logits_keep_their_tail():

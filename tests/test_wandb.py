@@ -1,0 +1,321 @@
+"""Weights & Biases: what is logged, by a recording stub, and one real run without a network."""
+
+import json
+import math
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+
+import pytest
+from conftest import ROOT, TINY, environment
+
+import checkpoint
+import runlog
+
+TRAIN = {f"train/{name}" for name in ("loss", "loss_avg", "lr", "grad_norm", "time_ms")}
+EVAL = {f"eval/{name}" for name in ("train_loss", "val_loss", "train_ppl", "val_ppl")}
+
+SHORT = ("training.max_iters=1", "training.eval_interval=0", "training.sample_interval=0")
+
+
+@pytest.fixture(autouse=True)
+def stranger(monkeypatch, tmp_path):
+    """Nobody is logged in, and nothing is said about W&B in the environment."""
+    for name in [name for name in os.environ if name.startswith("WANDB_")]:
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("NETRC", str(tmp_path / "no-netrc"))
+    monkeypatch.setenv("HOME", str(tmp_path))
+
+
+class Stub(ModuleType):
+    """Records what is sent to W&B."""
+
+    def __init__(self):
+        super().__init__("wandb")
+        self.started, self.logged, self.finished = [], [], []
+
+    def init(self, **settings):
+        self.started.append(settings)
+        return self  # as its own run
+
+    def log(self, values, step):
+        self.logged.append((step, values))
+
+    def finish(self, exit_code):
+        self.finished.append(exit_code)
+
+    @staticmethod
+    def Table(columns, data):
+        return SimpleNamespace(columns=columns, data=data)
+
+    def steps_of(self, key: str) -> list[int]:
+        return [step for step, values in self.logged if key in values]
+
+
+@pytest.fixture
+def wandb(monkeypatch) -> Stub:
+    stub = Stub()
+    monkeypatch.setitem(sys.modules, "wandb", stub)
+    return stub
+
+
+@pytest.fixture
+def train(run, text_file, trained):
+    """train("key=value", ...): a tiny run with W&B switched on."""
+    data = (f"data.path={text_file}", f"data.cache_dir={trained.parent}/cache")
+
+    def train(*words: str, code: int = 0):
+        result = run("train.py", *TINY, *data, "logging.wandb=true", *words)
+        assert result.code == code, result
+        return result
+
+    return train
+
+
+# --- Off ----------------------------------------------------------------------------------------
+
+
+def test_wandb_is_off_by_default_and_then_not_imported(run, text_file, monkeypatch):
+    for name in [name for name in sys.modules if name.split(".")[0] == "wandb"]:
+        monkeypatch.delitem(sys.modules, name)
+    assert run("train.py", *TINY, f"data.path={text_file}", *SHORT).code == 0
+    assert "wandb" not in sys.modules
+
+
+def test_without_wandb_the_line_says_how_to_install_it(train, monkeypatch):
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    result = train(code=2)
+    assert result.err.count("\n") == 1 and "pip install wandb" in result.err
+
+
+# --- What is logged -----------------------------------------------------------------------------
+
+
+def test_exactly_these_keys_are_logged(train, wandb):
+    train()
+    keys = {frozenset(values) for _, values in wandb.logged}
+    assert keys == {frozenset(TRAIN), frozenset(EVAL), frozenset({"samples"})}
+
+
+@pytest.mark.parametrize(
+    ("key", "steps"),
+    [("train/loss", range(2, 13, 2)), ("eval/val_loss", (6, 12)), ("samples", (4, 8, 12))],
+)
+def test_each_kind_is_logged_at_its_interval_and_after_the_last_step(train, wandb, key, steps):
+    train("logging.interval=2", "training.sample_interval=4")
+    assert wandb.steps_of(key) == list(steps)
+
+
+def test_no_step_is_logged_after_a_later_one(train, wandb):
+    train()
+    steps = [step for step, _ in wandb.logged]
+    assert steps == sorted(steps)  # W&B drops what comes late
+
+
+def test_perplexity_is_the_exponential_of_the_loss(train, wandb):
+    train()
+    [first, last] = [values for _, values in wandb.logged if "eval/val_ppl" in values]
+    for split in ("train", "val"):
+        for values in (first, last):
+            assert values[f"eval/{split}_ppl"] == math.exp(values[f"eval/{split}_loss"])
+
+
+def test_the_figures_are_those_of_the_metrics_file(train, wandb):
+    train()
+    lines = [json.loads(line) for line in Path("out/metrics.jsonl").read_text().splitlines()]
+    sent = [{"step": step, **values} for step, values in wandb.logged if "samples" not in values]
+    assert sent == lines
+
+
+def test_samples_are_a_table_of_the_texts_that_are_shown(train, wandb):
+    out = train().out
+    tables = [(step, values["samples"]) for step, values in wandb.logged if "samples" in values]
+    assert [step for step, _ in tables] == [6, 12]
+    for step, table in tables:
+        [[at, text]] = table.data
+        assert table.columns == ["step", "text"] and at == step
+        assert f"--- sample after {step} steps ---\n{text}\n---\n" in out
+
+
+# --- What is told of the run --------------------------------------------------------------------
+
+
+def test_project_name_and_tags_are_passed_on(train, wandb):
+    words = ("logging.project=it's mine", "logging.name=a, b", "logging.tags=[small,debug]")
+    train(*words, *SHORT)
+    [started] = wandb.started
+    told = (started["project"], started["name"], started["tags"], started["dir"])
+    assert told == ("it's mine", "a, b", ["small", "debug"], "out")
+
+
+def test_an_empty_name_leaves_the_choice_to_wandb(train, wandb):
+    train(*SHORT)
+    assert wandb.started[0]["name"] is None
+
+
+def test_the_whole_resolved_configuration_is_told(train, wandb):
+    train(*SHORT)
+    config = checkpoint.load("out/ckpt.pt")["config"]
+    assert wandb.started[0]["config"].items() >= config.items()
+    assert config["training"]["max_iters"] == 1 and config["model"]["n_embd"] == 32
+
+
+def test_the_number_of_parameters_is_told(train, wandb):
+    train(*SHORT)
+    weights = checkpoint.load("out/ckpt.pt")["model"]
+    assert wandb.started[0]["config"]["parameters"] == sum(w.numel() for w in weights.values())
+
+
+def test_the_architecture_is_told(train, wandb):
+    train(*SHORT, "model.n_layer=1")
+    architecture = wandb.started[0]["config"]["architecture"]
+    assert architecture == checkpoint.load("out/ckpt.pt")["model_config"]
+    assert (architecture["n_layer"], architecture["block_size"]) == (1, 32)
+
+
+def test_a_run_to_its_end_is_finished_as_a_success(train, wandb):
+    train(*SHORT)
+    assert wandb.finished == [0]
+
+
+def test_a_run_that_fails_is_finished_as_a_failure(train, wandb, monkeypatch):
+    monkeypatch.setattr(wandb, "log", lambda *_, **__: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        train(*SHORT)
+    assert wandb.finished == [1]
+
+
+# --- Offline ------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def server(monkeypatch):
+    """A W&B server that accepts connections, and no more than that."""
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        monkeypatch.setenv("WANDB_BASE_URL", f"http://127.0.0.1:{listening.getsockname()[1]}")
+        yield listening
+
+
+def test_without_a_login_there_is_a_reason_to_go_offline(server):
+    assert runlog.why_offline() == "no login"
+
+
+def test_with_a_key_and_a_server_there_is_none(server, monkeypatch):
+    monkeypatch.setenv("WANDB_API_KEY", "k" * 40)
+    assert runlog.why_offline() == ""
+
+
+def write_netrc(text: str) -> None:
+    Path(os.environ["NETRC"]).write_text(text)
+    Path(os.environ["NETRC"]).chmod(0o600)
+
+
+def test_a_login_in_netrc_counts(server):
+    write_netrc("machine 127.0.0.1 login user password " + "k" * 40)
+    assert runlog.why_offline() == ""
+
+
+@pytest.mark.parametrize("text", ["machine example.org login user password x", "machine", ""])
+def test_a_netrc_without_this_server_does_not_count(server, text):
+    write_netrc(text)
+    assert runlog.why_offline() == "no login"
+
+
+def test_with_a_key_and_no_network_the_reason_is_the_network(server, monkeypatch):
+    monkeypatch.setenv("WANDB_API_KEY", "k" * 40)
+    server.close()
+    assert runlog.why_offline().startswith("no network")
+
+
+@pytest.mark.parametrize(
+    ("url", "address"),
+    [
+        (None, ("api.wandb.ai", 443)),
+        ("https://wandb.example", ("wandb.example", 443)),
+        ("http://wandb.example", ("wandb.example", 80)),
+        ("http://wandb.example:8080/", ("wandb.example", 8080)),
+    ],
+)
+def test_the_server_of_the_users_is_tried(monkeypatch, url, address):
+    tried = []
+    connect = SimpleNamespace(close=lambda: None)
+    monkeypatch.setattr(
+        socket, "create_connection", lambda address, timeout: tried.append(address) or connect
+    )
+    monkeypatch.setenv("WANDB_API_KEY", "k" * 40)
+    if url:
+        monkeypatch.setenv("WANDB_BASE_URL", url)
+    assert (runlog.why_offline(), tried) == ("", [address])
+
+
+def said(result) -> list[str]:
+    return [line for line in result.err.splitlines() if "W&B" in line]
+
+
+def test_without_a_login_the_run_goes_offline_and_says_so_once(train, wandb, server):
+    [line] = said(train(*SHORT))
+    assert wandb.started[0]["mode"] == "offline" and "no login" in line
+
+
+def test_without_a_network_the_run_goes_offline_and_says_so_once(train, wandb, server, monkeypatch):
+    monkeypatch.setenv("WANDB_API_KEY", "k" * 40)
+    server.close()
+    [line] = said(train(*SHORT))
+    assert wandb.started[0]["mode"] == "offline" and "no network" in line
+
+
+def test_with_login_and_network_the_run_is_online(train, wandb, server, monkeypatch):
+    monkeypatch.setenv("WANDB_API_KEY", "k" * 40)
+    assert said(train(*SHORT)) == []
+    assert wandb.started[0]["mode"] is None  # what W&B takes by itself
+
+
+@pytest.mark.parametrize("mode", ["online", "offline", "disabled"])
+def test_the_mode_of_the_users_wins_without_a_word(train, wandb, monkeypatch, mode):
+    monkeypatch.setenv("WANDB_MODE", mode)
+    assert said(train(*SHORT)) == []
+    assert wandb.started[0]["mode"] == mode
+
+
+# --- For real -----------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def offline(tmp_path_factory, text_file, trained):
+    """A tiny run with the real wandb, without a login, as from a shell: its folder and output."""
+    pytest.importorskip("wandb")
+    folder = tmp_path_factory.mktemp("offline")
+    env = environment(HOME=str(folder), NETRC=str(folder / "none"), OMP_NUM_THREADS="1")
+    env = {name: value for name, value in env.items() if not name.startswith("WANDB_")}
+    for name in ("CACHE", "CONFIG", "DATA"):
+        env[f"WANDB_{name}_DIR"] = str(folder / "private")
+    data = (f"data.path={text_file}", f"data.cache_dir={trained.parent}/cache")
+    command = [sys.executable, ROOT / "train.py", *TINY, *data, "logging.wandb=true"]
+    (folder / "here").mkdir()
+    result = subprocess.run(
+        command, cwd=folder / "here", env=env, capture_output=True, text=True, timeout=60
+    )
+    return folder / "here", result
+
+
+def test_a_real_run_without_a_login_goes_to_its_end_and_says_why_it_is_offline(offline):
+    _, result = offline
+    assert result.returncode == 0, result.stderr
+    assert len([line for line in result.stderr.splitlines() if "no login" in line]) == 1
+
+
+def test_a_real_offline_run_is_kept_in_the_out_dir_and_nowhere_else(offline):
+    folder, _ = offline
+    assert [path.name for path in folder.iterdir()] == ["out"]
+    assert len(list(folder.glob("out/wandb/offline-run-*/run-*.wandb"))) == 1
+
+
+def test_a_real_offline_run_holds_the_samples(offline):
+    folder, result = offline
+    tables = folder.glob("out/wandb/offline-run-*/files/media/table/samples_*.table.json")
+    rows = [row for table in tables for row in json.loads(table.read_text())["data"]]
+    assert sorted(step for step, _ in rows) == [6, 12]
+    assert all(text in result.stdout for _, text in rows)
