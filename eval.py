@@ -44,8 +44,7 @@ def choose_tokens(config: Section, explicit: set[str], loaded: Loaded) -> tuple[
         except ValueError as error:
             raise ValueError(f"{config.data.path}: {error}") from error
     named = "data.dataset" in explicit or config.data.dir
-    own = loaded.config["data"] | {"cache_dir": config.data.cache_dir}
-    settings = vars(config.data) if named else own
+    settings = vars(config.data) if named else loaded.config["data"]
     corpus, trained_on = runtime.load_corpus(settings, loaded.tokenizer), loaded.state["corpus"]
     if not named and corpus.sha256 != trained_on["sha256"]:
         raise ValueError(

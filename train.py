@@ -188,9 +188,8 @@ def check(config: Section) -> None:
             f"training.batch_size={values['batch_size']} is not divisible by "
             f"training.grad_accum={values['grad_accum']}: change one of them"
         )
-    for name, most in (("ema_decay", 0.999999), ("min_lr_ratio", 1.0)):
-        if values[name] > most:
-            raise ValueError(f"training.{name}={values[name]} must be at most {most}")
+    if values["ema_decay"] >= 1:
+        raise ValueError(f"training.ema_decay={values['ema_decay']} must be less than 1")
     if not 0 < config.diffusion.eps < 1:
         raise ValueError(f"diffusion.eps={config.diffusion.eps} must lie between 0 and 1")
     for section, name in (("logging", "interval"), ("eval", "batch_size")):

@@ -396,7 +396,7 @@ def test_a_meta_file_that_runs_code_is_refused_before_it_runs(tmp_path):
 
 
 def test_bins_without_a_meta_file_need_to_be_told_their_tokenizer(tmp_path):
-    message = r"no meta\.json or meta\.pkl: say data\.tokenizer=gpt2 or data\.tokenizer=byte"
+    message = r"no meta\.json or meta\.pkl, .*: say data\.tokenizer=gpt2 or data\.tokenizer=byte"
     with pytest.raises(ValueError, match=message):
         open_bins(nanogpt(tmp_path))
 
