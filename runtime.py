@@ -18,7 +18,7 @@ import diffusion
 import text
 from model import ModelConfig, Transformer
 
-WORTH_COMPILING = 500  # steps on a CPU after which torch.compile has earned its start-up back
+WORTH_COMPILING = 5000  # steps on a CPU after which the start-up has been earned back (docs/LOG.md)
 
 
 def pick_device(name: str) -> torch.device:
