@@ -115,7 +115,7 @@ def test_the_bound_of_rows_of_different_lengths_is_the_enumerated_one():
     networks = {L: arbitrary_network(problem) for L, problem in problems.items()}
     text = [problems[L].draw(1, L)[0] for L in (1, 3, 2, 3, 3, 2)]
     costs = [costs_per_token(mask_costs(networks[len(x)], x[None], 2)).sum().item() for x in text]
-    expect_nelbo(sum(costs) / 14, lambda xt: networks[xt.size(1)](xt), text * 40, 2)
+    expect_nelbo(sum(costs) / 14, lambda xt: networks[xt.size(1)](xt), text * 80, 2)
 
 
 def test_two_masked_tokens_of_four_are_every_pair_equally_often():
