@@ -140,15 +140,16 @@ def masked_diffusion_loss(
 
 
 def mask_capacity(batch_size: int, length: int, global_batch_size: int | None = None) -> int:
-    """How many tokens `masked_diffusion_loss` masks in a batch, plus six standard deviations.
+    """How many tokens `masked_diffusion_loss` masks at most: mean plus six standard deviations.
 
-    Stratified times make the number nearly constant, so that this is about half of all and is
-    exceeded once in 1e9 batches. The variance is L B E[p (1 - p)], at most L B / 6, plus that of
-    the times within their strata.
+    Stratified times make the number nearly constant: about half of all, exceeded once in 1e9
+    batches. Where the batch is every n-th row of a global one, the mean is that of the latest part.
+    The variance is L B E[p (1 - p)], about L B / 6, plus that of the times within their strata.
     """
     strata = global_batch_size or batch_size
+    latest = (1 + (strata / batch_size - 1) / strata) / 2  # mean time of the part with the latest
+    mean = batch_size * length * mask_probability(latest)
     deviation = math.sqrt(length * batch_size / 6 + length**2 * batch_size / (12 * strata**2))
-    mean = batch_size * length * mask_probability(0.5)
     return min(batch_size * length, math.ceil(mean + 6 * deviation))
 
 
