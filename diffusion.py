@@ -45,7 +45,8 @@ def uniform(seed: int, rows: Tensor, columns: int, *salt: int) -> Tensor:
     rows[i], j) alone. Devices without float64 (MPS) get the draws by way of the CPU.
     """
     if rows.device.type == "mps":
-        return uniform(seed, rows.cpu(), columns, *salt).float().to(rows.device)
+        draws = uniform(seed, rows.cpu(), columns, *salt).float()
+        return draws.clamp(max=1 - 2**-24).to(rows.device)  # rounding must not give 1
     key = torch.tensor((seed, *salt))
     key = functools.reduce(lambda key, value: _mix(key + value * GOLDEN), key).to(rows.device)
     row_keys = _mix(_mix(key + rows * GOLDEN))  # (B,)
@@ -88,7 +89,7 @@ def mask_counts(
 ) -> tuple[Tensor, Tensor]:
     """Mask exactly counts[i] random tokens of row i of x0 (B, L); returns (xt, is_masked)."""
     noise = uniform(seed, rows, x0.size(1))
-    is_masked = noise.argsort(dim=1).argsort(dim=1) < counts[:, None]
+    is_masked = noise.argsort(dim=1) < counts[:, None]  # the argsort is a random permutation
     return x0.masked_fill(is_masked, mask_id), is_masked
 
 
@@ -106,10 +107,13 @@ def nll_from_logits(model: Model, xt: Tensor, x0: Tensor, is_masked: Tensor) -> 
     `nelbo`; a model that computes its own (`Transformer` with targets=, where=) is passed in by a
     function of the same form.
     """
-    logits = model(xt)[is_masked]  # (masked, V)
-    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    logits = _at_least_float32(model(xt)[is_masked])  # (masked, V)
     nll = F.cross_entropy(logits, x0[is_masked], reduction="none")
     return nll.new_zeros(x0.shape).masked_scatter(is_masked, nll)
+
+
+def _at_least_float32(x: Tensor) -> Tensor:
+    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def masked_diffusion_loss(
@@ -130,6 +134,8 @@ def masked_diffusion_loss(
     default) and i = `rows` (0 ... B - 1 by default), so that a part of a batch gets its share of
     them. Divided by B L, and not by the number of masked tokens: that would be no bound.
     """
+    if (rows is None) != (global_batch_size is None):
+        raise ValueError("rows and global_batch_size go together: give both or neither")
     rows = _rows(x0, rows)
     jitter = uniform(draw_seed(generator), rows, 1)
     t = (rows[:, None] + jitter) / (global_batch_size or len(rows))  # (B, 1)
@@ -139,7 +145,9 @@ def masked_diffusion_loss(
     return (loss / p_mask.to(loss.dtype)).mean()
 
 
-def mask_capacity(batch_size: int, length: int, global_batch_size: int | None = None) -> int:
+def mask_capacity(
+    batch_size: int, length: int, global_batch_size: int | None = None, eps: float = 1e-3
+) -> int:
     """How many tokens `masked_diffusion_loss` masks at most: mean plus six standard deviations.
 
     Stratified times make the number nearly constant: about half of all, exceeded once in 1e9
@@ -148,7 +156,7 @@ def mask_capacity(batch_size: int, length: int, global_batch_size: int | None = 
     """
     strata = global_batch_size or batch_size
     latest = (1 + (strata / batch_size - 1) / strata) / 2  # mean time of the part with the latest
-    mean = batch_size * length * mask_probability(latest)
+    mean = batch_size * length * mask_probability(latest, eps)
     deviation = math.sqrt(length * batch_size / 6 + length**2 * batch_size / (12 * strata**2))
     return min(batch_size * length, math.ceil(mean + 6 * deviation))
 
@@ -182,10 +190,10 @@ def nelbo(
     not depend on `batch_size`. `progress` is told the tokens of each batch.
     """
     lengths = torch.tensor([len(row) for row in x0])
-    if draws < 1 or not len(lengths) or lengths.min() < 1:
-        raise ValueError(
-            f"eval.draws={draws} must be at least 1, and no row of the {len(lengths)} may be empty"
-        )
+    if draws < 1:
+        raise ValueError(f"eval.draws={draws} must be at least 1")
+    if not len(lengths) or lengths.min() < 1:
+        raise ValueError("there is nothing to evaluate: a text or one of its rows is empty")
     totals = []
     for _ in range(draws):
         counts = (stratified_pairs(len(lengths), generator) * lengths).long() + 1
@@ -226,7 +234,7 @@ def stratified_pairs(n: int, generator: Generator | None = None) -> Tensor:
     """n uniform float64 draws in [0, 1): stratified, in pairs (u, 1 - u), in random order."""
     seed, pairs = draw_seed(generator), (n + 1) // 2
     strata = torch.arange(pairs)
-    u = (strata + uniform(seed, strata, 1).squeeze(1)) / pairs
+    u = (strata + uniform(seed, strata, 1).squeeze(1)) / (2 * pairs)  # in [0, 1/2)
     slots = torch.cat((u, (1 - u).clamp(max=1 - 2**-53)))
     order = uniform(seed, torch.arange(2 * pairs), 1, 1).squeeze(1).argsort()
     return slots[order[:n]]
@@ -240,7 +248,7 @@ def _batches_of_equal_length(lengths: Tensor, batch_size: int):
 def _weighted_nll(model, batch, counts, mask_id, seed, rows, nll) -> float:
     device = batch.device
     xt, is_masked = mask_counts(batch, counts.to(device), mask_id, seed, rows.to(device))
-    per_row = nll(model, xt, batch, is_masked).sum(dim=1, dtype=torch.float64).cpu()  # (B,)
+    per_row = nll(model, xt, batch, is_masked).cpu().sum(dim=1, dtype=torch.float64)  # (B,)
     return float((per_row * batch.size(1) / counts).sum())
 
 
@@ -303,7 +311,7 @@ def confidence(step: Step) -> Tensor:
     budget = after - before  # (B,)
     if not budget.any():
         return torch.zeros_like(step.is_masked)
-    score = step.logits.float().softmax(dim=-1).amax(dim=-1)  # (B, L)
+    score = _at_least_float32(step.logits).softmax(dim=-1).amax(dim=-1)  # (B, L)
     score = score.masked_fill(~step.is_masked, -1.0)
     rank = score.argsort(dim=1, descending=True, stable=True).argsort(dim=1)
     return rank < budget[:, None]

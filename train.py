@@ -282,7 +282,8 @@ def accumulate(run: Run) -> Tensor:
     settings, seed, L = run.config.training, run.config.system.seed, run.model.config.block_size
     B, parts = settings.batch_size, settings.grad_accum
     compiled = run.forward is not run.model  # wants static shapes
-    capacity = diffusion.mask_capacity(B // parts, L, B) if compiled else None
+    eps = run.config.diffusion.eps
+    capacity = diffusion.mask_capacity(B // parts, L, B, eps) if compiled else None
     torch.manual_seed(runtime.generator(seed, "dropout", run.step).initial_seed())
     total = torch.zeros((), device=run.device)
     for part in range(parts):
@@ -294,7 +295,7 @@ def accumulate(run: Run) -> Tensor:
                 x0.to(run.device),
                 mask_id=run.model.config.mask_id,
                 generator=runtime.generator(seed, "masks", run.step),
-                eps=run.config.diffusion.eps,
+                eps=eps,
                 rows=rows.to(run.device),
                 global_batch_size=B,
                 nll=partial(runtime.nll, capacity=capacity),

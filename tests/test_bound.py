@@ -200,7 +200,7 @@ def test_every_stratum_holds_two_entries_of_the_pairs():
 
 
 def test_no_two_pairs_lie_at_the_same_place_within_their_strata():
-    place = (diffusion.stratified_pairs(12, seeded(0)) * 6).frac()
+    place = (diffusion.stratified_pairs(12, seeded(0)) * 12).frac()
     assert len(torch.minimum(place, 1 - place).round(decimals=9).unique()) == 6
 
 

@@ -312,3 +312,16 @@ def test_no_interleaved_part_of_a_batch_masks_more_tokens_than_its_capacity(part
         masked_in_a_batch(4, 128, seed, rows=rows, global_batch_size=32) for seed in range(500)
     )
     assert most <= diffusion.mask_capacity(4, 128, 32)
+
+
+def test_a_larger_eps_masks_no_more_tokens_than_its_capacity():
+    most = max(masked_in_a_batch(32, 128, seed, eps=0.1) for seed in range(500))
+    assert most <= diffusion.mask_capacity(32, 128, eps=0.1)
+
+
+@pytest.mark.parametrize("given", [{"rows": torch.tensor([4, 5])}, {"global_batch_size": 8}])
+def test_rows_and_the_size_of_the_global_batch_are_given_together(given):
+    with pytest.raises(ValueError, match="go together"):
+        diffusion.masked_diffusion_loss(
+            zero_logits(2), torch.zeros(2, 4).long(), mask_id=2, **given
+        )
