@@ -87,8 +87,7 @@ def check_archive(path: Path) -> None:
 
 
 def set_aside(folder: str | Path, names: tuple[str, ...]) -> list[Path]:
-    """Rename the files `names` of an earlier run to name-1, name-2, ... (the first number free for
-    all of them).
+    """Rename the files `names` of an earlier run to name-1, name-2, ...: the first that is free.
 
     Returns the new paths, empty if there was nothing to rename.
     """

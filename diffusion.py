@@ -1,10 +1,9 @@
-"""Masked diffusion: forward masking, the training loss, the likelihood bound and the reverse
-process.
+"""Masked diffusion: forward masking, training loss, likelihood bound and reverse process.
 
-`model` is any callable from ids (B, L) to logits (B, L, V), and V is the vocabulary without the
-mask. Everything random is a function of (seed, row, position): a function that takes a `generator`
-draws one seed from it and hashes the rest, so that row i of a batch gets the same draws whatever
-the batch, the device or the number of processes.
+`model` is any callable from ids (B, L) to logits (B, L, V); V is the vocabulary without the mask.
+Everything random is a function of (seed, row, position): a function that takes a `generator` draws
+one seed from it and hashes the rest, so that row i of a batch gets the same draws whatever the
+batch, the device or the number of processes.
 """
 
 import functools
@@ -335,15 +334,14 @@ def sample(
     rows: Tensor | None = None,
     callback: Callable[[int, float, Tensor], None] | None = None,
 ) -> Sampled:
-    """Fill the positions `is_masked` (bool) of `canvas` (B, L) in `steps` steps; the others never
-    change.
+    """Fill the positions `is_masked` of `canvas` (B, L) in `steps` steps; no other ever changes.
 
     Each step predicts all positions at once and reveals those that the strategy (a key of
     `STRATEGIES`) chooses; after the last none is masked. A step that reveals nothing does not call
     the network. Row i draws from (seed, rows[i]) alone (0 ... B - 1 by default). `callback(j, t,
     xt)` sees the state after step j = 1 ... steps, at time t = 1 - j / steps. Temperature 0 takes
-    the most probable token; `top_p` keeps the smallest set of tokens whose probability reaches it.
-    Raises `ValueError` for a setting out of its range.
+    the most probable token; `top_p`, applied after the temperature, keeps the smallest set of
+    tokens whose probability reaches it. Raises `ValueError` for a setting out of its range.
     """
     check_sampling(steps, strategy, temperature, top_p)
     xt, is_masked = canvas.masked_fill(is_masked, mask_id), is_masked.clone()

@@ -63,8 +63,7 @@ class ModelConfig:
 
 
 def rope_tables(length: int, head_size: int, base: float = 10000.0) -> tuple[Tensor, Tensor]:
-    """Cosines and sines of the rotary embedding (RoFormer, arXiv 2104.09864), each (length,
-    head_size / 2).
+    """Cosines and sines of the rotary embedding (arXiv 2104.09864), each (length, head_size / 2).
 
     Always float32: in bfloat16 the angles of neighbouring positions collapse.
     """
@@ -190,8 +189,7 @@ class Transformer(nn.Module):
         where: Tensor | None = None,
         capacity: int | None = None,
     ) -> Tensor:
-        """Logits (B, L, V); or, given `targets` (B, L) and `where` (bool), cross-entropies (B, L)
-        in nats.
+        """Logits (B, L, V); given `targets` and `where` (B, L), cross-entropies (B, L) in nats.
 
         The cross-entropies are float32, 0 outside `where`, and logits are built for the positions
         in `where` alone. `capacity` fixes how many positions are computed (torch.compile wants

@@ -92,8 +92,7 @@ def _can_fuse(device: torch.device) -> bool:
 def learning_rate_factor(
     step: int, max_iters: int, warmup_iters: int, schedule: str, floor: float
 ) -> float:
-    """The share of the peak rate in step 0 ... max_iters - 1: linear warm-up, then decay to `floor`
-    at the end.
+    """The share of the peak rate in step 0 ... max_iters - 1: warm-up, then decay to `floor`.
 
     `cosine` decays along half a wave, `linear` along a line. Raises `ValueError` for another
     schedule.
@@ -109,10 +108,9 @@ def learning_rate_factor(
 
 @torch.no_grad()
 def update_ema(average: list[Tensor], current: list[Tensor], decay: float, step: int) -> None:
-    """average <- d average + (1 - d) current, in place; d rises to `decay` as (1 + step) / (10 +
-    step).
+    """In place, average <- d average + (1 - d) current, d = min(decay, (1 + step) / (10 + step)).
 
-    The rise keeps the random initial weights out of the average of a short run.
+    The rise of d keeps the random initial weights out of the average of a short run.
     """
     d = min(decay, (1 + step) / (10 + step))
     torch._foreach_lerp_(average, current, 1 - d)

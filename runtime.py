@@ -100,8 +100,9 @@ def load(path: str | Path, device: torch.device) -> Loaded:
 
 
 def load_corpus(settings: dict, trained: object | None = None) -> data.Corpus:
-    """The corpus that the `data` section names; `dir` (bins) goes before `path`, `path` before
-    `dataset`. `trained` is the tokenizer of a checkpoint that it has to fit. Raises `ValueError`.
+    """The corpus that the `data` section names, fit for the tokenizer `trained` of a checkpoint.
+
+    `dir` (bins) goes before `path`, and `path` before `dataset`. Raises `ValueError`.
     """
     settings = SimpleNamespace(**settings)
     if settings.dir:

@@ -4,6 +4,7 @@ import ast
 import dataclasses
 import inspect
 import re
+import subprocess
 import sys
 import tomllib
 from pathlib import Path
@@ -76,6 +77,15 @@ def test_the_package_holds_exactly_the_leaves():
     included = wheel["targets"]["wheel"]["force-include"]
     assert {Path(name).stem for name in included if name.endswith(".py")} == set(FLOORS[0])
     assert all(target == f"nanomdm/{source}" for source, target in included.items())
+
+
+def test_the_package_can_be_used_from_anywhere(tmp_path):
+    command = "import nanomdm.model, nanomdm.diffusion, nanomdm.text as t; print(t.PLAYS.exists())"
+    python = [sys.executable, "-c", command]
+    result = subprocess.run(python, cwd=tmp_path, capture_output=True, text=True, timeout=60)
+    if "No module named 'nanomdm'" in result.stderr:
+        pytest.skip("not installed here: pip install .")
+    assert result.stdout == "True\n", result.stderr
 
 
 def dotted(values: dict, prefix: str = "") -> set[str]:
