@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 
 run: $(VENV)/run.done
 	$(BIN)/python train.py
-	$(BIN)/python sample.py prompt="ROMEO:"
+	$(BIN)/python sample.py prompt="ROMEO:" sampling.temperature=0.8
 	$(BIN)/python eval.py
 
 test: $(VENV)/dev.done
