@@ -1,4 +1,4 @@
-"""Masked diffusion: forward masking, training loss, likelihood bound and reverse process.
+"""Masked diffusion: forward masking, training loss and reverse process.
 
 `model` is any callable from ids (B, L) to logits (B, L, V); V is the vocabulary without the mask.
 Everything random is a function of (seed, row, position): a function that takes a `generator` draws
@@ -8,8 +8,7 @@ batch, the device or the number of processes.
 
 import functools
 import math
-import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -83,28 +82,19 @@ def mask_tokens(
     return x0.masked_fill(is_masked, mask_id), is_masked
 
 
-def mask_counts(
-    x0: Tensor, counts: Tensor, mask_id: int, seed: int, rows: Tensor
-) -> tuple[Tensor, Tensor]:
-    """Mask exactly counts[i] random tokens of row i of x0 (B, L); returns (xt, is_masked)."""
-    noise = uniform(seed, rows, x0.size(1))
-    is_masked = noise.argsort(dim=1) < counts[:, None]  # the argsort is a random permutation
-    return x0.masked_fill(is_masked, mask_id), is_masked
-
-
 def _rows(x: Tensor, rows: Tensor | None) -> Tensor:
     return torch.arange(x.size(0), device=x.device) if rows is None else rows
 
 
-# --- Training loss and likelihood bound ----------------------------------------------------------
+# --- Training loss -------------------------------------------------------------------------------
 
 
 def nll_from_logits(model: Model, xt: Tensor, x0: Tensor, is_masked: Tensor) -> Tensor:
     """Cross-entropies (B, L) in nats, 0 where nothing is masked, from a model's logits (B, L, V).
 
-    At least float32, float64 for a float64 model. The default `nll` of `masked_diffusion_loss` and
-    `nelbo`; a model that computes its own (`Transformer` with targets=, where=) is passed in by a
-    function of the same form.
+    At least float32, float64 for a float64 model. The default `nll` of `masked_diffusion_loss`; a
+    model that computes its own (`Transformer` with targets=, where=) is passed in by a function of
+    the same form.
     """
     logits = _at_least_float32(model(xt)[is_masked])  # (masked, V)
     nll = F.cross_entropy(logits, x0[is_masked], reduction="none")
@@ -158,97 +148,6 @@ def mask_capacity(
     mean = batch_size * length * mask_probability(latest, eps)
     deviation = math.sqrt(length * batch_size / 6 + length**2 * batch_size / (12 * strata**2))
     return min(batch_size * length, math.ceil(mean + 6 * deviation))
-
-
-class Bound(NamedTuple):
-    """A bound on -log p, nats per token, and its standard error over the masks (nan for 1 draw)."""
-
-    value: float
-    standard_error: float
-
-
-@torch.no_grad()
-def nelbo(
-    model: Model,
-    x0: Tensor | Sequence[Tensor],
-    *,
-    mask_id: int,
-    generator: Generator | None = None,
-    draws: int = 8,
-    batch_size: int = 64,
-    nll: Callable = nll_from_logits,
-    progress: Callable[[int], None] = lambda tokens: None,
-) -> Bound:
-    """The negative evidence lower bound of x0, an upper bound on -log p(x0) per token, in nats.
-
-    x0 is (N, L), or a sequence of N rows (L_i,) that may differ in length. Each of `draws` passes
-    masks l ~ U{1..L} tokens of every row, a uniformly random subset, and counts (L / l) times their
-    cross-entropy, which needs no epsilon and has finite variance (ARDM, arXiv 2110.02037). The l
-    are stratified over all N rows, in antithetic pairs (l, L + 1 - l). The passes are independent,
-    and the error is that of their mean: the text is given, the masks are random. The result does
-    not depend on `batch_size`. `progress` is told the tokens of each batch.
-    """
-    lengths = torch.tensor([len(row) for row in x0])
-    if draws < 1:
-        raise ValueError(f"eval.draws={draws} must be at least 1")
-    if not len(lengths) or lengths.min() < 1:
-        raise ValueError("there is nothing to evaluate: a text or one of its rows is empty")
-    totals = []
-    for _ in range(draws):
-        counts = (stratified_pairs(len(lengths), generator) * lengths).long() + 1
-        seed = draw_seed(generator)
-        total = 0.0
-        for rows in _batches_of_equal_length(lengths, batch_size):
-            batch = x0[rows] if isinstance(x0, Tensor) else torch.stack([x0[i] for i in rows])
-            total += _weighted_nll(model, batch, counts[rows], mask_id, seed, rows, nll)
-            progress(batch.numel())
-        totals.append(total / int(lengths.sum()))
-    mean = statistics.fmean(totals)
-    return Bound(mean, statistics.stdev(totals) / math.sqrt(draws) if draws > 1 else math.nan)
-
-
-def student_t(freedom: int, coverage: float = 0.95) -> float:
-    """The t with P(|T| < t) = `coverage` for Student's T with so many degrees of freedom.
-
-    By bisection; for whole degrees the probability is a finite sum (Abramowitz and Stegun 26.7.3
-    and 26.7.4).
-    """
-
-    def inside(t: float) -> float:
-        theta = math.atan(t / math.sqrt(freedom))
-        power = math.cos(theta) if freedom % 2 else 1.0
-        total, term = 0.0, math.sin(theta) * power
-        for k in range(2 + freedom % 2, freedom + 1, 2):
-            total, term = total + term, term * math.cos(theta) ** 2 * (k - 1) / k
-        return 2 / math.pi * (theta + total) if freedom % 2 else total
-
-    low, high = 0.0, 1e6
-    for _ in range(100):
-        middle = (low + high) / 2
-        low, high = (middle, high) if inside(middle) < coverage else (low, middle)
-    return low
-
-
-def stratified_pairs(n: int, generator: Generator | None = None) -> Tensor:
-    """n uniform float64 draws in [0, 1): stratified, in pairs (u, 1 - u), in random order."""
-    seed, pairs = draw_seed(generator), (n + 1) // 2
-    strata = torch.arange(pairs)
-    u = (strata + uniform(seed, strata, 1).squeeze(1)) / (2 * pairs)  # in [0, 1/2)
-    slots = torch.cat((u, (1 - u).clamp(max=1 - 2**-53)))
-    order = uniform(seed, torch.arange(2 * pairs), 1, 1).squeeze(1).argsort()
-    return slots[order[:n]]
-
-
-def _batches_of_equal_length(lengths: Tensor, batch_size: int):
-    for length in lengths.unique():
-        yield from (lengths == length).nonzero().squeeze(1).split(batch_size)
-
-
-def _weighted_nll(model, batch, counts, mask_id, seed, rows, nll) -> float:
-    device = batch.device
-    xt, is_masked = mask_counts(batch, counts.to(device), mask_id, seed, rows.to(device))
-    per_row = nll(model, xt, batch, is_masked).cpu().sum(dim=1, dtype=torch.float64)  # (B,)
-    return float((per_row * batch.size(1) / counts).sum())
 
 
 # --- Reverse process -----------------------------------------------------------------------------

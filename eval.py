@@ -5,9 +5,9 @@ import time
 
 import numpy as np
 
+import bounds
 import cli
 import data
-import diffusion
 import runtime
 import text
 from cli import Section
@@ -54,7 +54,7 @@ def choose_tokens(config: Section, explicit: set[str], loaded: Loaded) -> tuple[
     return f"validation split of {corpus.name}", corpus.val
 
 
-def evaluate(loaded: Loaded, config: Section, tokens: np.ndarray) -> diffusion.Bound:
+def evaluate(loaded: Loaded, config: Section, tokens: np.ndarray) -> bounds.Bound:
     """The bound over all `tokens`, in blocks of the model's context that do not overlap."""
     device, draws = loaded.model.device, config.eval.draws
     rows = data.blocks(tokens, loaded.model.config.block_size)
@@ -70,7 +70,7 @@ def evaluate(loaded: Loaded, config: Section, tokens: np.ndarray) -> diffusion.B
         )
 
 
-def summary(bound: diffusion.Bound, draws: int, tokens: int, size: int) -> list[str]:
+def summary(bound: bounds.Bound, draws: int, tokens: int, size: int) -> list[str]:
     """The lines to print, for a text of so many `tokens` and `size` bytes.
 
     The error is that of the mean over the masks, the text being given.
@@ -85,7 +85,7 @@ def summary(bound: diffusion.Bound, draws: int, tokens: int, size: int) -> list[
     lines = [line("loss", 1.0, "nats/token"), f"perplexity {math.exp(loss):.2f}"]
     lines.append(line("bits", to_bits, "per byte"))
     if draws > 1:
-        half = diffusion.student_t(draws - 1) * error
+        half = bounds.student_t(draws - 1) * error
         lines.append(f"95% interval {loss - half:.4f} to {loss + half:.4f} nats/token")
     return lines
 

@@ -12,6 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Generator, Tensor, nn
 
+import bounds
 import checkpoint
 import data
 import diffusion
@@ -123,15 +124,15 @@ def refuse_what_the_checkpoint_decides(explicit: set[str]) -> None:
 def nll(
     model: nn.Module, xt: Tensor, x0: Tensor, is_masked: Tensor, capacity: int | None = None
 ) -> Tensor:
-    """A `Transformer`'s own cross-entropies (B, L), as `diffusion` asks for them."""
+    """A `Transformer`'s own cross-entropies (B, L), as `diffusion` and `bounds` ask for them."""
     return model(xt, targets=x0, where=is_masked, capacity=capacity)
 
 
 def bound(
     model: Transformer, rows: list[Tensor], seed: int, draws: int, batch_size: int, **options
-) -> diffusion.Bound:
-    """`diffusion.nelbo` of rows (L_i,) under a `Transformer`, on masks that follow from `seed`."""
-    return diffusion.nelbo(
+) -> bounds.Bound:
+    """`bounds.nelbo` of rows (L_i,) under a `Transformer`, on masks that follow from `seed`."""
+    return bounds.nelbo(
         model,
         [row.to(model.device) for row in rows],
         mask_id=model.config.mask_id,

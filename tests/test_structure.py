@@ -17,7 +17,7 @@ import diffusion
 from model import ModelConfig
 
 FLOORS = (
-    ("model", "diffusion", "text", "data", "optim", "checkpoint"),
+    ("model", "diffusion", "bounds", "text", "data", "optim", "checkpoint"),
     ("cli", "runtime", "runlog"),
     ("train", "sample", "eval"),
 )
@@ -69,7 +69,7 @@ def test_the_core_stays_small(capsys):
             listing = ", ".join(f"{name} {lines}" for name, lines in files.items())
             print(f"\nfloor {floor}: {sum(files.values())} lines ({listing})", end="")
     assert max(max(files.values()) for files in sizes.values()) <= 420
-    assert sum(sum(files.values()) for files in sizes.values()) <= 2450
+    assert sum(sum(files.values()) for files in sizes.values()) <= 3000
 
 
 def test_the_package_holds_exactly_the_leaves():
