@@ -32,7 +32,7 @@ class Query(NamedTuple):
     """
 
     hidden: Tensor  # (B, L) bool: what is masked
-    scored: Tensor  # (B, L) bool, a part of `hidden`
+    scored: Tensor  # (B, L) bool
     weight: Tensor  # (B,) float64
 
 
@@ -94,7 +94,7 @@ def _one_by_one(place: Tensor, holes: Tensor) -> Iterator[Query]:
 def everything(u: Tensor, noise: Tensor) -> Iterator[Query]:
     """All tokens in one call: the exact likelihood of an autoregressive network."""
     scored = noise < 1
-    yield Query(scored, scored, torch.ones(len(u)))
+    yield Query(torch.zeros_like(scored), scored, torch.ones(len(u)))
 
 
 def masked_counts(u: Tensor, holes: Tensor) -> Tensor:
@@ -247,3 +247,22 @@ def student_t(freedom: int, coverage: float = 0.95) -> float:
         middle = (low + high) / 2
         low, high = (middle, high) if inside(middle) < coverage else (low, middle)
     return low
+
+
+# --- Long texts ----------------------------------------------------------------------------------
+
+
+def windows(length: int, context: int, stride: int) -> list[tuple[int, int, int]]:
+    """(start, stop, first) of the windows over a text: what is seen, and from where it is scored.
+
+    Each token is scored once. A window moves by `stride` tokens and sees up to `context`, what
+    comes before `first` being given; with `stride` = `context` nothing is given, and the windows do
+    not overlap. Raises `ValueError` for a stride outside 1 ... context.
+    """
+    if not 1 <= stride <= context:
+        raise ValueError(f"eval.stride={stride} must lie in 1 ... {context}, the model's context")
+    firsts = [0, *range(context, length, stride)]
+    stops = [min(length, context), *(min(length, first + stride) for first in firsts[1:])]
+    seen = context if stride < context else 0
+    starts = [max(0, min(first, stop - seen)) for first, stop in zip(firsts, stops, strict=True)]
+    return list(zip(starts, stops, firsts, strict=True))

@@ -1,7 +1,6 @@
-"""The command line of the three scripts: Hydra, made to take any text and to answer in one line."""
+"""The command line: Hydra, made to take any text and to answer in one line."""
 
 import difflib
-import functools
 import math
 import os
 import re
@@ -24,6 +23,10 @@ FREE_TEXT = {
     *("checkpoint", "prompt", "out_dir", "data.path", "data.dir", "data.cache_dir"),
     *("training.init_from", "logging.project", "logging.name"),
 }
+QUIET = (  # what configs/config.yaml says of Hydra, for the settings of tools and benches
+    *("hydra.run.dir=.", "hydra.output_subdir=null", "hydra.job.chdir=false"),
+    *("hydra/job_logging=disabled", "hydra/hydra_logging=disabled"),
+)
 TAKE_A_WORD = ("--cfg", "-c", "--info", "-i", "--package", "-p")
 OPTIONS = (
     *TAKE_A_WORD,
@@ -56,29 +59,34 @@ def section(values: dict) -> Section:
     return Section(**{k: section(v) if isinstance(v, dict) else v for k, v in values.items()})
 
 
-def main(script: Callable[[Section, set[str]], None]) -> None:
+def main(script: Callable[[Section, set[str]], None], config: str = "config") -> None:
     """Run `script(config, explicit)`; `explicit` are the keys that the command line names.
 
-    Those of an experiment that it names are among them.
+    Those of an experiment that it names are among them. `config` names the file below configs/ that
+    holds the settings: a tool or a bench has a small one of its own, every text of which is free
+    text, and no sweeps.
     """
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra passes errors on, instead of printing five lines
-    decorate = hydra.main(version_base="1.3", config_path=str(CONFIGS), config_name="config")
+    path, own = CONFIGS / f"{config}.yaml", config != "config"
+    decorate = hydra.main(version_base="1.3", config_path=str(path.parent), config_name=path.stem)
+    free_text = {k for k, v in _flat(load_defaults(config)) if isinstance(v, str)}
 
     def task(composed) -> None:
-        with one_line_errors():  # here, too: Hydra prints a line of its own for what leaves a task
-            script(*read(composed))
+        with one_line_errors(config):  # here, too: Hydra prints a line for what leaves a task
+            script(*read(composed, config))
 
-    with one_line_errors():
+    with one_line_errors(config):
         before = ["", *sys.argv[1:]]
-        sys.argv[1:] = [
-            word if previous in TAKE_A_WORD else prepare_argument(word)
+        words = [
+            word if previous in TAKE_A_WORD else prepare_argument(word, free_text if own else None)
             for previous, word in zip(before, sys.argv[1:], strict=False)
         ]
+        sys.argv[1:] = [*QUIET, *words] if own else words
         decorate(task)()
 
 
 @contextmanager
-def one_line_errors():
+def one_line_errors(config: str = "config"):
     """End a mistake of the user's in one line on stderr.
 
     The exit code is 2 for bad input (`ValueError`), 1 for what fails at run time (`OSError`). Other
@@ -91,7 +99,10 @@ def one_line_errors():
         stop(f"cannot read {word} ({reason}): quote what is special to Hydra", code=2)
     except (HydraException, OmegaConfBaseException) as error:
         merged = re.match(r"Error merging override \+*([\w.]+)=(.*)", str(error))
-        stop(str(misfit(*merged.groups()) if merged else error), code=2)
+        if merged:
+            key, value = merged.groups()
+            error = misfit(key, value, dict(_flat(load_defaults(config), inner=True))[key])
+        stop(str(error), code=2)
     except KeyboardInterrupt:
         stop("interrupted", code=130)
     except OSError as error:
@@ -109,14 +120,17 @@ def stop(message: str, code: int) -> None:
 
 def raised_by_us(error: Exception) -> bool:
     last = traceback.extract_tb(error.__traceback__)[-1]
-    return Path(last.filename).parent == ROOT and last.line.startswith("raise")
+    ours = (ROOT, ROOT / "tools", ROOT / "bench")
+    return Path(last.filename).parent in ours and last.line.startswith("raise")
 
 
-def read(composed) -> tuple[Section, set[str]]:
+def read(composed, name: str = "config") -> tuple[Section, set[str]]:
     """The configuration as plain, checked values, and the keys that the command line names."""
     values, job = OmegaConf.to_container(composed, resolve=True), HydraConfig.get()
-    values = check_types(values)
+    values = check_types(values, name)
     config = section(values)
+    if job.mode.name == "MULTIRUN" and name != "config":
+        raise ValueError("-m sweeps train.py, sample.py and eval.py only: leave it out")
     if job.mode.name == "MULTIRUN":  # each job of a sweep has a folder of its own
         config.out_dir = str(Path(config.out_dir, str(job.job.num)))
     explicit = set()
@@ -124,19 +138,20 @@ def read(composed) -> tuple[Section, set[str]]:
         key, _, value = word.partition("=")
         key = key.lstrip("+")
         if key == "experiment":
-            explicit |= {k for name in experiments(value) for k in _dotted(_load_experiment(name))}
+            explicit |= {k for name in experiments(value) for k in _keys(_load_experiment(name))}
         else:
-            explicit |= {k for k in _dotted(values) if k == key or k.startswith(f"{key}.")}
+            explicit |= {k for k in _keys(values) if k == key or k.startswith(f"{key}.")}
     return config, explicit
 
 
 # --- Words --------------------------------------------------------------------------------------
 
 
-def prepare_argument(word: str) -> str:
+def prepare_argument(word: str, free_text: set[str] | None = None) -> str:
     """A word of the command line as Hydra has to see it.
 
-    Free text is quoted, and any key is let in: `check_types` answers better to an unknown one.
+    Free text (of the keys `free_text`, by default those of configs/config.yaml) is quoted, and any
+    key is let in: `check_types` answers better to an unknown one.
     """
     key, equals, value = word.partition("=")
     name = key.lstrip("+")
@@ -151,7 +166,7 @@ def prepare_argument(word: str) -> str:
         return f"+experiment={value}"
     if word.startswith(("~", "hydra")) or "/" in name:
         return word
-    return f"++{name}={quote(value) if name in FREE_TEXT else value}"
+    return f"++{name}={quote(value) if name in (free_text or FREE_TEXT) else value}"
 
 
 def experiments(value: str) -> list[str]:
@@ -181,26 +196,34 @@ def quote(text: str) -> str:
 # --- Types --------------------------------------------------------------------------------------
 
 
-def check_types(values: dict) -> dict:
+def check_types(values: dict, name: str = "config") -> dict:
     """The configuration with every value of its default's type.
 
-    Raises `ValueError` for a key that configs/config.yaml has not, and for a value of another type.
+    Raises `ValueError` for a key that configs/NAME.yaml has not, and for a value of another type.
     """
-    known = list(_dotted(defaults := load_defaults()))
-    for key in _dotted(values):
+    known = list(_keys(defaults := load_defaults(name)))
+    for key in _keys(values):
         if not any(k == key or k.startswith(f"{key}.") or key.startswith(f"{k}.") for k in known):
-            raise ValueError(f"no setting {key}: {_nearest(key, known)}")
+            raise ValueError(f"no setting {key}: {_nearest(key, known, name)}")
     return _checked("", values, defaults)
 
 
-def load_defaults() -> dict:
-    defaults = OmegaConf.to_container(OmegaConf.load(CONFIGS / "config.yaml"), resolve=False)
+def load_defaults(name: str = "config") -> dict:
+    defaults = OmegaConf.to_container(OmegaConf.load(CONFIGS / f"{name}.yaml"), resolve=False)
     return {k: v for k, v in defaults.items() if k not in ("hydra", "defaults")}
 
 
-def _dotted(values: dict, prefix: str = ""):
+def _flat(values: dict, prefix: str = "", inner: bool = False):
+    """(dotted key, value) of every setting, and of the sections, too, if `inner`."""
     for key, value in values.items():
-        yield from _dotted(value, f"{prefix}{key}.") if isinstance(value, dict) else [prefix + key]
+        if inner or not isinstance(value, dict):
+            yield prefix + key, value
+        if isinstance(value, dict):
+            yield from _flat(value, f"{prefix}{key}.", inner)
+
+
+def _keys(values: dict):
+    return (key for key, _ in _flat(values))
 
 
 def _checked(key: str, value, default):
@@ -212,10 +235,10 @@ def _checked(key: str, value, default):
     return {name: _checked(prefix + name, value[name], default[name]) for name in default}
 
 
-def _nearest(key: str, known: list[str]) -> str:
+def _nearest(key: str, known: list[str], name: str) -> str:
     same_name = [k for k in known if k.split(".")[-1] == key.split(".")[-1]]
     close = same_name or difflib.get_close_matches(key, known, n=1, cutoff=0.6)
-    return f"did you mean {close[0]}?" if close else "configs/config.yaml lists them all"
+    return f"did you mean {close[0]}?" if close else f"configs/{name}.yaml lists them all"
 
 
 def _typed(key: str, value, default):
@@ -227,13 +250,12 @@ def _typed(key: str, value, default):
     elif kind is list and given is list:
         value = [str(item) for item in value]
     if type(value) is not kind or (kind is float and not math.isfinite(value)):
-        raise misfit(key, value)
+        raise misfit(key, value, default)
     return value
 
 
-def misfit(key: str, value) -> ValueError:
+def misfit(key: str, value, default) -> ValueError:
     """The error that says that `value` is not of the kind of the setting `key`."""
-    default = functools.reduce(dict.get, key.split("."), load_defaults())
     kind = KINDS[type(default)]
     if isinstance(default, dict):
         return ValueError(f"{key}={value} is not {kind}: set {key}.{next(iter(default))} and so on")

@@ -215,7 +215,21 @@ def confidence(step: Step) -> Tensor:
     return rank < budget[:, None]
 
 
-STRATEGIES = {"stochastic": stochastic, "confidence": confidence}
+def left_to_right(step: Step) -> Tensor:
+    """The leftmost positions, floor(holes j / steps) after step j.
+
+    One position a step is the exact sampler of an autoregressive network, and of a masked one an
+    exact sampler, too, whose likelihood is the chain rule from left to right.
+    """
+    before, after = (step.holes * j // step.steps for j in (step.index, step.index + 1))
+    return step.is_masked & (step.is_masked.cumsum(dim=1) <= (after - before)[:, None])
+
+
+STRATEGIES = {
+    "stochastic": stochastic,
+    "confidence": confidence,
+    "left_to_right": left_to_right,
+}
 
 
 @torch.no_grad()

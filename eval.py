@@ -60,14 +60,14 @@ def evaluate(loaded: Loaded, config: Section, tokens: np.ndarray) -> bounds.Boun
     rows = data.blocks(tokens, loaded.model.config.block_size)
     bar = progress_bar(draws * len(tokens), 0, "token")
     with runtime.autocast(device, runtime.pick_dtype(config.system.dtype, device, training=False)):
-        return runtime.bound(
+        return runtime.passes(
             loaded.model,
             rows,
             config.system.seed,
             draws,
-            config.eval.batch_size,
+            batch_size=config.eval.batch_size,
             **({"progress": bar.update} if bar else {}),
-        )
+        ).bound()
 
 
 def summary(bound: bounds.Bound, draws: int, tokens: int, size: int) -> list[str]:

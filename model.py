@@ -30,6 +30,7 @@ class ModelConfig:
     dropout: float = 0.0
     tie_weights: bool = True
     qk_norm: bool = True
+    causal: bool = False  # the autoregressive control: position i is predicted from those before it
 
     def __post_init__(self):
         for name in ("vocab_size", "block_size", "n_layer", "n_head", "n_embd"):
@@ -78,18 +79,21 @@ def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.cat((x1 * cos - x2 * sin, x1 * sin + x2 * cos), dim=-1).type_as(x)
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Full (bidirectional) attention of (B, H, L, K) queries, keys and values."""
+def attend(q: Tensor, k: Tensor, v: Tensor, causal: bool = False) -> Tensor:
+    """Attention of (B, H, L, K) queries, keys and values: full (bidirectional), unless `causal`."""
     if q.device.type == "cpu" and q.size(-2) <= WRITTEN_OUT_UP_TO:
         scores = (q * q.size(-1) ** -0.5) @ k.transpose(-2, -1)  # (B, H, L, L)
+        if causal:
+            later = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).triu(1)
+            scores = scores.masked_fill(later, -math.inf)
         return scores.softmax(dim=-1, dtype=v.dtype) @ v
-    return F.scaled_dot_product_attention(q, k, v)
+    return F.scaled_dot_product_attention(q, k, v, is_causal=causal)
 
 
 class Attention(nn.Module):
     def __init__(self, config: ModelConfig):
         super().__init__()
-        self.n_head, self.qk_norm = config.n_head, config.qk_norm
+        self.n_head, self.qk_norm, self.causal = config.n_head, config.qk_norm, config.causal
         self.qkv = nn.Linear(config.n_embd, 3 * config.n_embd, bias=False)
         self.out = nn.Linear(config.n_embd, config.n_embd, bias=False)
 
@@ -100,7 +104,8 @@ class Attention(nn.Module):
         )  # each (B, H, L, K)
         if self.qk_norm:  # bounded attention scores let the hidden matrices take large steps
             q, k = F.rms_norm(q, q.shape[-1:]), F.rms_norm(k, k.shape[-1:])
-        y = attend(apply_rope(q, cos, sin), apply_rope(k, cos, sin), v)  # (B, H, L, K)
+        q, k = apply_rope(q, cos, sin), apply_rope(k, cos, sin)
+        y = attend(q, k, v, self.causal)  # (B, H, L, K)
         return self.out(y.transpose(1, 2).reshape(B, L, D))
 
 
@@ -137,6 +142,9 @@ class Transformer(nn.Module):
     No causal mask, and no input for the time t: the share of masks in the input says it (RADD,
     arXiv 2406.03736). The embedding has V + 1 rows, the last for the mask; the head has V, so that
     the mask cannot be predicted.
+
+    With `config.causal` it is an autoregressive network behind the same interface: the answer at
+    position i sees the ids before i only, the mask's row standing for the beginning of the text.
     """
 
     def __init__(self, config: ModelConfig):
@@ -173,6 +181,8 @@ class Transformer(nn.Module):
                 f"the input has {L} tokens but model.block_size is {self.config.block_size}: "
                 "shorten it or train with a larger model.block_size"
             )
+        if self.config.causal:
+            xt = F.pad(xt[:, :-1], (1, 0), value=self.config.mask_id)
         x = self.dropout(self.embedding(xt))  # (B, L, D)
         for block in self.blocks:
             x = block(x, self.cos[:L], self.sin[:L])

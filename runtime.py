@@ -128,17 +128,25 @@ def nll(
     return model(xt, targets=x0, where=is_masked, capacity=capacity)
 
 
-def bound(
-    model: Transformer, rows: list[Tensor], seed: int, draws: int, batch_size: int, **options
-) -> bounds.Bound:
-    """`bounds.nelbo` of rows (L_i,) under a `Transformer`, on masks that follow from `seed`."""
-    return bounds.nelbo(
+def passes(
+    model: Transformer,
+    rows: list[Tensor],
+    seed: int,
+    draws: int,
+    form: bounds.Form = bounds.uniform,
+    **options,
+) -> bounds.Passes:
+    """`bounds.estimate` of rows (L_i,) under a `Transformer`, on masks that follow from `seed`.
+
+    A causal one is scored exactly, in one pass without any masks, whatever `form` and `draws` are.
+    """
+    return bounds.estimate(
+        bounds.everything if model.config.causal else form,
         model,
         [row.to(model.device) for row in rows],
         mask_id=model.config.mask_id,
         generator=generator(seed, "evaluation"),
-        draws=draws,
-        batch_size=batch_size,
+        draws=1 if model.config.causal else draws,
         nll=nll,
         **options,
     )
@@ -147,14 +155,21 @@ def bound(
 def fill(
     model: Transformer, canvas: Tensor, is_masked: Tensor, settings: SimpleNamespace, gen: Generator
 ) -> diffusion.Sampled:
-    """`diffusion.sample` of a canvas (B, L) as the `sampling` section says."""
+    """`diffusion.sample` of a canvas (B, L) as the `sampling` section says.
+
+    From a causal model one token a call, from left to right.
+    """
+    settings = sampling_settings(settings)
+    if model.config.causal:
+        holes = int(is_masked.sum(dim=1).max())
+        settings |= {"strategy": "left_to_right", "steps": max(1, holes)}
     return diffusion.sample(
         model,
         canvas.to(model.device),
         is_masked=is_masked.to(model.device),
         mask_id=model.config.mask_id,
         generator=gen,
-        **sampling_settings(settings),
+        **settings,
     )
 
 

@@ -24,7 +24,9 @@ from runlog import Clock, Interrupt, RunLog, import_wandb
 
 FILES = ("ckpt.pt", "best.pt", "metrics.jsonl")
 INTERRUPTED = 130  # exit code of a run that Ctrl-C ended, after saving
-KEPT = ("data.tokenizer", "data.vocab_size", "training.optimizer")  # when a run is resumed
+KEPT = (  # when a run is resumed
+    *("data.tokenizer", "data.vocab_size", "training.optimizer", "training.objective"),
+)
 AVERAGED = 50  # steps, about, in the running average of the training loss
 
 
@@ -169,7 +171,8 @@ def make_model(
         shape.update((name, decided[name]) for name in shape)
     corpus.require(config.model.block_size)
     torch.manual_seed(runtime.generator(config.system.seed, "weights").initial_seed())
-    model = Transformer(ModelConfig(corpus.tokenizer.vocab_size, **shape))
+    causal = config.training.objective == "ar"
+    model = Transformer(ModelConfig(corpus.tokenizer.vocab_size, causal=causal, **shape))
     if start:
         model.load_state_dict(start.model.state_dict())
     return model
@@ -190,6 +193,10 @@ def check(config: Section) -> None:
         )
     if values["ema_decay"] >= 1:
         raise ValueError(f"training.ema_decay={values['ema_decay']} must be less than 1")
+    if values["objective"] not in ("diffusion", "ar"):
+        raise ValueError(
+            f"training.objective={values['objective']} is unknown: choose diffusion or ar"
+        )
     if not 0 < config.diffusion.eps < 1:
         raise ValueError(f"diffusion.eps={config.diffusion.eps} must lie between 0 and 1")
     for section, name in (("logging", "interval"), ("eval", "batch_size")):
@@ -282,27 +289,36 @@ def accumulate(run: Run) -> Tensor:
     settings, seed, L = run.config.training, run.config.system.seed, run.model.config.block_size
     B, parts = settings.batch_size, settings.grad_accum
     compiled = run.forward is not run.model  # wants static shapes
-    eps = run.config.diffusion.eps
-    capacity = diffusion.mask_capacity(B // parts, L, B, eps) if compiled else None
+    capacity = (
+        diffusion.mask_capacity(B // parts, L, B, run.config.diffusion.eps) if compiled else None
+    )
     torch.manual_seed(runtime.generator(seed, "dropout", run.step).initial_seed())
     total = torch.zeros((), device=run.device)
     for part in range(parts):
         rows = torch.arange(part, B, parts)  # so that each part has times from all over [0, 1]
         x0 = run.corpus.batch(B, L, runtime.generator(seed, "data", run.step), rows)
         with runtime.autocast(run.device, run.dtype):
-            loss = diffusion.masked_diffusion_loss(
-                run.forward,
-                x0.to(run.device),
-                mask_id=run.model.config.mask_id,
-                generator=runtime.generator(seed, "masks", run.step),
-                eps=eps,
-                rows=rows.to(run.device),
-                global_batch_size=B,
-                nll=partial(runtime.nll, capacity=capacity),
-            )
+            loss = loss_of(run, x0.to(run.device), rows.to(run.device), capacity)
         (loss / parts).backward()
         total += loss.detach() / parts
     return total
+
+
+def loss_of(run: Run, x0: Tensor, rows: Tensor, capacity: int | None) -> Tensor:
+    """The loss of the `rows` x0 (B, L) of a global batch, as training.objective says."""
+    if run.model.config.causal:
+        everywhere = torch.ones_like(x0, dtype=torch.bool)
+        return runtime.nll(run.forward, x0, x0, everywhere, capacity=x0.numel()).mean()
+    return diffusion.masked_diffusion_loss(
+        run.forward,
+        x0,
+        mask_id=run.model.config.mask_id,
+        generator=runtime.generator(run.config.system.seed, "masks", run.step),
+        eps=run.config.diffusion.eps,
+        rows=rows,
+        global_batch_size=run.config.training.batch_size,
+        nll=partial(runtime.nll, capacity=capacity),
+    )
 
 
 # --- Beside the steps ---------------------------------------------------------------------------
@@ -331,12 +347,14 @@ def evaluate(run: Run, log: RunLog) -> None:
         rows = data.blocks(
             tokens, run.model.config.block_size, quarter if split == "train" else limit
         )
-        loss = runtime.bound(run.ema, rows, seed, draws=1, batch_size=run.config.eval.batch_size)
+        batch_size = run.config.eval.batch_size
+        loss = runtime.passes(run.ema, rows, seed, draws=1, batch_size=batch_size).bound()
         values[f"eval/{split}_loss"] = loss.value
         values[f"eval/{split}_ppl"] = math.exp(loss.value)
     log.metrics(run.step, values)
     bounds = " and ".join(f"{values[f'eval/{split}_loss']:.4f} on {split}" for split in data.SPLITS)
-    log.say(f"step {run.step}: bound {bounds}, nats/token")
+    name = "loss" if run.model.config.causal else "bound"
+    log.say(f"step {run.step}: {name} {bounds}, nats/token")
     if values["eval/val_loss"] < run.best:
         run.best = values["eval/val_loss"]
         save(run, "best.pt")

@@ -14,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from omegaconf import OmegaConf
 
+import bounds
 import cli
 import model
 import runtime
@@ -389,7 +390,7 @@ def test_a_type_error_keeps_its_traceback(short_run, monkeypatch):
 
 
 def test_a_value_error_from_within_torch_keeps_its_traceback(short_run, monkeypatch):
-    monkeypatch.setattr(runtime, "bound", lambda *_, **__: torch.optim.SGD([]))
+    monkeypatch.setattr(runtime, "passes", lambda *_, **__: torch.optim.SGD([]))
     with pytest.raises(ValueError, match="empty parameter list"):
         short_run("training.eval_interval=1")
 
@@ -401,6 +402,6 @@ def test_an_error_of_shapes_in_our_own_code_keeps_its_traceback(short_run, monke
 
 
 def test_a_value_error_of_a_builtin_in_our_own_code_keeps_its_traceback(run, trained, monkeypatch):
-    monkeypatch.setattr(runtime, "bound", lambda *_, **__: (1.0, 0.1, "one too many"))
+    monkeypatch.setattr(bounds.Passes, "bound", lambda self: (1.0, 0.1, "one too many"))
     with pytest.raises(ValueError, match="unpack"):
         run("eval.py", f"checkpoint={trained}/ckpt.pt", "system.device=cpu")

@@ -252,11 +252,12 @@ BLOCKER = """
 from importlib.machinery import PathFinder
 find = PathFinder.find_spec
 extras = {"tqdm", "tiktoken", "tokenizers", "wandb", "pytest", "hypothesis"}
+extras |= {"matplotlib", "transformers", "lm_eval", "datasets"}
 
 def find_installed(name, *rest):
     return None if name.split(".")[0] in extras else find(name, *rest)
 
-PathFinder.find_spec = find_installed
+PathFinder.find_spec = staticmethod(find_installed)
 """
 
 

@@ -1,0 +1,290 @@
+"""Samples under a judge: bits per byte, with entropy and distinct n-grams always beside it.
+
+python -m bench.judge judge=out-ar/ckpt.pt samples=samples.jsonl
+
+The judge is an autoregressive checkpoint of this project or any Hugging Face causal model. One that
+does not put three controls in order (held-out text, its words shuffled, one line repeated) judges
+nothing and is refused.
+"""
+
+import json
+import math
+import random
+import statistics
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+import bounds
+import cli
+import runtime
+import text as texts_of
+from cli import Section
+
+NGRAMS = (2, 4)  # lengths, in tokens of the judge
+
+
+# --- Judges --------------------------------------------------------------------------------------
+
+
+class Judge:
+    """An autoregressive network that says what texts cost.
+
+    `nll(x0, where)` gives the cross-entropies (B, L) in nats of ids (B, L), every token given those
+    before it and the first given the beginning of a text.
+    """
+
+    name: str
+    context: int  # the longest sequence that the network takes
+    device: torch.device
+
+    def encode(self, text: str) -> list[int]:
+        raise NotImplementedError
+
+    def nll(self, x0: Tensor) -> Tensor:
+        raise NotImplementedError
+
+    @torch.no_grad()
+    def nats(self, texts: Sequence[str], batch_size: int = 32) -> list[float]:
+        """-log p of each text in nats, all of its tokens counted.
+
+        A text longer than the context is read in windows that move by half of it, each token being
+        scored once, with at least half a context before it.
+        """
+        total, windows = [0.0] * len(texts), []
+        for number, text in enumerate(texts):
+            ids = torch.tensor(self.encode(text), dtype=torch.long)
+            for start, stop, first in bounds.windows(len(ids), self.context, self.context // 2):
+                windows.append((number, ids[start:stop], first - start))
+        windows.sort(key=lambda window: len(window[1]))
+        for part in _runs_of_equal_length(windows, batch_size):
+            costs = self.nll(torch.stack([ids for _, ids, _ in part]).to(self.device)).double()
+            for (number, _, given), cost in zip(part, costs.cpu(), strict=True):
+                total[number] += float(cost[given:].sum())
+        return total
+
+
+class OwnJudge(Judge):
+    """A checkpoint of training.objective=ar."""
+
+    def __init__(self, path: str, device: torch.device):
+        self.loaded = runtime.load(path, device)
+        if not self.loaded.model.config.causal:
+            raise ValueError(
+                f"{path} is no autoregressive model: train a judge with training.objective=ar"
+            )
+        self.name, self.device = path, device
+        self.context = self.loaded.model.config.block_size
+
+    def encode(self, text: str) -> list[int]:
+        return self.loaded.tokenizer.encode(text).tolist()
+
+    def nll(self, x0: Tensor) -> Tensor:
+        return runtime.nll(self.loaded.model, x0, x0, torch.ones_like(x0, dtype=torch.bool))
+
+
+class HuggingFaceJudge(Judge):
+    """Any causal language model that `transformers` loads, by name or folder.
+
+    The text begins with the tokenizer's token for the beginning (or, as GPT-2 has it, the end) of a
+    text, so that the first token is scored, too.
+    """
+
+    def __init__(self, name: str, device: torch.device):
+        try:
+            from transformers import AutoModelForCausalLM, AutoTokenizer
+        except ImportError:
+            raise ValueError(
+                f"{name} is no checkpoint of ours, and a Hugging Face judge needs a package: "
+                "pip install transformers"
+            ) from None
+        try:
+            self.tokenizer = AutoTokenizer.from_pretrained(name)
+            self.model = AutoModelForCausalLM.from_pretrained(name).to(device).eval()
+        except Exception as error:  # whatever a hub, a folder or a configuration can fail with
+            reason = str(error).strip().splitlines()[0] if str(error) else type(error).__name__
+            raise ValueError(
+                f"no judge {name}: neither a checkpoint nor a Hugging Face causal model ({reason})"
+            ) from error
+        self.name, self.device = name, device
+        starts = (self.tokenizer.bos_token_id, self.tokenizer.eos_token_id)
+        self.start = next((token for token in starts if token is not None), None)
+        if self.start is None:
+            raise ValueError(f"the tokenizer of {name} has no token for the beginning of a text")
+        self.context = getattr(self.model.config, "max_position_embeddings", 1025) - 1
+
+    def encode(self, text: str) -> list[int]:
+        return self.tokenizer(text, add_special_tokens=False)["input_ids"]
+
+    def nll(self, x0: Tensor) -> Tensor:
+        xt = torch.nn.functional.pad(x0[:, :-1], (1, 0), value=self.start)
+        log_probs = self.model(input_ids=xt).logits.float().log_softmax(dim=-1)  # (B, L, V)
+        return -log_probs.gather(-1, x0[..., None]).squeeze(-1)
+
+
+def load_judge(name: str, device: torch.device) -> Judge:
+    """The judge `name`: a checkpoint file of this project, else a Hugging Face name or folder.
+
+    Raises `ValueError` for what is neither.
+    """
+    kind = OwnJudge if Path(name).suffix == ".pt" else HuggingFaceJudge
+    return kind(name, device)
+
+
+def _runs_of_equal_length(windows: list, batch_size: int):
+    part: list = []
+    for window in windows:
+        if part and (len(part) == batch_size or len(window[1]) != len(part[0][1])):
+            yield part
+            part = []
+        part.append(window)
+    if part:
+        yield part
+
+
+# --- Figures -------------------------------------------------------------------------------------
+
+
+class Verdict(NamedTuple):
+    """What is said of a set of texts; never one of these figures without the others."""
+
+    bits_per_byte: float
+    error: float  # its standard error over the texts
+    entropy: float  # nats, of the tokens of a text, on average
+    distinct: dict[int, float]  # share of n-grams in a text that are distinct, on average
+
+    def __str__(self) -> str:
+        grams = " ".join(f"{n}-grams {share:.3f}" for n, share in self.distinct.items())
+        bits = f"{self.bits_per_byte:.4f} ± {self.error:.4f} bits/byte"
+        return f"{bits} | entropy {self.entropy:.3f} | distinct {grams}"
+
+
+def judge_texts(judge: Judge, texts: Sequence[str], batch_size: int = 32) -> Verdict:
+    """Judge texts, none of them empty. Bits are divided by the exact bytes of UTF-8."""
+    if not texts or not all(texts):
+        raise ValueError("there is nothing to judge: no text, or an empty one")
+    tokens = [judge.encode(text) for text in texts]
+    bits = [nats / math.log(2) for nats in judge.nats(texts, batch_size)]
+    value, error = ratio(bits, [len(text.encode()) for text in texts])
+    distinct = {n: statistics.fmean(distinct_ngrams(ids, n) for ids in tokens) for n in NGRAMS}
+    return Verdict(value, error, statistics.fmean(map(entropy, tokens)), distinct)
+
+
+def ratio(values: Sequence[float], sizes: Sequence[int]) -> tuple[float, float]:
+    """The sum of values over the sum of sizes, and its standard error over the pairs.
+
+    By the linearised (delta) method; nan for one pair.
+    """
+    n, rate = len(values), sum(values) / sum(sizes)
+    rest = [value - rate * size for value, size in zip(values, sizes, strict=True)]
+    spread = math.sqrt(sum(r * r for r in rest) / (n - 1) / n) if n > 1 else math.nan
+    return rate, spread / (sum(sizes) / n)
+
+
+def entropy(ids: Sequence) -> float:
+    """The entropy, in nats, of how often each token occurs in one text (Zheng et al.)."""
+    return -sum(n / len(ids) * math.log(n / len(ids)) for n in Counter(ids).values()) + 0.0
+
+
+def distinct_ngrams(ids: Sequence, n: int) -> float:
+    """The share of the n-grams of one text that differ: 1 if none occurs twice."""
+    grams = [tuple(ids[i : i + n]) for i in range(len(ids) - n + 1)]
+    return len(set(grams)) / len(grams) if grams else 1.0
+
+
+# --- Controls ------------------------------------------------------------------------------------
+
+
+def cut(text: str, size: int, count: int, seed: int) -> list[str]:
+    """At most `count` texts of `size` characters, spread over `text` without overlap."""
+    pieces = [text[i : i + size] for i in range(0, len(text) - size + 1, size)] or [text]
+    return random.Random(seed).sample(pieces, min(count, len(pieces)))
+
+
+def control_texts(held_out: Sequence[str], seed: int) -> dict[str, list[str]]:
+    """The three controls: held-out texts, their words shuffled, one line of each repeated."""
+    shuffler = random.Random(seed)
+
+    def shuffled(text: str) -> str:
+        words = text.split(" ")
+        return " ".join(shuffler.sample(words, len(words)))
+
+    def repeated(text: str) -> str:
+        line = max(text.splitlines(keepends=True), key=len)
+        line = (line if line.endswith("\n") else line + " ")[: max(1, len(text) // 4)]
+        return (line * (len(text) // len(line) + 1))[: len(text)]
+
+    return {
+        "held-out text": list(held_out),
+        "its words shuffled": [shuffled(text) for text in held_out],
+        "one line repeated": [repeated(text) for text in held_out],
+    }
+
+
+def controls(
+    judge: Judge, held_out: Sequence[str], seed: int = 0, batch_size: int = 32
+) -> dict[str, Verdict]:
+    """The verdicts on the three controls.
+
+    Raises `ValueError` for a judge that does not rank held-out text above its shuffled words by
+    more than two standard errors, or texts whose repetition does not lower the entropy.
+    """
+    rows = {
+        name: judge_texts(judge, texts, batch_size)
+        for name, texts in control_texts(held_out, seed).items()
+    }
+    real, shuffled, repeated = rows.values()
+    gap = shuffled.bits_per_byte - real.bits_per_byte
+    if not gap > 2 * math.hypot(real.error, shuffled.error):
+        raise ValueError(
+            f"{judge.name} judges nothing: held-out text costs {real.bits_per_byte:.3f} bits/byte "
+            f"and its words shuffled {shuffled.bits_per_byte:.3f}: train it longer, or take another"
+        )
+    if not repeated.entropy < min(real.entropy, shuffled.entropy):
+        raise ValueError(
+            f"one line repeated has the entropy {repeated.entropy:.3f}, no less than real text "
+            f"({real.entropy:.3f}): take longer texts"
+        )
+    return rows
+
+
+def held_out_text(judge: Judge, path: str) -> str:
+    """The text of `path`, or the validation split of the judge's own run."""
+    if path:
+        return texts_of.read_text(path)
+    if not isinstance(judge, OwnJudge):
+        raise ValueError("a Hugging Face judge has no validation split: name a text by held_out=")
+    corpus = runtime.load_corpus(judge.loaded.config["data"], judge.loaded.tokenizer)
+    return corpus.tokenizer.decode(corpus.val.tolist())
+
+
+def read_samples(path: str, length: int) -> list[str]:
+    """The texts of a .jsonl (field "text"), or a text file cut into pieces of `length`."""
+    if Path(path).suffix != ".jsonl":
+        return cut(texts_of.read_text(path), length, 10**9, 0)
+    texts_of.read_text(path)  # its messages for what is no text
+    lines = Path(path).read_text().splitlines()
+    return [json.loads(line)["text"] for line in lines if line.strip()]
+
+
+def main(config: Section, explicit: set[str]) -> None:
+    judge = load_judge(config.judge, runtime.pick_device(config.device))
+    held_out = cut(held_out_text(judge, config.held_out), config.length, config.texts, config.seed)
+    rows = controls(judge, held_out, config.seed, config.batch_size)
+    if config.samples:
+        texts = read_samples(config.samples, config.length)
+        rows[config.samples] = judge_texts(judge, texts, config.batch_size)
+    print(f"judge {judge.name}: {len(held_out)} texts of {config.length} characters per control")
+    for name, verdict in rows.items():
+        print(f"{name:<20} {verdict}")
+    if config.output:
+        figures = {name: verdict._asdict() for name, verdict in rows.items()}
+        Path(config.output).write_text(json.dumps({"judge": judge.name, "rows": figures}, indent=1))
+
+
+if __name__ == "__main__":
+    cli.main(main, "bench/judge")
