@@ -76,12 +76,14 @@ def main(script: Callable[[Section, set[str]], None], config: str = "config") ->
             script(*read(composed, config))
 
     with one_line_errors(config):
-        before = ["", *sys.argv[1:]]
-        words = [
-            word if previous in TAKE_A_WORD else prepare_argument(word, free_text if own else None)
-            for previous, word in zip(before, sys.argv[1:], strict=False)
-        ]
-        sys.argv[1:] = [*QUIET, *words] if own else words
+        options, settings = [], []
+        for previous, word in zip(["", *sys.argv[1:]], sys.argv[1:], strict=False):
+            if previous in TAKE_A_WORD:
+                options.append(word)
+            else:
+                kind = options if word.startswith("-") else settings
+                kind.append(prepare_argument(word, free_text if own else None))
+        sys.argv[1:] = [*options, *settings, *(QUIET if own else ())]
         decorate(task)()
 
 

@@ -120,7 +120,7 @@ def test_a_link_leads_somewhere(target):
 def test_the_listing_names_every_file():
     listing = re.search(r"## Files\n\n```\n(.*?)```", README, flags=re.S)[1]
     listed = {line.split()[0] for line in listing.splitlines()}
-    folders = {"configs/", "corpora/", "docs/", "tests/", "tools/"}
+    folders = {"bench/", "configs/", "corpora/", "docs/", "tests/", "tools/"}
     assert listed == {path.name for path in ROOT.glob("*.py")} | folders
 
 

@@ -21,6 +21,7 @@ FLOORS = (
     ("cli", "runtime", "runlog"),
     ("train", "sample", "eval"),
 )
+OWN_SETTINGS = sorted(p for f in ("bench", "tools") for p in (ROOT / "configs" / f).glob("*.yaml"))
 FLOOR_OF = {name: floor for floor, names in enumerate(FLOORS) for name in names}
 
 
@@ -96,8 +97,8 @@ def dotted(values: dict, prefix: str = "") -> set[str]:
     return set().union(*nested)
 
 
-def settings() -> set[str]:
-    values = OmegaConf.to_container(OmegaConf.load(ROOT / "configs" / "config.yaml"), resolve=False)
+def settings(path: Path = ROOT / "configs" / "config.yaml") -> set[str]:
+    values = OmegaConf.to_container(OmegaConf.load(path), resolve=False)
     return dotted({key: value for key, value in values.items() if key not in ("hydra", "defaults")})
 
 
@@ -118,10 +119,17 @@ def test_every_setting_is_read(key):
 
 @pytest.mark.parametrize("path", sorted((ROOT / "configs").rglob("*.yaml")), ids=lambda p: p.stem)
 def test_every_setting_is_explained_in_its_line(path):
-    if path.stem != "config":
+    if path.parent.stem == "experiment":
         assert path.read_text().splitlines()[1].startswith("# ")
         return
     text = path.read_text().split("hydra:")[0]
     lines = [line for line in text.splitlines() if re.match(r"\s*\w+:\s*\S", line)]
-    assert len(lines) == len(settings())
+    assert len(lines) == len(settings(path))
     assert not [line for line in lines if not re.search(r"  # \S", line)]
+
+
+@pytest.mark.parametrize("path", OWN_SETTINGS, ids=lambda p: f"{p.parent.stem}/{p.stem}")
+def test_every_setting_of_a_tool_is_read_by_it(path):
+    code = (ROOT / path.parent.stem / f"{path.stem}.py").read_text()
+    for key in settings(path):
+        assert re.search(rf"config\.{re.escape(key)}\b", code), f"nothing reads {key}"
