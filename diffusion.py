@@ -46,7 +46,7 @@ def uniform(seed: int, rows: Tensor, columns: int, *salt: int) -> Tensor:
         draws = uniform(seed, rows.cpu(), columns, *salt).float()
         return draws.clamp(max=1 - 2**-24).to(rows.device)  # rounding must not give 1
     key = torch.tensor((seed, *salt))
-    key = functools.reduce(lambda key, value: _mix(key + value * GOLDEN), key).to(rows.device)
+    key = int(functools.reduce(lambda key, value: _mix(key + value * GOLDEN), key))
     row_keys = _mix(_mix(key + rows * GOLDEN))  # (B,)
     columns = torch.arange(1, columns + 1, device=rows.device)
     bits = _mix(row_keys[:, None] + columns * GOLDEN)  # (B, columns)
@@ -82,6 +82,19 @@ def mask_tokens(
     return x0.masked_fill(is_masked, mask_id), is_masked
 
 
+def mask_share(
+    x0: Tensor,
+    p_mask: Tensor,
+    mask_id: int,
+    generator: Generator | None = None,
+    rows: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Like `mask_tokens`, but exactly p_mask L tokens of a row, a uniformly random subset."""
+    noise = uniform(draw_seed(generator), _rows(x0, rows), x0.size(1))
+    is_masked = noise.argsort(dim=1) < (p_mask * x0.size(1)).round()  # a random permutation
+    return x0.masked_fill(is_masked, mask_id), is_masked
+
+
 def _rows(x: Tensor, rows: Tensor | None) -> Tensor:
     return torch.arange(x.size(0), device=x.device) if rows is None else rows
 
@@ -112,6 +125,8 @@ def masked_diffusion_loss(
     mask_id: int,
     generator: Generator | None = None,
     eps: float = 1e-3,
+    weighting: float = 1.0,
+    masking: str = "bernoulli",
     rows: Tensor | None = None,
     global_batch_size: int | None = None,
     nll: Callable = nll_from_logits,
@@ -122,32 +137,65 @@ def masked_diffusion_loss(
     the global batch: row i has t uniform in [i / n, (i + 1) / n), n = `global_batch_size` (B by
     default) and i = `rows` (0 ... B - 1 by default), so that a part of a batch gets its share of
     them. Divided by B L, and not by the number of masked tokens: that would be no bound.
+
+    `masking` count masks exactly l of L tokens with the weight L / l instead: l uniform in 1 ... L,
+    stratified, and L + 1 - l in the row that mirrors it, i and n - 1 - i. It has the same
+    expectation but for eps. A `weighting` g below 1 is another objective, easier to learn from: it
+    weighs by (2 - g) / p_mask^g, so that the steep end of few masks counts less; the factor keeps
+    the scale, a loss of c nats at every masked token being c.
     """
+    check_masking(masking, weighting)
     if (rows is None) != (global_batch_size is None):
         raise ValueError("rows and global_batch_size go together: give both or neither")
     rows = _rows(x0, rows)
-    jitter = uniform(draw_seed(generator), rows, 1)
-    t = (rows[:, None] + jitter) / (global_batch_size or len(rows))  # (B, 1)
-    p_mask = mask_probability(t, eps)
-    xt, is_masked = mask_tokens(x0, p_mask, mask_id, generator, rows)
+    n, L = global_batch_size or len(rows), x0.size(1)
+    if masking == "count":
+        p_mask = mirrored_counts(draw_seed(generator), rows, n, L)[:, None] / L  # (B, 1)
+        xt, is_masked = mask_share(x0, p_mask, mask_id, generator, rows)
+    else:
+        t = (rows[:, None] + uniform(draw_seed(generator), rows, 1)) / n  # (B, 1)
+        p_mask = mask_probability(t, eps)
+        xt, is_masked = mask_tokens(x0, p_mask, mask_id, generator, rows)
     loss = nll(model, xt, x0, is_masked)
-    return (loss / p_mask.to(loss.dtype)).mean()
+    return (loss * ((2 - weighting) * p_mask**-weighting).to(loss.dtype)).mean()
 
 
-def mask_capacity(
-    batch_size: int, length: int, global_batch_size: int | None = None, eps: float = 1e-3
-) -> int:
-    """How many tokens `masked_diffusion_loss` masks at most: mean plus six standard deviations.
+def check_masking(masking: str, weighting: float) -> None:
+    """Raise `ValueError` for a setting of `masked_diffusion_loss` that is out of its range."""
+    if masking not in ("bernoulli", "count"):
+        raise ValueError(f"diffusion.masking={masking} is unknown: choose bernoulli or count")
+    if not 0 <= weighting <= 1:
+        raise ValueError(
+            f"diffusion.weighting={weighting} must lie in [0, 1]; 1 is the weight of the bound"
+        )
 
-    Stratified times make the number nearly constant: about half of all, exceeded once in 1e9
-    batches. Where the batch is every n-th row of a global one, the mean is that of the latest part.
-    The variance is L B E[p (1 - p)], about L B / 6, plus that of the times within their strata.
+
+def mirrored_counts(seed: int, rows: Tensor, n: int, L: int) -> Tensor:
+    """Masked counts l (B,) in 1 ... L of some rows of n: stratified, l + l' = L + 1 in mirror rows.
+
+    Row i has l uniform over its stratum, the i-th of n; rows i and n - 1 - i mirror each other.
     """
-    strata = global_batch_size or batch_size
-    latest = (1 + (strata / batch_size - 1) / strata) / 2  # mean time of the part with the latest
-    mean = batch_size * length * mask_probability(latest, eps)
-    deviation = math.sqrt(length * batch_size / 6 + length**2 * batch_size / (12 * strata**2))
-    return min(batch_size * length, math.ceil(mean + 6 * deviation))
+    mirror = n - 1 - rows
+    low = torch.minimum(rows, mirror)
+    u = uniform(seed, low, 1).squeeze(1)
+    u = torch.where(rows == mirror, u, (low + u) / n)
+    count = (u * L).long() + 1  # of the lower row; an odd n leaves one row without a mirror
+    return torch.where(rows > mirror, L + 1 - count, count)
+
+
+def mask_capacity(rows: Tensor, length: int, n: int, eps: float, masking: str = "bernoulli") -> int:
+    """How many tokens `masked_diffusion_loss` masks at most in these rows of a batch of n.
+
+    Counts: those of the latest times, n being even. Bernoulli: the mean and six standard
+    deviations, exceeded once in 1e9 batches; stratified times make the number nearly constant. The
+    variance is that of the masks, L p (1 - p) a row, and that of the times within their strata.
+    """
+    if masking == "count":
+        most = torch.where(rows == n - 1 - rows, length, ((rows + 1) * length / n).ceil())
+        return int(most.clamp(max=length).sum())
+    p = mask_probability((rows.double() + 0.5) / n, eps)
+    variance = length * (p * (1 - p)).sum() + length**2 * len(rows) / (12 * n**2)
+    return min(len(rows) * length, math.ceil(length * p.sum() + 6 * variance.sqrt()))
 
 
 # --- Reverse process -----------------------------------------------------------------------------

@@ -7,10 +7,12 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 # On a CPU, PyTorch's fused attention loses to softmax(QK^T)V written out up to this length
 # (docs/LOG.md).
 WRITTEN_OUT_UP_TO = 512
+LOGITS_AT_ONCE = 2**27  # in training, half a GiB of them in float32
 
 
 @dataclass(frozen=True)
@@ -157,6 +159,7 @@ class Transformer(nn.Module):
             None if config.tie_weights else nn.Linear(config.n_embd, config.vocab_size, bias=False)
         )
         self.dropout = nn.Dropout(config.dropout)
+        self.recompute = False  # blocks in the backward pass, to keep no activations inside them
         cos, sin = rope_tables(config.block_size, config.head_size)
         self.register_buffer("cos", cos, persistent=False)
         self.register_buffer("sin", sin, persistent=False)
@@ -184,13 +187,25 @@ class Transformer(nn.Module):
         if self.config.causal:
             xt = F.pad(xt[:, :-1], (1, 0), value=self.config.mask_id)
         x = self.dropout(self.embedding(xt))  # (B, L, D)
+        cos, sin = self.cos[:L], self.sin[:L]
         for block in self.blocks:
-            x = block(x, self.cos[:L], self.sin[:L])
+            if self.recompute and self.training:
+                x = checkpoint(block, x, cos, sin, use_reentrant=False)
+            else:
+                x = block(x, cos, sin)
         return self.norm(x)
 
     def logits(self, hidden: Tensor) -> Tensor:
-        weight = self.embedding.weight[:-1] if self.head is None else self.head.weight
-        return F.linear(hidden, weight)  # (..., V)
+        """Logits (..., V) of hidden states (..., D)."""
+        V = self.config.vocab_size
+        weight = (self.embedding if self.head is None else self.head).weight[:V]  # (V, D)
+        if hidden.is_cuda:  # tensor cores want multiples of 64; the surplus is cut off again
+            weight = F.pad(weight, (0, 0, 0, -V % 64))
+        return F.linear(hidden, weight)[..., :V]
+
+    def cross_entropy(self, hidden: Tensor, targets: Tensor) -> Tensor:
+        """Cross-entropies (N,) in nats, float32, of hidden states (N, D)."""
+        return F.cross_entropy(self.logits(hidden).float(), targets, reduction="none")
 
     def forward(
         self,
@@ -202,22 +217,31 @@ class Transformer(nn.Module):
         """Logits (B, L, V); given `targets` and `where` (B, L), cross-entropies (B, L) in nats.
 
         The cross-entropies are float32, 0 outside `where`, and logits are built for the positions
-        in `where` alone. `capacity` fixes how many positions are computed (torch.compile wants
-        static shapes): positions beyond it are left out of the result, so it has to be an upper
-        bound on their number.
+        in `where` alone, no more than `LOGITS_AT_ONCE` of them: beyond that in chunks, which the
+        backward pass computes again. `capacity` fixes how many positions are computed (static
+        shapes for torch.compile, no wait for the GPU): positions beyond it are left out of the
+        result, so it has to be an upper bound on their number.
         """
         hidden = self.hidden(xt)
         if targets is None:
             return self.logits(hidden)
         size = where.numel()
-        # Slots that stay unused point at one position past the end, which is cut off again.
+        chunks = math.ceil((capacity or size) * self.config.vocab_size / LOGITS_AT_ONCE)
         rows = where.flatten()
-        rows = (
-            rows.nonzero()
-            if capacity is None
-            else rows.nonzero_static(size=capacity, fill_value=size)
-        ).squeeze(1)
+        if capacity is None:
+            rows = rows.nonzero().squeeze(1)
+        else:  # slots that stay unused point at one position past the end, which is cut off again
+            capacity += -capacity % chunks  # chunks of one size
+            rows = rows.nonzero_static(size=capacity, fill_value=size).squeeze(1)
         read = rows.clamp(max=size - 1)
-        logits = self.logits(hidden.flatten(0, 1)[read]).float()  # (capacity, V)
-        nll = F.cross_entropy(logits, targets.flatten()[read], reduction="none")
+        states, tokens = hidden.flatten(0, 1)[read], targets.flatten()[read]
+        if chunks == 1:
+            nll = self.cross_entropy(states, tokens)
+        else:
+            nll = torch.cat(
+                [
+                    checkpoint(self.cross_entropy, *chunk, use_reentrant=False)
+                    for chunk in zip(states.chunk(chunks), tokens.chunk(chunks), strict=True)
+                ]
+            )
         return nll.new_zeros(size + 1).index_put((rows,), nll)[:size].view_as(xt)

@@ -1,6 +1,7 @@
 """From gradients to better weights: parameter groups, learning-rate schedule, moving average."""
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
@@ -9,6 +10,7 @@ from torch import Tensor, nn
 # higher; on the hidden matrices the best rate was about four times AdamW's (docs/LOG.md). One
 # learning_rate scales both.
 MUON_RATE = 4.0
+STACKED = {"qkv": 3, "gate_up": 2}  # maps that one matrix of a block holds
 
 
 class Optimizers:
@@ -38,13 +40,77 @@ class Optimizers:
     def state_dict(self) -> list[dict]:
         return [part.state_dict() for part in self.parts]
 
-    def load_state_dict(self, states: list[dict]) -> None:
-        """Restore the moments; rates and decay stay as built, for a resumed run may change them."""
+    def load_state_dict(self, states: list[dict], place: Callable = lambda t, like: t) -> None:
+        """Restore the moments; rates and decay stay as built, for a resumed run may change them.
+
+        `place(tensor, parameter)` puts a moment where its parameter is, if that is sharded.
+        """
         for part, state in zip(self.parts, states, strict=True):
             groups = [{k: v for k, v in g.items() if k != "params"} for g in part.param_groups]
-            part.load_state_dict(state)
+            parameters = [p for group in part.param_groups for p in group["params"]]
+            moments = {
+                i: {k: place(v, parameters[i]) for k, v in values.items()}
+                for i, values in state["state"].items()
+            }
+            part.load_state_dict(state | {"state": moments})
             for group, built in zip(part.param_groups, groups, strict=True):
                 group.update(built)
+
+
+class Muon(torch.optim.Optimizer):
+    """Momentum whose updates are made orthogonal, for maps between hidden states (2502.16982).
+
+    The update has a root mean square of 0.2, so that AdamW's rates and decay fit. `parts` of a
+    group says how many maps are stacked in each of its matrices (queries, keys and values; gate and
+    up): each is made orthogonal by itself. Maps of one shape are one batch. `whole` and `like`
+    gather a sharded update and cut the result again.
+    """
+
+    def __init__(self, groups: list[dict], whole: Callable, like: Callable, **defaults):
+        super().__init__(groups, defaults)
+        self.whole, self.like = whole, like
+
+    @torch.no_grad()
+    def step(self) -> None:
+        for group in self.param_groups:
+            parameters = [p for p in group["params"] if p.grad is not None]
+            for shape in {p.shape for p in parameters}:
+                self._step_batch([p for p in parameters if p.shape == shape], **group)
+
+    def _step_batch(self, parameters, *, lr, weight_decay, momentum, parts, **rest) -> None:
+        gradients = [p.grad for p in parameters]
+        for p in parameters:
+            self.state[p].setdefault("momentum", torch.zeros_like(p))
+        momenta = [self.state[p]["momentum"] for p in parameters]
+        torch._foreach_lerp_(momenta, gradients, 1 - momentum)
+        updates = torch._foreach_lerp(gradients, momenta, momentum)  # Nesterov's
+        maps = torch.stack([self.whole(u) for u in updates]).unflatten(1, (parts, -1))
+        flat = orthogonalise(maps.flatten(0, 1)) * (0.2 * math.sqrt(max(maps.shape[2:])))
+        updates = flat.unflatten(0, maps.shape[:2]).flatten(1, 2).unbind()
+        torch._foreach_mul_(parameters, 1 - lr * weight_decay)
+        updates = [self.like(u, p) for u, p in zip(updates, parameters, strict=True)]
+        torch._foreach_add_(parameters, updates, alpha=-lr)
+
+
+def orthogonalise(x: Tensor, steps: int = 5) -> Tensor:
+    """Each matrix of x (N, rows, columns) with its singular values brought near 1.
+
+    Newton-Schulz with the coefficients of Muon (Jordan et al. 2024): to between 0.7 and 1.2. In
+    bfloat16 on a GPU, float32 elsewhere.
+    """
+    y = x.mT if x.size(-2) > x.size(-1) else x
+    y = y.bfloat16() if y.is_cuda else y
+    y = y / (y.norm(dim=(-2, -1), keepdim=True) + 1e-7)
+    for _ in range(steps):
+        gram = y @ y.mT
+        y = torch.baddbmm(
+            y, torch.baddbmm(gram, gram, gram, beta=-4.7750, alpha=2.0315), y, beta=3.4445
+        )
+    return (y.mT if x.size(-2) > x.size(-1) else y).type_as(x)
+
+
+def _as_it_is(tensor: Tensor, other: Tensor | None = None) -> Tensor:
+    return tensor
 
 
 def build_optimizer(
@@ -53,40 +119,43 @@ def build_optimizer(
     learning_rate: float,
     weight_decay: float,
     betas: tuple[float, float] = (0.9, 0.95),
+    whole: Callable[[Tensor], Tensor] = _as_it_is,
+    like: Callable[[Tensor, Tensor], Tensor] = _as_it_is,
 ) -> Optimizers:
-    """`adamw`, or `muon` (arXiv 2502.16982) for the hidden matrices with AdamW for everything else.
+    """`adamw`, or `muon` for the hidden matrices with AdamW for everything else.
 
     Decay applies to matrices only, never to norm gains. Muon orthogonalises its updates, which has
-    a meaning for maps between hidden states only: the embedding and the head stay with AdamW.
-    Raises `ValueError` for another name.
+    a meaning for maps between hidden states only: the embedding and the head stay with AdamW. Of a
+    sharded model, `whole(tensor)` gathers a shard and `like(tensor, parameter)` cuts one. Raises
+    `ValueError` for another name.
     """
     if name not in ("adamw", "muon"):
         raise ValueError(f"training.optimizer={name} is unknown: choose adamw or muon")
     named = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
-    gains = [p for _, p in named if p.ndim < 2]
-    hidden = [p for n, p in named if p.ndim == 2 and n.startswith("blocks.")]
-    tables = [p for n, p in named if p.ndim == 2 and not n.startswith("blocks.")]
-    matrices = tables + (hidden if name == "adamw" else [])
-    groups = [
-        {"params": matrices, "weight_decay": weight_decay},
-        {"params": gains, "weight_decay": 0.0},
+    hidden = [
+        (n, p) for n, p in named if name == "muon" and p.ndim == 2 and n.startswith("blocks.")
     ]
+    chosen = {n for n, _ in hidden}
+    others = [p for n, p in named if n not in chosen]
     adamw = torch.optim.AdamW(
-        groups, lr=learning_rate, betas=betas, fused=_can_fuse(named[0][1].device)
+        [
+            {"params": [p for p in others if p.ndim == 2], "weight_decay": weight_decay},
+            {"params": [p for p in others if p.ndim < 2], "weight_decay": 0.0},
+        ],
+        lr=learning_rate,
+        betas=betas,
+        fused=named[0][1].device.type in ("cpu", "cuda"),
     )
     if name == "adamw":
         return Optimizers(adamw)
-    muon = torch.optim.Muon(
-        hidden,
-        lr=MUON_RATE * learning_rate,
-        weight_decay=weight_decay,
-        adjust_lr_fn="match_rms_adamw",
-    )
+    parts = {n: STACKED.get(n.split(".")[-2], 1) for n, _ in hidden}
+    groups = [
+        {"params": [p for n, p in hidden if parts[n] == count], "parts": count}
+        for count in sorted(set(parts.values()))
+    ]
+    rate = MUON_RATE * learning_rate
+    muon = Muon(groups, whole, like, lr=rate, weight_decay=weight_decay, momentum=0.95)
     return Optimizers(adamw, muon)
-
-
-def _can_fuse(device: torch.device) -> bool:
-    return device.type in ("cpu", "cuda")
 
 
 def learning_rate_factor(

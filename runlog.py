@@ -70,6 +70,21 @@ class RunLog:
             print(line, flush=True)
 
 
+class Silence:
+    """The log of a process that does not lead."""
+
+    def __enter__(self) -> "Silence":
+        return self
+
+    def __exit__(self, *error) -> None:
+        pass
+
+    def _nothing(self, *args) -> None:
+        pass
+
+    metrics = samples = progress = say = _nothing
+
+
 def progress_bar(total: int, done: int, unit: str):
     """tqdm's bar, where tqdm is installed and stderr is a terminal; else None."""
     if not sys.stderr.isatty():

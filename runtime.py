@@ -19,14 +19,18 @@ import diffusion
 import text
 from model import ModelConfig, Transformer
 
-WORTH_COMPILING = 5000  # steps on a CPU after which the start-up has been earned back (docs/LOG.md)
+WORTH_COMPILING = 500  # steps on a CPU after which the start-up has been earned back (docs/LOG.md)
 
 
-def pick_device(name: str) -> torch.device:
-    """`auto` takes the first of cuda, mps, cpu. Raises `ValueError` for one that is not there."""
+def pick_device(name: str, local_rank: int = 0) -> torch.device:
+    """`auto` takes the first of cuda, mps, cpu; each process of a machine a GPU of its own.
+
+    Raises `ValueError` for a device that is not there.
+    """
     available = [kind for kind in ("cuda", "mps") if getattr(torch, kind).is_available()] + ["cpu"]
-    if name == "auto":
-        return torch.device(available[0])
+    name = available[0] if name == "auto" else name
+    if name == "cuda" and local_rank:
+        name = f"cuda:{local_rank}"
     cards = [f"cuda:{i}" for i in range(torch.cuda.device_count())]
     if name not in available + cards:
         raise ValueError(
@@ -50,7 +54,8 @@ def _multiplies_bfloat16(device: torch.device) -> bool:
         return torch.cuda.get_device_capability(device) >= (8, 0)
     if device.type == "cpu" and hasattr(torch.cpu, "get_capabilities"):  # not in every torch 2
         has = torch.cpu.get_capabilities()
-        return bool(has.get("avx512_bf16") or has.get("amx_bf16"))
+        intel = "intel" in str(has.get("cpu_name")).lower()  # half the speed of its float32
+        return bool(has.get("amx_bf16") or has.get("avx512_bf16") and not intel)
     return False
 
 
@@ -71,6 +76,24 @@ def pays_to_compile(setting: str, device: torch.device, steps: int) -> bool:
     compiler = shutil.which(os.environ.get("CXX", "g++")) or shutil.which("clang++")
     headers = Path(sysconfig.get_path("include"), "Python.h").exists()
     return bool(compiler) and headers and steps >= WORTH_COMPILING
+
+
+def compile_parts(model: Transformer) -> None:
+    """torch.compile, in place, of a block (one compilation serves all) and of the large heads.
+
+    Parts and not the whole: it starts sooner, and leaves the hooks of FSDP and DDP where they are.
+    """
+    for block in model.blocks:
+        block.forward = torch.compile(block.forward, fullgraph=True, dynamic=False)
+    if model.device.type == "cuda":
+        model.cross_entropy = torch.compile(model.cross_entropy, fullgraph=True, dynamic=False)
+
+
+def move(ids: Tensor, device: torch.device) -> Tensor:
+    """ids on the device, by a copy that a GPU's queue need not be empty for."""
+    return (
+        ids.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else ids.to(device)
+    )
 
 
 def generator(seed: int, purpose: str, step: int = 0) -> Generator:
@@ -147,8 +170,7 @@ def passes(
         mask_id=model.config.mask_id,
         generator=generator(seed, "evaluation"),
         draws=1 if model.config.causal else draws,
-        nll=nll,
-        **options,
+        **{"nll": nll} | options,
     )
 
 

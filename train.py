@@ -17,10 +17,11 @@ import cli
 import data
 import diffusion
 import optim
+import parallel
 import runtime
 from cli import Section
 from model import ModelConfig, Transformer
-from runlog import Clock, Interrupt, RunLog, import_wandb
+from runlog import Clock, Interrupt, RunLog, Silence, import_wandb
 
 FILES = ("ckpt.pt", "best.pt", "metrics.jsonl")
 INTERRUPTED = 130  # exit code of a run that Ctrl-C ended, after saving
@@ -39,12 +40,23 @@ class Run:
     device: torch.device
     dtype: torch.dtype
     model: Transformer
-    forward: torch.nn.Module  # the model, compiled or not
+    forward: torch.nn.Module  # the model, or its copies in all processes
     ema: Transformer  # the same network with the moving average of the weights
     optimizer: optim.Optimizers
+    world: parallel.World
+    compiled: bool
     step: int = 0  # optimizer steps done
     best: float = math.inf  # lowest validation bound so far, nats per token
     loss_avg: Tensor = field(default_factory=lambda: torch.zeros(()))  # of the training loss
+
+    @property
+    def capacity(self) -> int:
+        """An upper bound on the masked tokens of a micro-batch; that of the latest times."""
+        settings, size = self.config.training, self.world.size
+        B, parts = settings.batch_size, settings.grad_accum
+        rows = parallel.World(size - 1, size).rows(B, parts - 1, parts)
+        length, eps = self.model.config.block_size, self.config.diffusion.eps
+        return diffusion.mask_capacity(rows, length, B, eps, self.config.diffusion.masking)
 
     @property
     def finished(self) -> bool:
@@ -53,6 +65,11 @@ class Run:
     def due(self, interval: int) -> bool:
         """Whether to do now what is done every `interval` steps and after the last; 0: never."""
         return interval > 0 and (self.step % interval == 0 or self.finished)
+
+    def say(self, line: str) -> None:
+        """Print a line, once for all processes."""
+        if self.world.leads:
+            print(line, flush=True)
 
     def describe(self) -> dict:
         """What is told of a run beside its configuration."""
@@ -64,70 +81,118 @@ class Run:
 
 
 def train(config: Section, explicit: set[str]) -> None:
-    run = build(config, explicit)
-    settings = run.config.training
-    announce(run)
-    if run.finished:
-        print("nothing is left to do: raise training.max_iters to go on")
-        return
-    with Interrupt() as interrupt, RunLog(run.config, run.step, run.describe()) as log:
+    device = runtime.pick_device(config.system.device, parallel.world().local_rank)
+    with parallel.processes(device):
+        run = build(config, explicit, device)
+        announce(run)
+        if not run.finished:
+            loop(run)
+
+
+def loop(run: Run) -> None:
+    """Train to the end, or until somebody presses Ctrl-C."""
+    settings, interval, asked = run.config.training, run.config.logging.interval, False
+    with Interrupt() as interrupt, start_log(run) as log:
         clock = Clock(run.step)
-        while not (run.finished or interrupt.asked):
+        while not (run.finished or asked):
             loss, grad_norm = optimize(run)
-            if run.due(run.config.logging.interval):
+            if run.due(interval):
                 report(run, log, loss, grad_norm, clock)
+            if run.world.size == 1 or run.due(interval):  # several agree, where they wait anyway
+                asked = parallel.anyone(interrupt.asked, run.device)
             with clock.paused():
                 if run.due(settings.eval_interval):
                     evaluate(run, log)
                 if run.due(settings.sample_interval):
                     log.samples(run.step, [generate(run)])
-                if run.due(settings.save_interval) or run.finished or interrupt.asked:
+                if run.due(settings.save_interval) or run.finished or asked:
                     save(run, "ckpt.pt")
-    if interrupt.asked:
-        saved = Path(run.config.out_dir, "ckpt.pt").exists()
-        print(
-            f"saved after step {run.step}: go on with training.resume=true"
-            if saved
-            else "stopped before the first step: there is nothing to save"
-        )
+    if asked:
+        run.say(f"saved after step {run.step}: go on with training.resume=true")
         sys.exit(INTERRUPTED)
+
+
+def start_log(run: Run) -> RunLog | Silence:
+    return RunLog(run.config, run.step, run.describe()) if run.world.leads else Silence()
 
 
 # --- Before the first step ----------------------------------------------------------------------
 
 
-def build(config: Section, explicit: set[str]) -> Run:
+def build(config: Section, explicit: set[str], device: torch.device) -> Run:
     """The run that the configuration describes: a new one, one from other weights, or a resumed.
 
     Raises `ValueError` before anything is written.
     """
-    start, cpu = None, torch.device("cpu")
+    start = load_start(config)
     if config.training.resume:
-        start = runtime.load(Path(config.out_dir, "ckpt.pt"), cpu)
         config = resumed_config(config, explicit, start)
-    elif config.training.init_from:
-        start = runtime.load(config.training.init_from, cpu)
-    check(config)
-    device = runtime.pick_device(config.system.device)
-    dtype = runtime.pick_dtype(config.system.dtype, device, training=True)
+    world = parallel.world()
+    check(config, world)
     corpus = runtime.load_corpus(vars(config.data), start.tokenizer if start else None)
     if corpus.name == "plays":  # the fallback was taken: a resumed run has to take it, too
         config.data.dataset = "plays"
+    if config.training.resume and start.state["corpus"]["sha256"] != corpus.sha256:
+        raise ValueError(
+            f"the interrupted run's text ({start.state['corpus']['name']}) is not what it was: "
+            "bring it back, or start a new run in another out_dir"
+        )
     model = make_model(config, explicit, corpus, start).to(device)
-    settings = config.training
-    optimizer = optim.build_optimizer(
-        model, settings.optimizer, settings.learning_rate, settings.weight_decay
-    )
-    average = copy.deepcopy(model).eval()
-    run = Run(config, corpus, device, dtype, model, model, average, optimizer)
+    run = assemble(config, corpus, model, device, world, start)
+    claim_folder(run)
+    return run
+
+
+def load_start(config: Section) -> runtime.Loaded | None:
+    """The checkpoint to go on from, if any. Raises `ValueError`."""
+    path = Path(config.out_dir, "ckpt.pt")
+    if not config.training.resume:
+        path = config.training.init_from
+    start = runtime.load(path, torch.device("cpu")) if path else None
+    if config.training.resume and "optimizer" not in start.state:
+        raise ValueError(
+            f"{path} holds averaged weights only and cannot be resumed: start from them by "
+            "training.init_from="
+        )
+    return start
+
+
+def assemble(
+    config: Section,
+    corpus: data.Corpus,
+    model: Transformer,
+    device: torch.device,
+    world: parallel.World,
+    start: runtime.Loaded | None = None,
+) -> Run:
+    """A run of `model`, which goes on from `start` if the run is a resumed one."""
+    settings, system = config.training, config.system
+    dtype = runtime.pick_dtype(system.dtype, device, training=True)
+    model.recompute = settings.activation_checkpointing
+    ema = copy.deepcopy(model).eval()
     if settings.resume:
-        restore(run, start.state)
-    if runtime.pays_to_compile(config.system.compile, device, settings.max_iters - run.step):
-        run.forward = torch.compile(model)
-    claim_folder(config.out_dir)
-    if not settings.resume:
-        for path in checkpoint.set_aside(config.out_dir, FILES):
-            print(f"an earlier run's file is kept as {path}")
+        model.load_state_dict(start.state["model"])
+    if system.parallel == "fsdp":
+        parallel.shard(model, dtype)
+        parallel.shard(ema, torch.float32)
+    optimizer = optim.build_optimizer(
+        model,
+        settings.optimizer,
+        settings.learning_rate,
+        settings.weight_decay,
+        whole=parallel.whole,
+        like=parallel.like,
+    )
+    done = start.state["step"] if settings.resume else 0
+    compiled = runtime.pays_to_compile(system.compile, device, settings.max_iters - done)
+    if compiled:
+        runtime.compile_parts(model)
+    forward = model if system.parallel == "fsdp" else parallel.copies(model)
+    run = Run(config, corpus, device, dtype, model, forward, ema, optimizer, world, compiled)
+    if settings.resume:
+        optimizer.load_state_dict(start.state["optimizer"], parallel.like)
+        names = ("step", "best", "loss_avg")
+        run.step, run.best, run.loss_avg = (start.state[name] for name in names)
     return run
 
 
@@ -178,18 +243,27 @@ def make_model(
     return model
 
 
-def check(config: Section) -> None:
+def check(config: Section, world: parallel.World) -> None:
     """Raise `ValueError` for a value out of its range."""
-    values = vars(config.training)
+    values, batch_size = vars(config.training), config.training.batch_size
     positive = ("max_iters", "batch_size", "grad_accum", "learning_rate")
     for name, value in values.items():
         if not isinstance(value, str) and (value < 0 or (value == 0 and name in positive)):
             kind = "positive" if name in positive else "0 or more"
             raise ValueError(f"training.{name}={value} must be {kind}")
-    if values["batch_size"] % values["grad_accum"]:
+    if batch_size % values["grad_accum"]:
         raise ValueError(
-            f"training.batch_size={values['batch_size']} is not divisible by "
+            f"training.batch_size={batch_size} is not divisible by "
             f"training.grad_accum={values['grad_accum']}: change one of them"
+        )
+    if batch_size % (values["grad_accum"] * world.size):
+        raise ValueError(
+            f"training.batch_size={batch_size} is not divisible by training.grad_accum="
+            f"{values['grad_accum']} times {world.size} processes: change one of them"
+        )
+    if config.diffusion.masking == "count" and batch_size % 2:
+        raise ValueError(
+            f"training.batch_size={batch_size} is odd, but diffusion.masking=count pairs sequences"
         )
     if values["ema_decay"] >= 1:
         raise ValueError(f"training.ema_decay={values['ema_decay']} must be less than 1")
@@ -203,13 +277,21 @@ def check(config: Section) -> None:
         if (value := getattr(getattr(config, section), name)) < 1:
             raise ValueError(f"{section}.{name}={value} must be at least 1")
     schedule(config, 0)
+    parallel.check_kind(config.system.parallel)
+    diffusion.check_masking(config.diffusion.masking, config.diffusion.weighting)
     diffusion.check_sampling(**runtime.sampling_settings(config.sampling))
     if config.logging.wandb:
         import_wandb()
 
 
-def claim_folder(folder: str) -> None:
-    """Make the folder and try to write into it, before hours are spent. Raises `ValueError`."""
+def claim_folder(run: Run) -> None:
+    """Make out_dir, try to write there before hours are spent, and keep an earlier run's files.
+
+    Raises `ValueError`.
+    """
+    folder = run.config.out_dir
+    if not run.world.leads:
+        return
     try:
         Path(folder).mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=folder).close()
@@ -217,34 +299,23 @@ def claim_folder(folder: str) -> None:
         raise ValueError(
             f"cannot write into out_dir={folder} ({error.strerror}): choose another out_dir"
         ) from error
-
-
-def restore(run: Run, state: dict) -> None:
-    if "optimizer" not in state:
-        raise ValueError(
-            f"{run.config.out_dir}/ckpt.pt holds averaged weights only and cannot be resumed: "
-            "start from them by training.init_from="
-        )
-    if state["corpus"]["sha256"] != run.corpus.sha256:
-        raise ValueError(
-            f"the interrupted run's text ({state['corpus']['name']}) is not what it was: bring it "
-            "back, or start a new run in another out_dir"
-        )
-    run.model.load_state_dict(state["model"])
-    run.optimizer.load_state_dict(state["optimizer"])
-    run.step, run.best, run.loss_avg = state["step"], state["best"], state["loss_avg"]
+    if not run.config.training.resume:
+        for path in checkpoint.set_aside(folder, FILES):
+            run.say(f"an earlier run's file is kept as {path}")
 
 
 def announce(run: Run) -> None:
-    corpus, compiled = run.corpus, "" if run.forward is run.model else ", compiled"
-    print(
+    corpus, size = run.corpus, run.world.size
+    processes = f" in {size} processes ({run.config.system.parallel})" if size > 1 else ""
+    run.say(
         f"corpus {corpus.name} (sha256 {corpus.sha256[:12]}): {len(corpus.train):,} tokens to "
         f"train on, {len(corpus.val):,} to validate, {corpus.tokenizer.vocab_size} symbols\n"
-        f"model of {run.describe()['parameters']:,} parameters on {run.device}, "
-        f"{str(run.dtype)[6:]}{compiled}; steps {run.step} to {run.config.training.max_iters}, "
-        f"results in {run.config.out_dir}",
-        flush=True,
+        f"model of {run.describe()['parameters']:,} parameters on {run.device}{processes}, "
+        f"{str(run.dtype)[6:]}{', compiled' if run.compiled else ''}; steps {run.step} to "
+        f"{run.config.training.max_iters}, results in {run.config.out_dir}"
     )
+    if run.finished:
+        run.say("nothing is left to do: raise training.max_iters to go on")
 
 
 # --- One step -----------------------------------------------------------------------------------
@@ -276,10 +347,11 @@ def compute_gradients(run: Run) -> Tensor:
     try:
         return accumulate(run)
     except TorchDynamoException as error:
-        if run.forward is run.model:
+        if not run.compiled:
             raise
         print(f"torch.compile failed ({type(error).__name__}): going on without", file=sys.stderr)
-        run.forward = run.model
+        torch.compiler.set_stance("force_eager")
+        run.compiled = False
         run.optimizer.zero_grad()
         return accumulate(run)
 
@@ -288,36 +360,37 @@ def accumulate(run: Run) -> Tensor:
     """Add up the gradients of the micro-batches. All of it is a function of (seed, step, row)."""
     settings, seed, L = run.config.training, run.config.system.seed, run.model.config.block_size
     B, parts = settings.batch_size, settings.grad_accum
-    compiled = run.forward is not run.model  # wants static shapes
-    capacity = (
-        diffusion.mask_capacity(B // parts, L, B, run.config.diffusion.eps) if compiled else None
-    )
-    torch.manual_seed(runtime.generator(seed, "dropout", run.step).initial_seed())
+    dropout = runtime.generator(seed, "dropout", run.step).initial_seed()
+    torch.manual_seed(dropout + run.world.rank)
     total = torch.zeros((), device=run.device)
     for part in range(parts):
-        rows = torch.arange(part, B, parts)  # so that each part has times from all over [0, 1]
+        rows = run.world.rows(B, part, parts)
         x0 = run.corpus.batch(B, L, runtime.generator(seed, "data", run.step), rows)
-        with runtime.autocast(run.device, run.dtype):
-            loss = loss_of(run, x0.to(run.device), rows.to(run.device), capacity)
+        with (
+            parallel.synchronising(run.forward, last=part == parts - 1),
+            runtime.autocast(run.device, run.dtype),
+        ):
+            loss = loss_of(run, runtime.move(x0, run.device), runtime.move(rows, run.device))
         (loss / parts).backward()
         total += loss.detach() / parts
-    return total
+    return parallel.mean(total)
 
 
-def loss_of(run: Run, x0: Tensor, rows: Tensor, capacity: int | None) -> Tensor:
+def loss_of(run: Run, x0: Tensor, rows: Tensor) -> Tensor:
     """The loss of the `rows` x0 (B, L) of a global batch, as training.objective says."""
     if run.model.config.causal:
         everywhere = torch.ones_like(x0, dtype=torch.bool)
         return runtime.nll(run.forward, x0, x0, everywhere, capacity=x0.numel()).mean()
+    settings, config = run.config.diffusion, run.config
     return diffusion.masked_diffusion_loss(
         run.forward,
         x0,
         mask_id=run.model.config.mask_id,
-        generator=runtime.generator(run.config.system.seed, "masks", run.step),
-        eps=run.config.diffusion.eps,
+        generator=runtime.generator(config.system.seed, "masks", run.step),
+        **vars(settings),
         rows=rows,
-        global_batch_size=run.config.training.batch_size,
-        nll=partial(runtime.nll, capacity=capacity),
+        global_batch_size=config.training.batch_size,
+        nll=partial(runtime.nll, capacity=run.capacity),
     )
 
 
@@ -330,7 +403,7 @@ def report(run: Run, log: RunLog, loss: Tensor, grad_norm: Tensor, clock: Clock)
         "train/loss": loss.item(),
         "train/loss_avg": average,
         "train/lr": run.optimizer.groups()[0]["lr"],
-        "train/grad_norm": grad_norm.item(),
+        "train/grad_norm": parallel.whole(grad_norm).item(),
         "train/time_ms": milliseconds,
     }
     log.metrics(run.step, values)
@@ -348,7 +421,9 @@ def evaluate(run: Run, log: RunLog) -> None:
             tokens, run.model.config.block_size, quarter if split == "train" else limit
         )
         batch_size = run.config.eval.batch_size
-        loss = runtime.passes(run.ema, rows, seed, draws=1, batch_size=batch_size).bound()
+        loss = runtime.passes(
+            run.ema, rows, seed, 1, batch_size=batch_size, nll=parallel.share_rows(runtime.nll)
+        ).bound()
         values[f"eval/{split}_loss"] = loss.value
         values[f"eval/{split}_ppl"] = math.exp(loss.value)
     log.metrics(run.step, values)
@@ -370,7 +445,10 @@ def generate(run: Run) -> str:
 
 
 def save(run: Run, name: str) -> None:
-    """ckpt.pt holds everything that a resumed run needs; best.pt the averaged weights only."""
+    """ckpt.pt holds everything that a resumed run needs; best.pt the averaged weights only.
+
+    Shards are put together, so that any number of processes can load it.
+    """
     state = {
         "model_config": asdict(run.model.config),
         "tokenizer": run.corpus.tokenizer.state(),
@@ -383,7 +461,9 @@ def save(run: Run, name: str) -> None:
     if name == "ckpt.pt":
         state["model"], state["loss_avg"] = run.model.state_dict(), run.loss_avg
         state["optimizer"] = run.optimizer.state_dict()
-    checkpoint.save(Path(run.config.out_dir, name), state)
+    state = parallel.map_tensors(parallel.whole, state)
+    if run.world.leads:
+        checkpoint.save(Path(run.config.out_dir, name), state)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,160 @@
+"""Many GPUs and machines: one process for each, started by torchrun; copies or shards of a model.
+
+Every function also works where there is one process alone, and then costs nothing.
+"""
+
+import os
+from collections.abc import Callable
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.nn.parallel import DistributedDataParallel
+
+KINDS = ("auto", "ddp", "fsdp")
+
+
+@dataclass(frozen=True)
+class World:
+    """Which of how many processes this one is; `local_rank` counts those of one machine."""
+
+    rank: int = 0
+    size: int = 1
+    local_rank: int = 0
+
+    @property
+    def leads(self) -> bool:
+        """Whether this is the process that writes and prints."""
+        return self.rank == 0
+
+    def rows(self, batch_size: int, part: int = 0, parts: int = 1) -> Tensor:
+        """The rows of a global batch that this process computes in micro-batch `part`.
+
+        Every so-manieth row, so that each micro-batch has times from all over [0, 1].
+        """
+        return torch.arange(self.rank + part * self.size, batch_size, self.size * parts)
+
+
+def world() -> World:
+    """As torchrun's environment says; a process by itself without it."""
+    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
+    return World(*(int(os.environ[name]) for name in names)) if "RANK" in os.environ else World()
+
+
+@contextmanager
+def processes(device: torch.device):
+    """Join the process group that torchrun announces, if it does: NCCL on GPUs, gloo on CPUs."""
+    if "RANK" not in os.environ or dist.is_initialized():
+        yield
+        return
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
+
+
+# --- Models -------------------------------------------------------------------------------------
+
+
+def check_kind(kind: str) -> None:
+    """Raise `ValueError` for a `system.parallel` that is unknown or cannot be had here."""
+    if kind not in KINDS:
+        raise ValueError(f"system.parallel={kind} is unknown: choose one of {', '.join(KINDS)}")
+    if kind == "fsdp" and "RANK" not in os.environ:
+        raise ValueError(
+            "system.parallel=fsdp is for several processes: start it by torchrun, as in "
+            "docs/scaling.md"
+        )
+
+
+def shard(model: nn.Module, dtype: torch.dtype) -> None:
+    """FSDP2 (arXiv 2304.11277), in place: each process keeps its share of every weight.
+
+    A block's weights are gathered, in `dtype`, while it computes; gradients are averaged in
+    float32.
+    """
+    policy = MixedPrecisionPolicy(
+        param_dtype=None if dtype == torch.float32 else dtype, reduce_dtype=torch.float32
+    )
+    for block in model.blocks:
+        fully_shard(block, mp_policy=policy)
+    fully_shard(model, mp_policy=policy)
+
+
+def copies(model: nn.Module) -> nn.Module:
+    """The model as DistributedDataParallel, which averages the gradients; alone, the model."""
+    if not dist.is_initialized():
+        return model
+    return DistributedDataParallel(model, broadcast_buffers=False, gradient_as_bucket_view=True)
+
+
+def synchronising(model: nn.Module, last: bool):
+    """The context of a micro-batch: gradients are averaged after the `last` of a step only."""
+    if isinstance(model, FSDPModule):
+        model.set_requires_gradient_sync(last)
+    elif isinstance(model, DistributedDataParallel) and not last:
+        return model.no_sync()
+    return nullcontext()
+
+
+# --- Values -------------------------------------------------------------------------------------
+
+
+def mean(value: Tensor) -> Tensor:
+    """The mean of a tensor over the processes."""
+    if not dist.is_initialized():
+        return value
+    total = value.clone()
+    dist.all_reduce(total)
+    return total / dist.get_world_size()
+
+
+def anyone(asks: bool, device: torch.device) -> bool:
+    """Whether any process asks: all of them get the same answer."""
+    return bool(mean(torch.tensor(float(asks), device=device)) > 0)
+
+
+def share_rows(nll: Callable) -> Callable:
+    """`nll`, each process computing its share of the rows: the same result on all of them."""
+    here = world()
+    if here.size == 1:
+        return nll
+
+    def shared(model: nn.Module, xt: Tensor, x0: Tensor, is_masked: Tensor) -> Tensor:
+        rows = here.rows(len(xt)).to(xt.device)
+        read = rows if len(rows) else rows.new_zeros(1)  # all have to call a sharded model
+        mine = nll(model, xt[read], x0[read], is_masked[read])
+        total = mine.new_zeros(xt.shape).index_copy(0, rows, mine[: len(rows)])
+        dist.all_reduce(total)
+        return total
+
+    return shared
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """A tensor, gathered if it is sharded. All processes have to ask for it together."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def like(tensor: Tensor, other: Tensor) -> Tensor:
+    """A tensor that all processes have whole, cut as `other` of the same shape is."""
+    if not isinstance(other, DTensor) or tensor.shape != other.shape:
+        return tensor
+    tensor = tensor.to(other.device)
+    return distribute_tensor(tensor, other.device_mesh, other.placements, src_data_rank=None)
+
+
+def map_tensors(function: Callable[[Tensor], Tensor], state):
+    """A nested state of dicts and lists with `function` of each tensor in it."""
+    if isinstance(state, Tensor):
+        return function(state)
+    if isinstance(state, dict):
+        return {key: map_tensors(function, value) for key, value in state.items()}
+    return [map_tensors(function, v) for v in state] if isinstance(state, list | tuple) else state
