@@ -6,7 +6,7 @@ import os
 import re
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
@@ -213,6 +213,17 @@ def check_types(values: dict, name: str = "config") -> dict:
 def load_defaults(name: str = "config") -> dict:
     defaults = OmegaConf.to_container(OmegaConf.load(CONFIGS / f"{name}.yaml"), resolve=False)
     return {k: v for k, v in defaults.items() if k not in ("hydra", "defaults")}
+
+
+def compose(words: Sequence[str], experiment: str = "") -> Section:
+    """The configuration of train.py with an experiment and settings `key=value` laid over it.
+
+    What a bench begins with. Raises `ValueError` like the command line.
+    """
+    layers = [load_defaults()]
+    layers += [_load_experiment(name) for name in experiments(experiment)] if experiment else []
+    merged = OmegaConf.merge(*layers, OmegaConf.from_dotlist(list(words)))
+    return section(check_types(OmegaConf.to_container(merged)))
 
 
 def _flat(values: dict, prefix: str = "", inner: bool = False):

@@ -1,0 +1,268 @@
+"""Training speed on this machine: tokens/s, MFU, peak memory, time to the first step, loading.
+
+python -m bench.throughput presets=[default,small]
+python -m bench.throughput nanogpt=../nanoGPT
+
+Whole optimizer steps as train.py takes them, on random tokens in a memory-mapped file. The model
+FLOPs utilisation counts the operations that are done, against matrix products timed in the same
+run.
+"""
+
+import importlib.util
+import json
+import platform
+import resource
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+import cli
+import data
+import parallel
+import runtime
+import train
+from cli import Section
+from model import ModelConfig, Transformer
+
+VOCABULARY = {"char": 65, "byte": 256, "gpt2": 50257, "text8": 27}
+TOKENS = 2**24  # in the file that batches are cut from
+
+
+# --- The machine ---------------------------------------------------------------------------------
+
+
+def hardware(device: torch.device) -> str:
+    """One line that names what the figures were taken on."""
+    versions = f"torch {torch.__version__}, Python {platform.python_version()}"
+    if device.type == "cuda":
+        return f"{torch.cuda.get_device_name(device)}; {versions}"
+    models = [
+        line.split(":", 1)[1].strip()
+        for line in (
+            Path("/proc/cpuinfo").read_text().splitlines() if sys.platform == "linux" else ()
+        )
+        if line.startswith("model name")
+    ]
+    name = models[0] if models else platform.processor() or platform.machine()
+    return f"{name}, {torch.get_num_threads()} threads; {versions}"
+
+
+def wait(device: torch.device) -> None:
+    """Return when the device has done what it was given."""
+    if device.type in ("cuda", "mps"):
+        getattr(torch, device.type).synchronize()
+
+
+def matmul_peak(device: torch.device, dtype: torch.dtype) -> float:
+    """FLOP/s of square matrix products, the best of 10: what MFU is measured against."""
+    n = 8192 if device.type == "cuda" else 2048
+    a, b = (torch.randn(n, n, device=device, dtype=dtype) for _ in range(2))
+    return max(2 * n**3 / seconds(lambda: a @ b, device) for _ in range(10))
+
+
+def seconds(call: Callable, device: torch.device) -> float:
+    start = time.perf_counter()
+    call()
+    wait(device)
+    return time.perf_counter() - start
+
+
+def flops_per_token(model: Transformer, rows: float) -> float:
+    """Forward and backward of one token; the head is counted for the share `rows` of them.
+
+    Six for each weight of a block's matrices and 12 n_layer L D for full attention (PaLM, arXiv
+    2204.02311, appendix B).
+    """
+    c = model.config
+    blocks = sum(p.numel() for p in model.blocks.parameters() if p.ndim == 2)
+    attention = 12 * c.n_layer * c.block_size * c.n_embd
+    return 6 * blocks + attention + 6 * c.n_embd * c.vocab_size * rows
+
+
+# --- What is timed -------------------------------------------------------------------------------
+
+
+def make_run(config: Section, folder: Path, device: torch.device) -> train.Run:
+    """A run as train.py assembles it, but on random tokens."""
+    vocabulary = VOCABULARY.get(config.data.tokenizer, 65)
+    tokens = np.random.default_rng(config.system.seed).integers(vocabulary, size=TOKENS)
+    tokens.astype(np.uint16).tofile(folder / "train.bin")
+    train_tokens = np.memmap(folder / "train.bin", dtype=np.uint16, mode="r")
+    tokenizer = SimpleNamespace(vocab_size=vocabulary)
+    corpus = data.Corpus("random tokens", "", tokenizer, train_tokens, train_tokens[:1])
+    shape = ModelConfig(vocabulary, causal=config.training.objective == "ar", **vars(config.model))
+    torch.manual_seed(config.system.seed)
+    model = Transformer(shape).to(device)
+    return train.assemble(config, corpus, model, device, parallel.world())
+
+
+def full_head(model, xt, x0, is_masked, capacity=None):
+    """`runtime.nll` as it is usually written: logits of every position, then the mask."""
+    logits = model(xt).flatten(0, 1).float()  # (B L, V)
+    return F.cross_entropy(logits, x0.flatten(), reduction="none").view_as(x0) * is_masked
+
+
+def load_nanogpt(folder: str, config: Section, vocabulary: int, device: torch.device) -> Callable:
+    """A training step of nanoGPT at the same size and batch: its model and its own optimizer."""
+    path = Path(folder, "model.py")
+    if not path.is_file():
+        raise ValueError(f"no file {path}: nanogpt= wants a folder with nanoGPT's model.py")
+    spec = importlib.util.spec_from_file_location("nanogpt_model", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    shape = {k: getattr(config.model, k) for k in ("n_layer", "n_head", "n_embd", "block_size")}
+    torch.manual_seed(config.system.seed)
+    gpt = module.GPT(module.GPTConfig(vocab_size=vocabulary, dropout=0.0, bias=False, **shape))
+    gpt = gpt.to(device)
+    optimizer = gpt.configure_optimizers(0.1, 1e-3, (0.9, 0.99), device.type)
+    size = (config.training.batch_size, config.model.block_size + 1)
+    ids = torch.randint(vocabulary, size, device=device)
+    x, y = ids[:, :-1].contiguous(), ids[:, 1:].contiguous()
+    dtype = runtime.pick_dtype("auto" if device.type == "cuda" else "float32", device, True)
+
+    def step() -> None:
+        with runtime.autocast(device, dtype):
+            _, loss = gpt(x, y)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(gpt.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+    return step
+
+
+def measure(run: train.Run, rival: Callable | None, steps: int, rounds: int) -> dict:
+    """Tokens/s of `rounds` rounds of so many steps, in turn with the rival's if there is one."""
+    device, settings = run.device, run.config.training
+    tokens = settings.batch_size * run.model.config.block_size
+
+    def one_round(step: Callable) -> float:
+        return steps * tokens / seconds(lambda: [step() for _ in range(steps)], device)
+
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    first = seconds(lambda: train.optimize(run), device)
+    for step in [lambda: train.optimize(run)] * 2 + ([rival] if rival else []):
+        step()
+    ours, theirs = [], []
+    for _ in range(rounds):
+        ours.append(one_round(lambda: train.optimize(run)))
+        theirs += [one_round(rival)] if rival else []
+    ratios = [a / b for a, b in zip(ours, theirs, strict=False)]
+    return {
+        "parameters": run.describe()["parameters"],
+        "dtype": str(run.dtype)[6:],
+        "compiled": run.compiled,
+        "tokens_per_second": statistics.median(ours),
+        "range": [min(ours), max(ours)],
+        "first_step_seconds": first,
+        "loading_share": loading_share(run, tokens / statistics.median(ours)),
+        "peak_memory_bytes": peak_memory(device),
+        "nanogpt": statistics.median(theirs) if rival else None,
+        "times_nanogpt": [min(ratios), statistics.median(ratios), max(ratios)] if rival else None,
+    }
+
+
+def loading_share(run: train.Run, step_seconds: float) -> float:
+    """The time that a step's batches take to read, as a share of the step."""
+    B, L = run.config.training.batch_size, run.model.config.block_size
+    times = [
+        seconds(lambda i=i: run.corpus.batch(B, L, runtime.generator(0, "data", i)), run.device)
+        for i in range(20)
+    ]
+    return statistics.median(times) / step_seconds
+
+
+def peak_memory(device: torch.device) -> int:
+    """Bytes: of the GPU's allocator since the run began, or of this process as a whole."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated()
+    kib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return kib if sys.platform == "darwin" else 1024 * kib
+
+
+# --- The table -----------------------------------------------------------------------------------
+
+
+def bench(config: Section, preset: str, head: str, device: torch.device, folder: Path) -> dict:
+    words = [*config.words, f"system.seed={config.seed}"]
+    settings = cli.compose(words, "" if preset == "default" else preset)
+    train.check(settings, parallel.world())
+    run = make_run(settings, folder, device)
+    vocabulary = run.model.config.vocab_size
+    rival = load_nanogpt(config.nanogpt, settings, vocabulary, device) if config.nanogpt else None
+    usual = runtime.nll
+    try:
+        runtime.nll = full_head if head == "full" else usual
+        figures = measure(run, rival, config.steps, config.rounds)
+    finally:
+        runtime.nll = usual
+    tokens = (
+        settings.training.batch_size // settings.training.grad_accum * settings.model.block_size
+    )
+    rows = 1.0 if head == "full" or run.model.config.causal else run.capacity / tokens
+    flops = flops_per_token(run.model, rows)
+    peak = matmul_peak(device, run.dtype)
+    return figures | {
+        "preset": preset,
+        "head": head,
+        "flops_per_token": flops,
+        "matmul_flops_per_second": peak,
+        "mfu": flops * figures["tokens_per_second"] / peak / parallel.world().size,
+    }
+
+
+def line(row: dict) -> str:
+    low, high = row["range"]
+    speed = f"{row['tokens_per_second'] / 1e3:,.1f}k ({low / 1e3:,.1f} to {high / 1e3:,.1f})"
+    name = f"{row['preset']}, {row['head']} head, {row['dtype']}{', compiled' * row['compiled']}"
+    return (
+        f"| {name} | {row['parameters'] / 1e6:.1f} M | {speed} | {row['mfu']:.0%} of "
+        f"{row['matmul_flops_per_second'] / 1e12:.2f} TFLOP/s | "
+        f"{row['peak_memory_bytes'] / 2**30:.2f} GiB | {row['first_step_seconds']:.1f} s | "
+        f"{row['loading_share']:.1%} |"
+    )
+
+
+def main(config: Section, explicit: set[str]) -> None:
+    for name in ("steps", "rounds"):
+        if getattr(config, name) < 1:
+            raise ValueError(f"{name}={getattr(config, name)} must be at least 1")
+    for head in config.heads:
+        if head not in ("masked", "full"):
+            raise ValueError(f"heads=[{head}] is unknown: choose masked, full or both")
+    device = runtime.pick_device(config.device, parallel.world().local_rank)
+    leads, rows = parallel.world().leads, []
+    with parallel.processes(device), tempfile.TemporaryDirectory() as folder:
+        if leads:
+            print(f"{hardware(device)}; {parallel.world().size} process(es), seed {config.seed}")
+            print("| size | parameters | tokens/s | MFU | peak memory | first step | loading |")
+            print("| --- | --- | --- | --- | --- | --- | --- |", flush=True)
+        for preset in config.presets:
+            for head in config.heads:
+                row = bench(config, preset, head, device, Path(folder))
+                rows.append(row)
+                if leads:
+                    print(line(row), flush=True)
+                if leads and row["nanogpt"]:
+                    low, middle, high = row["times_nanogpt"]
+                    print(
+                        f"\nnanoGPT at this size, in turn: {row['nanogpt'] / 1e3:,.1f}k tokens/s; ours "
+                        f"is {middle:.2f} times as fast ({low:.2f} to {high:.2f})"
+                    )
+    if config.output and leads:
+        Path(config.output).write_text(
+            json.dumps({"hardware": hardware(device), "rows": rows}, indent=1)
+        )
+
+
+if __name__ == "__main__":
+    cli.main(main, "bench/throughput")
