@@ -32,6 +32,7 @@ class ModelConfig:
     dropout: float = 0.0
     tie_weights: bool = True
     qk_norm: bool = True
+    conv_width: int = 0  # of the short convolutions; 0 for none
     causal: bool = False  # the autoregressive control: position i is predicted from those before it
 
     def __post_init__(self):
@@ -47,6 +48,11 @@ class ModelConfig:
             raise ValueError(
                 f"model.n_embd / model.n_head = {self.head_size} is odd, but rotary embeddings "
                 "turn pairs: choose an even head width"
+            )
+        if self.conv_width < 0 or (self.conv_width and self.conv_width % 2 == 0):
+            raise ValueError(
+                f"model.conv_width={self.conv_width} must be odd, for as many neighbours on each "
+                "side, or 0 for none"
             )
         if not 0 <= self.dropout < 1:
             raise ValueError(f"model.dropout={self.dropout} must lie in [0, 1)")
@@ -92,6 +98,25 @@ def attend(q: Tensor, k: Tensor, v: Tensor, causal: bool = False) -> Tensor:
     return F.scaled_dot_product_attention(q, k, v, is_causal=causal)
 
 
+class ShortConvolution(nn.Module):
+    """x (B, L, D) plus, channel by channel, a weighted sum of its `conv_width` nearest positions.
+
+    Letters make words without attention having to find the neighbours first (Primer, arXiv
+    2109.08668). It begins as the identity. A causal one looks back only.
+    """
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        width = config.conv_width
+        self.before = width - 1 if config.causal else width // 2
+        self.weight = nn.Parameter(torch.zeros(config.n_embd, 1, width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        taps = self.weight[:, 0].unbind(1)
+        padded = F.pad(x, (0, 0, self.before, len(taps) - 1 - self.before))
+        return x + sum(padded[:, i : i + x.size(1)] * tap for i, tap in enumerate(taps))
+
+
 class Attention(nn.Module):
     def __init__(self, config: ModelConfig):
         super().__init__()
@@ -127,15 +152,20 @@ class SwiGLU(nn.Module):
 class Block(nn.Module):
     def __init__(self, config: ModelConfig):
         super().__init__()
+        convolution = ShortConvolution if config.conv_width else nn.Identity
         self.attention_norm = nn.RMSNorm(config.n_embd, eps=1e-5)
+        self.attention_conv = convolution(config)
         self.attention = Attention(config)
         self.mlp_norm = nn.RMSNorm(config.n_embd, eps=1e-5)
+        self.mlp_conv = convolution(config)
         self.mlp = SwiGLU(config)
         self.dropout = nn.Dropout(config.dropout)
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        x = x + self.dropout(self.attention(self.attention_norm(x), cos, sin))
-        return x + self.dropout(self.mlp(self.mlp_norm(x)))
+        y = self.attention_conv(self.attention_norm(x))
+        x = x + self.dropout(self.attention(y, cos, sin))
+        y = self.mlp_conv(self.mlp_norm(x))
+        return x + self.dropout(self.mlp(y))
 
 
 class Transformer(nn.Module):

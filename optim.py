@@ -124,7 +124,7 @@ def build_optimizer(
 ) -> Optimizers:
     """`adamw`, or `muon` for the hidden matrices with AdamW for everything else.
 
-    Decay applies to matrices only, never to norm gains. Muon orthogonalises its updates, which has
+    Decay applies to matrices only, not to norms and convolutions. Muon orthogonalises, which has
     a meaning for maps between hidden states only: the embedding and the head stay with AdamW. Of a
     sharded model, `whole(tensor)` gathers a shard and `like(tensor, parameter)` cuts one. Raises
     `ValueError` for another name.
@@ -140,7 +140,7 @@ def build_optimizer(
     adamw = torch.optim.AdamW(
         [
             {"params": [p for p in others if p.ndim == 2], "weight_decay": weight_decay},
-            {"params": [p for p in others if p.ndim < 2], "weight_decay": 0.0},
+            {"params": [p for p in others if p.ndim != 2], "weight_decay": 0.0},
         ],
         lr=learning_rate,
         betas=betas,

@@ -255,8 +255,8 @@ def main(config: Section, explicit: set[str]) -> None:
                 if leads and row["nanogpt"]:
                     low, middle, high = row["times_nanogpt"]
                     print(
-                        f"\nnanoGPT at this size, in turn: {row['nanogpt'] / 1e3:,.1f}k tokens/s; ours "
-                        f"is {middle:.2f} times as fast ({low:.2f} to {high:.2f})"
+                        f"\nnanoGPT at this size, in turn: {row['nanogpt'] / 1e3:,.1f}k tokens/s; "
+                        f"ours is {middle:.2f} times as fast ({low:.2f} to {high:.2f})"
                     )
     if config.output and leads:
         Path(config.output).write_text(

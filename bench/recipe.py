@@ -1,0 +1,152 @@
+"""What each ingredient of the recipe is worth: python -m bench.recipe seeds=[1,2,3]
+
+Every variation is trained by train.py, once for each seed, and evaluated on the same masks. Choose
+by the last tenth of the training split, which is the default; `validation=true` is for the table
+that is published.
+"""
+
+import json
+import math
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+import cli
+import data
+import runtime
+import text
+from bench.throughput import hardware
+from cli import Section
+
+VARIATIONS = {
+    "recipe": [],
+    "weight of the bound": ["diffusion.weighting=1.0"],
+    "no weight": ["diffusion.weighting=0.0"],
+    "counts, mirrored": ["diffusion.masking=count"],
+    "no convolution": ["model.conv_width=0"],
+    "no QK-norm": ["model.qk_norm=false"],
+    "untied head": ["model.tie_weights=false"],
+    "cosine to 10%": ["training.lr_schedule=cosine", "training.min_lr_ratio=0.1"],
+    "half the rate": ["training.learning_rate=2.5e-3"],
+    "AdamW 1e-3": ["training.optimizer=adamw", "training.learning_rate=1e-3"],
+    "AdamW 3e-3": ["training.optimizer=adamw", "training.learning_rate=3e-3"],
+    "AdamW 6e-3": ["training.optimizer=adamw", "training.learning_rate=6e-3"],
+    "plain AdamW": [  # the recipe of the field: a Llama-like network, the bound's weight, AdamW
+        *("training.optimizer=adamw", "training.learning_rate=3e-3", "model.conv_width=0"),
+        *("model.qk_norm=false", "diffusion.weighting=1.0", "training.lr_schedule=cosine"),
+        "training.min_lr_ratio=0.1",
+    ],
+}
+
+
+def train(config: Section, name: str, seed: int, corpus: Path) -> tuple[Path, float]:
+    """Train one variation in a process of its own: its folder and the seconds it took."""
+    folder = Path(config.out_dir, f"{name.replace(' ', '-')}-{seed}")
+    words = [f"data.path={corpus}", f"out_dir={folder}", f"system.seed={seed}"]
+    words += [f"training.eval_interval={config.curve}", "training.sample_interval=0"]
+    words += ["training.save_interval=0", *config.words, *VARIATIONS[name]]
+    words += [f"training.max_iters={config.steps}"] if config.steps else []
+    words += [f"+experiment={config.experiment}"] if config.experiment else []
+    start = time.perf_counter()
+    result = subprocess.run(
+        [sys.executable, str(cli.ROOT / "train.py"), *words], capture_output=True, text=True
+    )
+    if result.returncode:
+        raise ValueError(f"{name}, seed {seed} failed: {result.stderr.strip().splitlines()[-1:]}")
+    return folder, time.perf_counter() - start
+
+
+def evaluate(folder: Path, device: torch.device, draws: int) -> float:
+    """The bound of a run's averaged weights on its validation split, nats per token."""
+    loaded = runtime.load(folder / "ckpt.pt", device)
+    corpus = runtime.load_corpus(loaded.config["data"], loaded.tokenizer)
+    rows = data.blocks(corpus.val, loaded.model.config.block_size)
+    return runtime.passes(loaded.model, rows, 0, draws, batch_size=64).bound().value
+
+
+def write_corpus(config: Section) -> Path:
+    """The text of the runs, as a file: all of it, or the part that is trained on."""
+    defaults = cli.load_defaults()["data"]
+    _, content = text.find_text(defaults["dataset"], config.path, defaults["cache_dir"])
+    path = Path(config.out_dir, "all.txt" if config.validation else "train-split.txt")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(content if config.validation else content[: int(0.9 * len(content))])
+    return path
+
+
+def spread(values: list[float]) -> str:
+    """The mean of several seeds and its standard error."""
+    if len(values) < 2:
+        return f"{values[0]:+.4f}"
+    error = statistics.stdev(values) / math.sqrt(len(values))
+    return f"{statistics.fmean(values):+.4f} ± {error:.4f}"
+
+
+def line(name: str, runs: list[dict], reference: list[dict]) -> str:
+    """A row of the table; differences are taken seed by seed."""
+    differences = [a["bound"] - b["bound"] for a, b in zip(runs, reference, strict=False)]
+    compared = spread(differences) if name != "recipe" else ""
+    bound = spread([run["bound"] for run in runs]).lstrip("+")
+    return (
+        f"| {name} | {bound} | {compared} | {statistics.median(r['seconds'] for r in runs):.0f} |"
+    )
+
+
+def curve(folder: Path) -> tuple[list[float], list[float]]:
+    """Seconds of training and the bound after them, from a run's metrics.jsonl."""
+    seconds, last, times, bounds = 0.0, 0, [], []
+    for entry in map(json.loads, (folder / "metrics.jsonl").read_text().splitlines()):
+        if "train/time_ms" in entry:
+            seconds += entry["train/time_ms"] / 1e3 * (entry["step"] - last)
+            last = entry["step"]
+        else:
+            times.append(seconds)
+            bounds.append(entry["eval/val_loss"])
+    return times, bounds
+
+
+def plot(results: dict[str, list[dict]], path: Path) -> None:
+    """The bound against seconds of training, a line for each run."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise ValueError("the plot needs a package: pip install matplotlib") from None
+    axes = (figure := Figure(figsize=(7, 4.5), layout="constrained")).subplots()
+    for number, (name, runs) in enumerate(results.items()):
+        for run in runs:
+            label = name if run is runs[0] else None
+            axes.plot(*curve(Path(run["folder"])), color=f"C{number}", label=label, lw=1.2)
+    axes.set(xlabel="seconds of training", ylabel="bound on val, nats per token")
+    axes.legend(frameon=False)
+    axes.grid(alpha=0.3)
+    figure.savefig(path, dpi=150)
+
+
+def main(config: Section, explicit: set[str]) -> None:
+    names = config.variations or list(VARIATIONS)
+    for name in names:
+        if name not in VARIATIONS:
+            raise ValueError(f"variations: no {name!r}: choose of {', '.join(VARIATIONS)}")
+    corpus, device, results = write_corpus(config), runtime.pick_device("auto"), {}
+    print(f"{hardware(device)}; {config.steps or 'all'} steps, seeds {', '.join(config.seeds)}")
+    print("| variation | nats/token | against the recipe | seconds |\n| --- | --- | --- | --- |")
+    for name in names:
+        results[name] = []
+        for seed in map(int, config.seeds):
+            folder, seconds = train(config, name, seed, corpus)
+            bound = evaluate(folder, device, config.draws)
+            results[name].append(
+                {"seed": seed, "bound": bound, "seconds": seconds, "folder": str(folder)}
+            )
+        print(line(name, results[name], results[names[0]]), flush=True)
+        Path(config.out_dir, "results.json").write_text(json.dumps(results, indent=1))
+    if config.curve:
+        plot(results, Path(config.out_dir, "curve.png"))
+
+
+if __name__ == "__main__":
+    cli.main(main, "bench/recipe")
