@@ -200,9 +200,9 @@ def mask_capacity(rows: Tensor, length: int, n: int, eps: float, masking: str = 
 
 # --- Reverse process: settings and results -------------------------------------------------------
 
-# The labels of docs/sampling.md: what law a sample is a draw of.
-ANY_ORDER, LEFT_TO_RIGHT = "any-order exact", "left-to-right exact"
-K_STEP, HEURISTIC = "K-step", "heuristic"
+ANY_ORDER, LEFT_TO_RIGHT, K_STEP, HEURISTIC = (  # labels: what law a sample is a draw of
+    *("any-order exact", "left-to-right exact", "K-step", "heuristic"),
+)
 
 
 @dataclass(frozen=True)
@@ -225,15 +225,12 @@ class Sampling:
         checks = {
             "strategy": (self.strategy in STRATEGIES, f"one of {', '.join(STRATEGIES)}"),
             "steps": (self.steps >= 1, "at least 1"),
-            "temperature": (0 <= self.temperature < math.inf, "0 (the likeliest token) or more"),
-            "top_k": (self.top_k >= 0, "0 (every token) or more"),
             "top_p": (0 < self.top_p <= 1, "in (0, 1]; 1 keeps every token"),
-            "guidance": (0 <= self.guidance < math.inf, "0 (none) or more"),
-            "block_length": (self.block_length >= 0, "0 (no blocks) or more"),
-            "threshold": (0 <= self.threshold <= 1, "in [0, 1]"),
-            "gamma": (0 <= self.gamma < math.inf, "0 (one position a step) or more"),
-            "remask_rate": (0 <= self.remask_rate <= 1, "in [0, 1]; 0 masks nothing again"),
         }
+        for name in ("temperature", "top_k", "guidance", "block_length", "gamma"):
+            checks[name] = (0 <= getattr(self, name) < math.inf, "0 or more")
+        for name in ("threshold", "remask_rate"):
+            checks[name] = (0 <= getattr(self, name) <= 1, "in [0, 1]")
         for name, (holds, wanted) in checks.items():
             if not holds:
                 raise ValueError(f"sampling.{name}={getattr(self, name)} must be {wanted}")
@@ -321,9 +318,9 @@ class Reverse:
             logits = logits + self.settings.guidance * (logits - blind)
         return logits
 
-    def score(self, of: Callable[[Tensor], Tensor]) -> Tensor:
-        """of(probabilities (N, V)) at the masked positions, before temperature and filters."""
-        scores = of(self.logits[self.is_masked].softmax(dim=-1))
+    def score(self, name: str) -> Tensor:
+        """One of SCORES at the masked positions, before temperature and filters."""
+        scores = SCORES[name](self.logits[self.is_masked].softmax(dim=-1))
         return scores.new_zeros(self.xt.shape).masked_scatter(self.is_masked, scores)
 
     def best(self, score: Tensor, count: Tensor | int) -> Tensor:
@@ -372,7 +369,15 @@ class Reverse:
             self.history.append(Event(self.step, again.nonzero()))
 
 
-# --- Reverse process: strategies: which masked positions (B, L) to reveal in a step ---------------
+# --- Reverse process: strategies, and which masked positions (B, L) each reveals in a step --------
+
+SCORES = {  # (N,) of probabilities (N, V)
+    # MaskGIT (arXiv 2202.04200) and LLaDA (2502.09992) score the token that was drawn.
+    "confidence": lambda p: p.amax(dim=-1),
+    # The best minus the second best: Kim et al., arXiv 2502.06768.
+    "margin": lambda p: p.amax(dim=-1) - p.topk(min(2, p.size(-1))).values[:, 1:].sum(dim=-1),
+    "entropy": lambda p: -torch.special.entr(p).sum(dim=-1),
+}
 
 
 def ancestral(step: Reverse) -> Tensor:
@@ -384,40 +389,24 @@ def ancestral(step: Reverse) -> Tensor:
     return step.is_masked & (step.noise >= step.level)
 
 
-def in_order(of: Callable[[Tensor], Tensor]) -> Callable[[Reverse], Tensor]:
-    """The highest scores of(probabilities): floor(holes j / K) are filled after step j."""
-
-    def reveal(step: Reverse) -> Tensor:
-        before, after = (step.holes * j // step.steps for j in (step.index, step.index + 1))
-        if torch.equal(before, after):
-            return torch.zeros_like(step.is_masked)
-        return step.best(step.score(of), (after - before).to(step.xt.device))
-
-    return reveal
-
-
-def top_probability(p: Tensor) -> Tensor:
-    return p.amax(dim=-1)
-
-
-def margin(p: Tensor) -> Tensor:
-    top = p.topk(min(2, p.size(-1))).values
-    return top[:, 0] - top[:, 1:].sum(dim=-1)
-
-
-def certainty(p: Tensor) -> Tensor:
-    return -torch.special.entr(p).sum(dim=-1)
+def in_order(step: Reverse) -> Tensor:
+    """The highest scores, so that floor(holes j / K) are filled after step j."""
+    before, after = (step.holes * j // step.steps for j in (step.index, step.index + 1))
+    if torch.equal(before, after):
+        return torch.zeros_like(step.is_masked)
+    score = step.score(step.settings.strategy)
+    return step.best(score, (after - before).to(score.device))
 
 
 def above_threshold(step: Reverse) -> Tensor:
     """All whose top probability exceeds the threshold, and the best (Fast-dLLM, 2505.22618)."""
-    score = step.score(top_probability)
+    score = step.score("confidence")
     return step.best(score, 1) | step.is_masked & (score > step.settings.threshold)
 
 
 def entropy_bounded(step: Reverse) -> Tensor:
     """By rising entropy H, as many as keep sum H - max H <= gamma (EB-sampler, 2505.24857)."""
-    score = step.score(certainty)
+    score = step.score("entropy")
     entropies = (-score).masked_fill(~step.is_masked, math.inf).sort(dim=1).values
     costs = entropies.cumsum(dim=1) - entropies  # nan where none is masked
     return step.best(score, (costs <= step.settings.gamma).sum(dim=1, keepdim=True))
@@ -436,10 +425,9 @@ STRATEGIES = {
     "first_hitting": Strategy(lambda step: step.best(step.noise, 1), ANY_ORDER, paced=False),
     # How an autoregressive network is sampled exactly.
     "left_to_right": Strategy(lambda step: step.best(-step.columns, 1), LEFT_TO_RIGHT, paced=False),
-    # MaskGIT (arXiv 2202.04200) and LLaDA (2502.09992) score the token that was drawn.
-    "confidence": Strategy(in_order(top_probability), HEURISTIC),
-    "margin": Strategy(in_order(margin), HEURISTIC),  # Kim et al., arXiv 2502.06768
-    "entropy": Strategy(in_order(certainty), HEURISTIC),
+    "confidence": Strategy(in_order, HEURISTIC),
+    "margin": Strategy(in_order, HEURISTIC),
+    "entropy": Strategy(in_order, HEURISTIC),
     "threshold": Strategy(above_threshold, HEURISTIC, paced=False),
     "eb": Strategy(entropy_bounded, HEURISTIC, paced=False),
 }

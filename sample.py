@@ -57,12 +57,12 @@ def main(config: Section, explicit: set[str]) -> None:
     loaded = runtime.load(config.checkpoint, device)
     settings = runtime.sampling(config.sampling, loaded.model)
     canvases = [make_canvas(prompt, config.sampling.length, loaded) for prompt in prompts]
+    dtype = runtime.pick_dtype(config.system.dtype, device, training=False)
     print(
         f"{config.checkpoint}: EMA weights after {loaded.state['step']} steps, on {device}; "
         f"{settings.strategy} ({settings.label})",
         file=sys.stderr,
     )
-    dtype = runtime.pick_dtype(config.system.dtype, device, training=False)
     with open_output(config.sampling.output) as output, runtime.autocast(device, dtype):
         for number, sample in enumerate(generate(loaded, canvases, settings, config)):
             title = f"--- sample {number + 1} ---\n" if len(canvases) > 1 else ""
@@ -76,11 +76,14 @@ def main(config: Section, explicit: set[str]) -> None:
 def check(config: Section) -> None:
     """Raise `ValueError` for a setting out of its range."""
     runtime.sampling(config.sampling)
-    counts = {"num_samples": config.num_samples, "sampling.batch_size": config.sampling.batch_size}
+    values = config.sampling
+    counts = {"num_samples": config.num_samples, "sampling.batch_size": values.batch_size}
     for name, value in counts.items():
         if value < 1:
             raise ValueError(f"{name}={value} must be at least 1")
-    if config.sampling.watch and not sys.stdout.isatty():
+    if values.length < 0:
+        raise ValueError(f"sampling.length={values.length} must be 0 (the context) or more")
+    if values.watch and not sys.stdout.isatty():
         print("sampling.watch=true shows nothing: this is no terminal", file=sys.stderr)
 
 
@@ -158,7 +161,7 @@ def make_canvas(prompt: str, length: int, loaded: Loaded) -> Canvas:
             "tokens are missing: leave it out"
         )
     rest = 0 if before else (length or loaded.model.config.block_size) - len(ids)
-    if length < 0 or rest < 0:
+    if rest < 0:
         name = "sampling.length" if length else "model.block_size"
         raise ValueError(
             f"prompt has {len(ids)} tokens but {name} is {len(ids) + rest}: shorten the prompt or "
@@ -249,6 +252,8 @@ class Watch:
         return {"history": self.history, "callback": partial(self.show, window)}
 
     def show(self, window: slice, step: int, t: float, xt: Tensor) -> None:
+        if not self.history:
+            return
         ids, new = self.ids.clone(), set()
         ids[window] = xt[0].cpu()
         for event in self.history:

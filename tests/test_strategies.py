@@ -17,7 +17,7 @@ from problems import (
     total_variation,
     z_score,
 )
-from test_sampling import L, V, history, linear_network, prompts
+from test_sampling import L, V, linear_network, prompts
 
 import diffusion
 
