@@ -166,12 +166,13 @@ def conclusions(rows: list[Row], context: int) -> list[str]:
 
 
 def write(rows: list[Row], config: Section, context: int) -> None:
+    cores = f"{torch.get_num_threads()} threads"
     about = {
         "checkpoint": config.checkpoint,
         "judge": config.judge,
         "samples": config.samples,
         "seed": config.seed,
-        "hardware": f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads",
+        "hardware": f"{platform.processor() or platform.machine()}, {cores}",
     }
     table, found = "\n".join([HEADER, *map(line, rows)]), conclusions(rows, context)
     print("\n".join(found))

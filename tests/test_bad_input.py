@@ -147,6 +147,8 @@ def test_a_setting_that_train_cannot_use(refusal, words, named):
     ],
 )
 def test_a_setting_that_sample_cannot_use(refusal, words, named):
+    Path("latin.txt").write_bytes(b"\xe9")
+    Path("blank.txt").write_text(" \n\n")
     assert names(refusal("sample", *words), named)
 
 
