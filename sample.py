@@ -58,12 +58,13 @@ def main(config: Section, explicit: set[str]) -> None:
     settings = runtime.sampling(config.sampling, loaded.model)
     canvases = [make_canvas(prompt, config.sampling.length, loaded) for prompt in prompts]
     dtype = runtime.pick_dtype(config.system.dtype, device, training=False)
+    opened = open_output(config.sampling.output)
     print(
         f"{config.checkpoint}: EMA weights after {loaded.state['step']} steps, on {device}; "
         f"{settings.strategy} ({settings.label})",
         file=sys.stderr,
     )
-    with open_output(config.sampling.output) as output, runtime.autocast(device, dtype):
+    with opened as output, runtime.autocast(device, dtype):
         for number, sample in enumerate(generate(loaded, canvases, settings, config)):
             title = f"--- sample {number + 1} ---\n" if len(canvases) > 1 else ""
             print(title + sample.text, flush=True)

@@ -93,14 +93,16 @@ def settings_of(config: Section, model: runtime.Transformer) -> list[Sampling]:
 def sample_and_measure(loaded, judge, settings: Sampling, config: Section) -> Row:
     """Draw `config.samples` texts from nothing, count their calls, and judge them."""
     model, texts, alone, calls = loaded.model, [], 0, 0
+    dtype = runtime.pick_dtype(config.dtype, model.device, training=False)
     start = time.perf_counter()
     for rows in torch.arange(config.samples).split(config.batch_size):
         canvas = torch.zeros(len(rows), model.config.block_size, dtype=torch.long)
         generator, history = runtime.generator(config.seed, "frontier"), []
         everything = torch.ones_like(canvas, dtype=torch.bool)
-        filled = runtime.fill(
-            model, canvas, everything, settings, generator, rows=rows, history=history
-        )
+        with runtime.autocast(model.device, dtype):
+            filled = runtime.fill(
+                model, canvas, everything, settings, generator, rows=rows, history=history
+            )
         calls += filled.calls
         revealing = [event.where[:, 0].unique() for event in history if event.tokens is not None]
         alone += sum(map(len, revealing))
