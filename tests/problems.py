@@ -223,10 +223,10 @@ def sampler_law(
     return law[(states < V).all(dim=1)]
 
 
-def any_order_law(model: Model, problem: Problem) -> Tensor:
-    """The law (V ** L,) of revealing one uniformly random position at a time."""
+def any_order_law(model: Model, problem: Problem, orders: list | None = None) -> Tensor:
+    """The law (V ** L,) of revealing one position at a time, in one of the `orders` (all)."""
     x, total = problem.data, torch.zeros(len(problem.law), dtype=torch.float64)
-    orders = list(itertools.permutations(range(problem.L)))
+    orders = orders or list(itertools.permutations(range(problem.L)))
     for order in orders:
         xt, law = torch.full_like(x, problem.V), torch.ones(len(x), dtype=torch.float64)
         for i in order:

@@ -401,6 +401,14 @@ def test_a_tail_of_one_in_a_thousand_million_is_drawn_exactly_in_its_quantile(u,
     assert drawn([1 - 1e-9, 1e-9], torch.tensor([u], dtype=torch.float64)).item() == token
 
 
+def test_gumbel_noise_from_float32_uniforms_could_never_draw_that_tail():
+    """Which is why the test above fails for it: no two such draws differ by ln(1e9) = 20.7."""
+    smallest, largest = (
+        torch.tensor([2**-24, 1 - 2**-24], dtype=torch.float32).log().neg().log().neg()
+    )
+    assert largest - smallest < math.log(1e9)
+
+
 def test_probabilities_are_not_rounded_to_float32():
     u = torch.tensor([0.5 + 0.5e-9, 0.5 + 1.5e-9], dtype=torch.float64)
     assert drawn([0.5 + 1e-9, 0.5 - 1e-9], u).tolist() == [0, 1]

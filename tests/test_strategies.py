@@ -58,6 +58,14 @@ def test_first_hitting_follows_the_any_order_law(name, network):
     assert chi_square_z(drawn, any_order_law(model, problem)) < 4
 
 
+@pytest.mark.parametrize("name", PROBLEMS)
+def test_left_to_right_follows_the_chain_rule_from_the_left(name):
+    problem = PROBLEMS[name]
+    model = arbitrary_network(problem)
+    law = any_order_law(model, problem, orders=[range(problem.L)])
+    assert chi_square_z(counts(model, problem, strategy="left_to_right"), law) < 4
+
+
 @pytest.mark.parametrize("steps, distance", [(32, 0.031972), (128, 0.016847)])
 def test_the_enumerated_law_of_remasking_is_as_far_from_the_data_as_the_table_says(steps, distance):
     law = sampler_law(exact_denoiser(CHAIN), CHAIN, steps, remask=0.2)
