@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Generator, Tensor
 
 Model = Callable[[Tensor], Tensor]
+PHI = (math.sqrt(5) - 1) / 2
 GOLDEN = -0x61C8864680B583EB  # 2^64 / golden ratio, odd, as int64: SplitMix64's increment
 
 
@@ -200,9 +201,8 @@ def mask_capacity(rows: Tensor, length: int, n: int, eps: float, masking: str = 
 
 # --- Reverse process: settings and results -------------------------------------------------------
 
-ANY_ORDER, LEFT_TO_RIGHT, K_STEP, HEURISTIC = (  # labels: what law a sample is a draw of
-    *("any-order exact", "left-to-right exact", "K-step", "heuristic"),
-)
+ANY_ORDER, LEFT_TO_RIGHT = "any-order exact", "left-to-right exact"  # docs/sampling.md
+K_STEP, OWN_ORDER, HEURISTIC = "K-step", "K-step, in an order of its own", "heuristic"
 
 
 @dataclass(frozen=True)
@@ -389,6 +389,14 @@ def ancestral(step: Reverse) -> Tensor:
     return step.is_masked & (step.noise >= step.level)
 
 
+def spread(step: Reverse) -> Tensor:
+    """As many as `ancestral`, but far apart, since neighbours depend on each other most.
+
+    A low-discrepancy order, as in the Halton scheduler for images (arXiv 2503.17076).
+    """
+    return step.is_masked & ((step.noise[:, :1] + step.columns * PHI) % 1 >= step.s)
+
+
 def in_order(step: Reverse) -> Tensor:
     """The highest scores, so that floor(holes j / K) are filled after step j."""
     before, after = (step.holes * j // step.steps for j in (step.index, step.index + 1))
@@ -421,6 +429,7 @@ class Strategy(NamedTuple):
 STRATEGIES = {
     "stochastic": Strategy(ancestral, K_STEP),
     "remask": Strategy(ancestral, K_STEP),  # and Reverse.mask_again (ReMDM, arXiv 2503.00307)
+    "spread": Strategy(spread, OWN_ORDER),
     # One of each row, uniformly: the first-hitting sampler (Zheng et al., arXiv 2409.02908).
     "first_hitting": Strategy(lambda step: step.best(step.noise, 1), ANY_ORDER, paced=False),
     # How an autoregressive network is sampled exactly.

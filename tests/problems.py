@@ -223,17 +223,21 @@ def sampler_law(
     return law[(states < V).all(dim=1)]
 
 
-def any_order_law(model: Model, problem: Problem, orders: list | None = None) -> Tensor:
-    """The law (V ** L,) of revealing one position at a time, in one of the `orders` (all)."""
-    x, total = problem.data, torch.zeros(len(problem.law), dtype=torch.float64)
-    orders = orders or list(itertools.permutations(range(problem.L)))
-    for order in orders:
-        xt, law = torch.full_like(x, problem.V), torch.ones(len(x), dtype=torch.float64)
-        for i in order:
-            law *= model(xt)[:, i].softmax(dim=-1).gather(1, x[:, i : i + 1]).squeeze(1)
-            xt[:, i] = x[:, i]
-        total += law / len(orders)
-    return total
+def schedule_law(model: Model, problem: Problem, when: list[int]) -> Tensor:
+    """The law (V ** L,) of revealing position i in step when[i], those of a step independently."""
+    x, law = problem.data, torch.ones(len(problem.law), dtype=torch.float64)
+    xt = torch.full_like(x, problem.V)
+    for j in sorted(set(when)):
+        now = torch.tensor(when) == j
+        each = model(xt).softmax(dim=-1).gather(-1, x[..., None]).squeeze(-1)  # (V ** L, L)
+        law, xt = law * each[:, now].prod(dim=1), torch.where(now, x, xt)
+    return law
+
+
+def any_order_law(model: Model, problem: Problem) -> Tensor:
+    """The law (V ** L,) of revealing one uniformly random position at a time."""
+    orders = list(itertools.permutations(range(problem.L)))
+    return sum(schedule_law(model, problem, order) for order in orders) / len(orders)
 
 
 def total_variation(p: Tensor, q: Tensor) -> float:

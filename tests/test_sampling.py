@@ -485,7 +485,7 @@ def test_a_setting_out_of_its_range_is_refused_by_its_name(key, value):
 
 
 def test_an_unknown_strategy_is_answered_with_the_known_ones():
-    with pytest.raises(ValueError, match="stochastic, remask, first_hitting"):
+    with pytest.raises(ValueError, match="stochastic, remask, spread, first_hitting"):
         fill(exact_denoiser(CHAIN), *CHAIN.blank(1), CHAIN.V, strategy="greedy")
 
 

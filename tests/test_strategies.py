@@ -13,6 +13,7 @@ from problems import (
     chi_square_z,
     exact_denoiser,
     sampler_law,
+    schedule_law,
     seeded,
     total_variation,
     z_score,
@@ -62,8 +63,40 @@ def test_first_hitting_follows_the_any_order_law(name, network):
 def test_left_to_right_follows_the_chain_rule_from_the_left(name):
     problem = PROBLEMS[name]
     model = arbitrary_network(problem)
-    law = any_order_law(model, problem, orders=[range(problem.L)])
+    law = schedule_law(model, problem, when=list(range(problem.L)))
     assert chi_square_z(counts(model, problem, strategy="left_to_right"), law) < 4
+
+
+def spread_law(model, problem, steps: int) -> torch.Tensor:
+    """Position i waits for the time (u + i golden ratio) mod 1; integrated over u, exactly."""
+    ratio, L = (math.sqrt(5) - 1) / 2, problem.L
+    cuts = {(k / steps - i * ratio) % 1 for i in range(L) for k in range(steps)} | {0.0, 1.0}
+    total = torch.zeros(len(problem.law), dtype=torch.float64)
+    for low, high in zip(sorted(cuts), sorted(cuts)[1:], strict=False):
+        times = [((low + high) / 2 + i * ratio) % 1 for i in range(L)]
+        when = [math.ceil(steps * (1 - time)) for time in times]
+        total += (high - low) * schedule_law(model, problem, when)
+    return total
+
+
+@pytest.mark.parametrize("steps", [1, 2, 5])
+@pytest.mark.parametrize("name", PROBLEMS)
+def test_spread_follows_the_law_of_its_order(name, steps):
+    problem = PROBLEMS[name]
+    model = arbitrary_network(problem)
+    drawn = counts(model, problem, strategy="spread", steps=steps)
+    assert chi_square_z(drawn, spread_law(model, problem, steps)) < 4
+
+
+@pytest.mark.parametrize("steps", [4, 16, 40])
+def test_what_spread_reveals_together_is_far_apart(steps):
+    """By the theory of continued fractions, at least steps / sqrt(5) positions."""
+    events, canvas = [], torch.full((20, 300), 2)
+    network = lambda xt: torch.zeros(*xt.shape, 2)  # noqa: E731
+    sampled(network, canvas, canvas == 2, 2, strategy="spread", steps=steps, history=events)
+    for rows, columns in (event.where.unbind(dim=1) for event in events):
+        same_row = rows[1:] == rows[:-1]
+        assert (columns[1:] - columns[:-1])[same_row].min() >= steps / math.sqrt(5)
 
 
 @pytest.mark.parametrize("steps, distance", [(32, 0.031972), (128, 0.016847)])
@@ -431,6 +464,7 @@ def test_a_vocabulary_of_one_token_can_be_sampled_by_every_strategy():
         ({"strategy": "first_hitting"}, "any-order exact"),
         ({"strategy": "stochastic"}, "K-step"),
         ({"strategy": "remask"}, "K-step"),
+        ({"strategy": "spread"}, "K-step, in an order of its own"),
         ({"strategy": "remask", "remask_unsure": True}, "heuristic"),
         *(({"strategy": strategy}, "heuristic") for strategy in GREEDY),
         ({"strategy": "stochastic", "guidance": 1.0}, "heuristic"),
