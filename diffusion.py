@@ -402,8 +402,7 @@ def in_order(step: Reverse) -> Tensor:
     before, after = (step.holes * j // step.steps for j in (step.index, step.index + 1))
     if torch.equal(before, after):
         return torch.zeros_like(step.is_masked)
-    score = step.score(step.settings.strategy)
-    return step.best(score, (after - before).to(score.device))
+    return step.best(step.score(step.settings.strategy), (after - before).to(step.xt.device))
 
 
 def above_threshold(step: Reverse) -> Tensor:
