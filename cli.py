@@ -20,8 +20,8 @@ from omegaconf.errors import OmegaConfBaseException
 ROOT = Path(__file__).resolve().parent
 CONFIGS = ROOT / "configs"
 FREE_TEXT = {
-    *("checkpoint", "prompt", "out_dir", "data.path", "data.dir", "data.cache_dir"),
-    *("training.init_from", "logging.project", "logging.name"),
+    *("checkpoint", "prompt", "prompt_file", "out_dir", "data.path", "data.dir", "data.cache_dir"),
+    *("training.init_from", "sampling.output", "logging.project", "logging.name"),
 }
 QUIET = (  # what configs/config.yaml says of Hydra, for the settings of tools and benches
     *("hydra.run.dir=.", "hydra.output_subdir=null", "hydra.job.chdir=false"),

@@ -19,11 +19,14 @@ SCANNED = 2**27  # tokens of a .bin that are checked when it is opened; batches 
 
 # --- Tokenizers ---------------------------------------------------------------------------------
 # Each has vocab_size, encode(text) -> int64 array, decode(ids) -> text, decode_bytes(ids) -> bytes
-# and state(): plain values from which load_tokenizer makes it again. None adds special tokens.
+# and state(): plain values from which load_tokenizer makes it again. None adds special tokens; eos
+# is the id that ends a text, if there is one.
 
 
 class CharTokenizer:
     """One token a character: those of the training text in the order of their code points."""
+
+    eos = None
 
     def __init__(self, characters: str):
         self.characters, self.vocab_size = characters, len(characters)
@@ -52,6 +55,8 @@ class CharTokenizer:
 
 class ByteLevel:
     """What tokenizers of bytes share: a token may be a part of a character."""
+
+    eos = None
 
     def decode(self, ids) -> str:
         return self.decode_bytes(ids).decode(errors="replace")
@@ -83,7 +88,7 @@ class GPT2Tokenizer(ByteLevel):
                 f"tiktoken cannot fetch its GPT-2 tables ({type(error).__name__}): go online once, "
                 "or point TIKTOKEN_CACHE_DIR at a folder that has them"
             ) from error
-        self.vocab_size = self.encoding.n_vocab
+        self.vocab_size, self.eos = self.encoding.n_vocab, self.encoding.eot_token
 
     def encode(self, text: str) -> np.ndarray:
         return np.array(self.encoding.encode_ordinary(text), dtype=np.int64)

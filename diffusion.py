@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Generator, Tensor
 
 Model = Callable[[Tensor], Tensor]
+PHI = (math.sqrt(5) - 1) / 2
 GOLDEN = -0x61C8864680B583EB  # 2^64 / golden ratio, odd, as int64: SplitMix64's increment
 
 
@@ -198,86 +199,249 @@ def mask_capacity(rows: Tensor, length: int, n: int, eps: float, masking: str = 
     return min(len(rows) * length, math.ceil(length * p.sum() + 6 * variance.sqrt()))
 
 
-# --- Reverse process -----------------------------------------------------------------------------
+# --- Reverse process: settings and results -------------------------------------------------------
+
+ANY_ORDER, LEFT_TO_RIGHT = "any-order exact", "left-to-right exact"  # docs/sampling.md
+K_STEP, OWN_ORDER, HEURISTIC = "K-step", "K-step, in an order of its own", "heuristic"
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """The settings of `sample`; configs/config.yaml explains them. Raises `ValueError`."""
+
+    strategy: str = "stochastic"
+    steps: int = 128
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+    guidance: float = 0.0
+    block_length: int = 0
+    threshold: float = 0.9
+    gamma: float = 0.1
+    remask_rate: float = 0.2
+    remask_unsure: bool = False
+
+    def __post_init__(self):
+        checks = {
+            "strategy": (self.strategy in STRATEGIES, f"one of {', '.join(STRATEGIES)}"),
+            "steps": (self.steps >= 1, "at least 1"),
+            "top_p": (0 < self.top_p <= 1, "in (0, 1]; 1 keeps every token"),
+        }
+        for name in ("temperature", "top_k", "guidance", "block_length", "gamma"):
+            checks[name] = (0 <= getattr(self, name) < math.inf, "0 or more")
+        for name in ("threshold", "remask_rate"):
+            checks[name] = (0 <= getattr(self, name) <= 1, "in [0, 1]")
+        for name, (holds, wanted) in checks.items():
+            if not holds:
+                raise ValueError(f"sampling.{name}={getattr(self, name)} must be {wanted}")
+
+    @property
+    def label(self) -> str:
+        """Of what law a sample is a draw, if it is a draw from a known one at all."""
+        label = STRATEGIES[self.strategy].label
+        unsure = self.strategy == "remask" and self.remask_unsure
+        if label == HEURISTIC or self.guidance or self.block_length or unsure:
+            return HEURISTIC
+        filtered = self.temperature != 1 or self.top_k or self.top_p < 1
+        return f"{label}, of filtered predictions" if filtered else label
+
+
+class Event(NamedTuple):
+    """N tokens that a step (1 ...) revealed, or N positions that it masked again.
+
+    Probabilities are the network's, before temperature and filters.
+    """
+
+    step: int
+    where: Tensor  # (N, 2): rows and positions
+    tokens: Tensor | None = None  # (N,); None: masked again
+    confidence: Tensor | None = None  # (N,): the tokens' probabilities
+    likeliest: Tensor | None = None  # (N, 5): the best tokens there, or all V
+    probabilities: Tensor | None = None  # (N, 5): theirs
 
 
 class Sampled(NamedTuple):
-    """The filled canvas (B, L), and how many times the network was called."""
+    """The filled canvas (B, L), the number of network calls and, if asked, what each step did."""
 
     ids: Tensor
     calls: int
+    history: list[Event] | None = None
+
+
+# --- Reverse process: one step -------------------------------------------------------------------
 
 
 @dataclass
-class Step:
-    """What a strategy may look at in one step; `logits` calls the network, only if looked at.
-
-    The step goes from time t = 1 - index / steps to s = 1 - (index + 1) / steps.
-    """
+class Reverse:
+    """A reverse process on its way, and what a strategy may ask it. Tensors are (B, L)."""
 
     model: Model
-    xt: Tensor  # (B, L)
-    is_masked: Tensor  # (B, L)
-    holes: Tensor  # (B,) masks at the start
-    index: int
-    steps: int
+    xt: Tensor
+    given: Tensor  # the tokens that never change
+    mask_id: int
+    settings: Sampling
     seed: int
     rows: Tensor  # (B,)
+    history: list[Event] | None
+    calls: int = 0
+    step: int = 0  # 1 ..., over all blocks
+
+    def __post_init__(self):
+        self.columns = torch.arange(L := self.xt.size(1), device=self.xt.device)
+        self.noise = uniform(self.seed, self.rows, L, 0)  # when to reveal
+        self.token_noise = uniform(self.seed, self.rows, L, 1)  # what
+        self.confidence = torch.ones_like(self.noise)  # of what was revealed
+        self.guided = self.settings.guidance > 0 and bool(self.given.any())
+
+    def begin(self, is_hole: Tensor) -> None:
+        """Go to t = 1, with these holes to fill."""
+        self.is_hole, self.is_masked, self.level = is_hole, is_hole.clone(), 1.0
+        self.holes = is_hole.sum(dim=1, keepdim=True).cpu()  # (B, 1)
+        paced = STRATEGIES[self.settings.strategy].paced
+        self.steps = self.settings.steps if paced else int(self.holes.amax())
+
+    def advance(self, index: int) -> None:
+        """Go to step `index`, from time t to s; a revealed token has the chance sigma of a mask."""
+        vars(self).pop("logits", None)
+        self.index, self.step = index, self.step + 1
+        self.t, self.s, self.sigma = 1 - index / self.steps, 1 - (index + 1) / self.steps, 0.0
+        if self.settings.strategy == "remask" and index:
+            self.sigma = min(self.settings.remask_rate, self.s / (1 - self.t))
 
     @functools.cached_property
     def logits(self) -> Tensor:
-        return self.model(self.xt)  # (B, L, V)
+        """The network's answer (B, L, V): called for when a step first looks at it, if at all."""
+        self.calls += 1 + self.guided
+        logits = _at_least_float32(self.model(self.xt))
+        if self.guided:  # unsupervised, SMDM (arXiv 2410.18514)
+            blind = _at_least_float32(self.model(self.xt.masked_fill(self.given, self.mask_id)))
+            logits = logits + self.settings.guidance * (logits - blind)
+        return logits
 
-    @property
-    def calls(self) -> int:
-        return int("logits" in vars(self))
+    def score(self, name: str) -> Tensor:
+        """One of SCORES at the masked positions, before temperature and filters."""
+        scores = SCORES[name](self.logits[self.is_masked].softmax(dim=-1))
+        return scores.new_zeros(self.xt.shape).masked_scatter(self.is_masked, scores)
 
-    def uniform(self, purpose: int) -> Tensor:
-        """This step's draws (B, L) in [0, 1): purpose 0 chooses positions, 1 tokens."""
-        return uniform(self.seed, self.rows, self.xt.size(1), self.index, purpose)
+    def best(self, score: Tensor, count: Tensor | int) -> Tensor:
+        """The `count` (B, 1) masked positions of the highest score; the leftmost of equal ones."""
+        score = torch.where(self.is_masked, score, -math.inf)
+        order = score.argsort(dim=1, descending=True, stable=True)
+        first = self.columns.expand_as(order) < count
+        return torch.zeros_like(self.is_masked).scatter(1, order, first) & self.is_masked
+
+    def fill(self, revealed: Tensor) -> int:
+        """Draw the tokens of the N positions `revealed`; returns N."""
+        where, settings = revealed.nonzero(as_tuple=True), self.settings
+        if not (N := len(where[0])):
+            return 0
+        logits, u = self.logits[where], self.token_noise[where]  # (N, V), (N,)
+        tokens = draw_tokens(logits, u, settings.temperature, settings.top_k, settings.top_p)
+        self.xt[where] = tokens
+        if self.history is not None or settings.remask_unsure:
+            probabilities = logits.softmax(dim=-1)
+            confidence = probabilities.gather(1, tokens[:, None]).squeeze(1)
+            self.confidence[where] = confidence.to(self.confidence.dtype)
+        if self.history is not None:
+            best, places = probabilities.topk(min(5, logits.size(-1))), torch.stack(where, dim=1)
+            event = Event(self.step, places, tokens, confidence, best.indices, best.values)
+            self.history.append(event)
+        return N
+
+    def mask_again(self) -> None:
+        """Mask each token revealed before this step with probability sigma; it then waits anew.
+
+        With `remask_unsure`, n revealed tokens share n sigma by the softmax of -confidence
+        (ReMDM-conf, arXiv 2503.00307, where they share sigma: less than one token a step).
+        """
+        revealed, rate = self.is_hole & ~self.is_masked, self.sigma
+        if self.settings.remask_unsure:
+            shares = (-self.confidence).masked_fill(~revealed, -math.inf).softmax(dim=1)
+            rate = rate * revealed.sum(dim=1, keepdim=True) * shares
+        draws = uniform(self.seed, self.rows, 3 * self.xt.size(1), 2, self.index)
+        u, noise, token_noise = draws.chunk(3, dim=1)
+        again = revealed & (u < rate)
+        self.noise = torch.where(again, noise * self.level, self.noise)
+        self.token_noise = torch.where(again, token_noise, self.token_noise)
+        self.xt.masked_fill_(again, self.mask_id)
+        self.is_masked |= again
+        if self.history is not None and again.any():
+            self.history.append(Event(self.step, again.nonzero()))
 
 
-def stochastic(step: Step) -> Tensor:
-    """Random positions: each mask by itself with probability 1 - s/t = 1 / (steps left).
+# --- Reverse process: strategies, and which masked positions (B, L) each reveals in a step --------
 
-    *K-step*: the law of the result is that of K ancestral steps (MDLM, arXiv 2406.07524).
+SCORES = {  # (N,) of probabilities (N, V)
+    # MaskGIT (arXiv 2202.04200) and LLaDA (2502.09992) score the token that was drawn.
+    "confidence": lambda p: p.amax(dim=-1),
+    # The best minus the second best: Kim et al., arXiv 2502.06768.
+    "margin": lambda p: p.amax(dim=-1) - p.topk(min(2, p.size(-1))).values[:, 1:].sum(dim=-1),
+    "entropy": lambda p: -torch.special.entr(p).sum(dim=-1),
+}
+
+
+def ancestral(step: Reverse) -> Tensor:
+    """Each by itself with probability 1 - s/t (MDLM, arXiv 2406.07524).
+
+    With remasking (t - s + sigma (1 - t)) / t, so that at time s the share s is masked as before.
     """
-    return step.is_masked & (step.uniform(0) < 1 / (step.steps - step.index))
+    step.level *= max(0.0, (step.s - step.sigma * (1 - step.t)) / step.t)
+    return step.is_masked & (step.noise >= step.level)
 
 
-def confidence(step: Step) -> Tensor:
-    """The positions whose best token is most probable: floor(holes j / steps) after step j.
+def spread(step: Reverse) -> Tensor:
+    """As many as `ancestral`, but far apart, since neighbours depend on each other most.
 
-    *Heuristic*: no draw from the model's distribution, and prone to repetition. As in MaskGIT
-    (arXiv 2202.04200) and LLaDA (arXiv 2502.09992), except that the score is the model's top
-    probability, before temperature and top_p, and not that of the token drawn; at temperature 0 the
-    two agree.
+    A low-discrepancy order, as in the Halton scheduler for images (arXiv 2503.17076).
     """
+    return step.is_masked & ((step.noise[:, :1] + step.columns * PHI) % 1 >= step.s)
+
+
+def in_order(step: Reverse) -> Tensor:
+    """The highest scores, so that floor(holes j / K) are filled after step j."""
     before, after = (step.holes * j // step.steps for j in (step.index, step.index + 1))
-    budget = after - before  # (B,)
-    if not budget.any():
+    if torch.equal(before, after):
         return torch.zeros_like(step.is_masked)
-    score = _at_least_float32(step.logits).softmax(dim=-1).amax(dim=-1)  # (B, L)
-    score = score.masked_fill(~step.is_masked, -1.0)
-    rank = score.argsort(dim=1, descending=True, stable=True).argsort(dim=1)
-    return rank < budget[:, None]
+    return step.best(step.score(step.settings.strategy), (after - before).to(step.xt.device))
 
 
-def left_to_right(step: Step) -> Tensor:
-    """The leftmost positions, floor(holes j / steps) after step j.
+def above_threshold(step: Reverse) -> Tensor:
+    """All whose top probability exceeds the threshold, and the best (Fast-dLLM, 2505.22618)."""
+    score = step.score("confidence")
+    return step.best(score, 1) | step.is_masked & (score > step.settings.threshold)
 
-    One position a step is the exact sampler of an autoregressive network, and of a masked one an
-    exact sampler, too, whose likelihood is the chain rule from left to right.
-    """
-    before, after = (step.holes * j // step.steps for j in (step.index, step.index + 1))
-    return step.is_masked & (step.is_masked.cumsum(dim=1) <= (after - before)[:, None])
+
+def entropy_bounded(step: Reverse) -> Tensor:
+    """By rising entropy H, as many as keep sum H - max H <= gamma (EB-sampler, 2505.24857)."""
+    score = step.score("entropy")
+    entropies = (-score).masked_fill(~step.is_masked, math.inf).sort(dim=1).values
+    costs = entropies.cumsum(dim=1) - entropies  # nan where none is masked
+    return step.best(score, (costs <= step.settings.gamma).sum(dim=1, keepdim=True))
+
+
+class Strategy(NamedTuple):
+    reveal: Callable[[Reverse], Tensor]
+    label: str
+    paced: bool = True  # takes `steps` steps; others reveal in every step until no hole is left
 
 
 STRATEGIES = {
-    "stochastic": stochastic,
-    "confidence": confidence,
-    "left_to_right": left_to_right,
+    "stochastic": Strategy(ancestral, K_STEP),
+    "remask": Strategy(ancestral, K_STEP),  # and Reverse.mask_again (ReMDM, arXiv 2503.00307)
+    "spread": Strategy(spread, OWN_ORDER),
+    # One of each row, uniformly: the first-hitting sampler (Zheng et al., arXiv 2409.02908).
+    "first_hitting": Strategy(lambda step: step.best(step.noise, 1), ANY_ORDER, paced=False),
+    # How an autoregressive network is sampled exactly.
+    "left_to_right": Strategy(lambda step: step.best(-step.columns, 1), LEFT_TO_RIGHT, paced=False),
+    "confidence": Strategy(in_order, HEURISTIC),
+    "margin": Strategy(in_order, HEURISTIC),
+    "entropy": Strategy(in_order, HEURISTIC),
+    "threshold": Strategy(above_threshold, HEURISTIC, paced=False),
+    "eb": Strategy(entropy_bounded, HEURISTIC, paced=False),
 }
+
+
+# --- Reverse process: all steps ------------------------------------------------------------------
 
 
 @torch.no_grad()
@@ -287,59 +451,52 @@ def sample(
     *,
     is_masked: Tensor,
     mask_id: int,
-    steps: int = 128,
-    strategy: str = "stochastic",
-    temperature: float = 1.0,
-    top_p: float = 1.0,
     generator: Generator | None = None,
     rows: Tensor | None = None,
     callback: Callable[[int, float, Tensor], None] | None = None,
+    history: list[Event] | None = None,
+    **settings,
 ) -> Sampled:
-    """Fill the positions `is_masked` of `canvas` (B, L) in `steps` steps; no other ever changes.
+    """Fill the positions `is_masked` of `canvas` (B, L), and change no other.
 
-    Each step predicts all positions at once and reveals those that the strategy (a key of
-    `STRATEGIES`) chooses; after the last none is masked. A step that reveals nothing does not call
-    the network. Row i draws from (seed, rows[i]) alone (0 ... B - 1 by default). `callback(j, t,
-    xt)` sees the state after step j = 1 ... steps, at time t = 1 - j / steps. Temperature 0 takes
-    the most probable token; `top_p`, applied after the temperature, keeps the smallest set of
-    tokens whose probability reaches it. Raises `ValueError` for a setting out of its range.
+    The other keywords are those of `Sampling`. Each step asks the network for all positions at once
+    and reveals those that the strategy chooses; one that reveals nothing does not call it. Row i
+    draws from (seed, rows[i]) alone (0 ... B - 1 by default). `callback(j, t, xt)` sees the state
+    after step j = 1, 2, ... at time t (without a pace: the share of holes left), and copies what
+    it keeps. A list given as `history` gets the events of each step. Raises `ValueError`.
     """
-    check_sampling(steps, strategy, temperature, top_p)
-    xt, is_masked = canvas.masked_fill(is_masked, mask_id), is_masked.clone()
-    seed, rows, holes = draw_seed(generator), _rows(canvas, rows), is_masked.sum(dim=1)
-    calls = 0
-    for index in range(steps):
-        step = Step(model, xt, is_masked, holes, index, steps, seed, rows)
-        revealed = STRATEGIES[strategy](step)
-        if revealed.any():
-            tokens = draw_tokens(
-                step.logits[revealed], step.uniform(1)[revealed], temperature, top_p
-            )
-            xt = xt.masked_scatter(revealed, tokens)
-            is_masked = is_masked & ~revealed
-        calls += step.calls
-        if callback is not None:
-            callback(index + 1, 1 - (index + 1) / steps, xt)
-    return Sampled(xt, calls)
+    settings = Sampling(**settings)
+    strategy, xt = STRATEGIES[settings.strategy], canvas.masked_fill(is_masked, mask_id)
+    seed, rows = draw_seed(generator), _rows(canvas, rows)
+    state = Reverse(model, xt, ~is_masked, mask_id, settings, seed, rows, history)
+    for is_hole in blocks(is_masked, settings.block_length):
+        state.begin(is_hole)
+        total = left = int(state.holes.sum())
+        for index in range(state.steps):
+            state.advance(index)
+            revealed = strategy.reveal(state)
+            left -= state.fill(revealed)
+            if state.sigma:
+                state.mask_again()
+            state.is_masked ^= revealed
+            if callback is not None:
+                callback(state.step, state.s if strategy.paced else left / total, xt)
+            if not left and not strategy.paced:
+                break
+    return Sampled(xt, state.calls, history)
 
 
-def check_sampling(steps: int, strategy: str, temperature: float, top_p: float) -> None:
-    """Raise `ValueError` for a setting of `sample` that is out of its range."""
-    if steps < 1:
-        raise ValueError(f"sampling.steps={steps} must be at least 1")
-    if not 0 <= temperature < math.inf:
-        raise ValueError(
-            f"sampling.temperature={temperature} must be 0 (the most probable token) or more"
-        )
-    if not 0 < top_p <= 1:
-        raise ValueError(f"sampling.top_p={top_p} must lie in (0, 1]; 1 keeps every token")
-    if strategy not in STRATEGIES:
-        raise ValueError(
-            f"sampling.strategy={strategy} is unknown: choose one of {', '.join(STRATEGIES)}"
-        )
+def blocks(is_masked: Tensor, length: int) -> list[Tensor]:
+    """The holes (B, L) of each row in portions of `length`, from left to right; 0: all at once."""
+    if not length:
+        return [is_masked]
+    number = (is_masked.cumsum(dim=1) - 1) // length
+    return [is_masked & (number == i) for i in range(int(number.amax()) + 1)]
 
 
-def draw_tokens(logits: Tensor, u: Tensor, temperature: float = 1.0, top_p: float = 1.0) -> Tensor:
+def draw_tokens(
+    logits: Tensor, u: Tensor, temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0
+) -> Tensor:
     """Tokens (N,) from logits (N, V) by inverting the distribution function at u (N,) in [0, 1).
 
     In float64: Gumbel noise from float32 uniforms cuts off the tail and so lowers the effective
@@ -348,17 +505,24 @@ def draw_tokens(logits: Tensor, u: Tensor, temperature: float = 1.0, top_p: floa
     if temperature == 0:
         return logits.argmax(dim=-1)
     device = "cpu" if logits.device.type == "mps" else logits.device
-    probabilities = (logits.to(device).double() / temperature).softmax(dim=-1)
-    if top_p < 1:
-        probabilities = keep_top_p(probabilities, top_p)
+    logits64 = logits.to(device).double()
+    below = logits64 - logits64.amax(dim=-1, keepdim=True)  # no overflow at tiny temperatures
+    probabilities = keep_likeliest((below / temperature).softmax(dim=-1), top_k, top_p)
     cdf = probabilities.cumsum(dim=-1)
     u = u.to(device).double()[:, None] * cdf[:, -1:]
     tokens = torch.searchsorted(cdf, u, right=True).squeeze(1)
     return tokens.clamp(max=logits.size(-1) - 1).to(logits.device)
 
 
-def keep_top_p(probabilities: Tensor, top_p: float) -> Tensor:
-    """Zero all but the likeliest of (N, V) that together reach `top_p`, the crossing one kept."""
-    ordered, order = probabilities.sort(dim=-1, descending=True)
-    above = ordered.cumsum(dim=-1) - ordered  # what is more probable than each
-    return torch.zeros_like(probabilities).scatter(-1, order, ordered * (above < top_p))
+def keep_likeliest(probabilities: Tensor, top_k: int = 0, top_p: float = 1.0) -> Tensor:
+    """Zero all of (N, V) but the `top_k` likeliest (0: all) and, of them, the fewest that reach
+    `top_p` of what they have, the crossing one kept."""
+    if not top_k and top_p == 1:
+        return probabilities
+    ordered, order = probabilities.sort(dim=-1, descending=True, stable=True)
+    if top_k:
+        ordered[:, top_k:] = 0
+        ordered /= ordered.sum(dim=-1, keepdim=True)
+    if top_p < 1:
+        ordered *= ordered.cumsum(dim=-1) - ordered < top_p  # what is more probable than each
+    return torch.zeros_like(probabilities).scatter(-1, order, ordered)

@@ -1,5 +1,6 @@
 """What the scripts share below the command line: device, precision, random numbers, loading."""
 
+import dataclasses
 import hashlib
 import os
 import shutil
@@ -174,27 +175,34 @@ def passes(
     )
 
 
-def fill(
-    model: Transformer, canvas: Tensor, is_masked: Tensor, settings: SimpleNamespace, gen: Generator
-) -> diffusion.Sampled:
-    """`diffusion.sample` of a canvas (B, L) as the `sampling` section says.
+def sampling(section: SimpleNamespace, model: Transformer | None = None) -> diffusion.Sampling:
+    """The settings of the reverse process in the `sampling` section. Raises `ValueError`.
 
-    From a causal model one token a call, from left to right.
+    An autoregressive `model` is sampled from left to right.
     """
-    settings = sampling_settings(settings)
-    if model.config.causal:
-        holes = int(is_masked.sum(dim=1).max())
-        settings |= {"strategy": "left_to_right", "steps": max(1, holes)}
+    names = [field.name for field in dataclasses.fields(diffusion.Sampling)]
+    settings = diffusion.Sampling(**{name: getattr(section, name) for name in names})
+    causal = model is not None and model.config.causal
+    return dataclasses.replace(settings, strategy="left_to_right") if causal else settings
+
+
+def fill(
+    model: Transformer,
+    canvas: Tensor,
+    is_masked: Tensor,
+    settings: diffusion.Sampling,
+    gen: Generator,
+    **options,
+) -> diffusion.Sampled:
+    """`diffusion.sample` of a canvas (B, L), on the model's device."""
+    rows = options.pop("rows", torch.arange(len(canvas)))
     return diffusion.sample(
         model,
         canvas.to(model.device),
         is_masked=is_masked.to(model.device),
         mask_id=model.config.mask_id,
         generator=gen,
-        **settings,
+        rows=rows.to(model.device),
+        **dataclasses.asdict(settings),
+        **options,
     )
-
-
-def sampling_settings(settings: SimpleNamespace) -> dict:
-    """The arguments of `diffusion.sample` that the `sampling` section holds."""
-    return {name: value for name, value in vars(settings).items() if name != "length"}

@@ -279,7 +279,7 @@ def check(config: Section, world: parallel.World) -> None:
     schedule(config, 0)
     parallel.check_kind(config.system.parallel)
     diffusion.check_masking(config.diffusion.masking, config.diffusion.weighting)
-    diffusion.check_sampling(**runtime.sampling_settings(config.sampling))
+    runtime.sampling(config.sampling)
     if config.logging.wandb:
         import_wandb()
 
@@ -440,7 +440,8 @@ def generate(run: Run) -> str:
     canvas = torch.zeros((1, run.model.config.block_size), dtype=torch.long)
     generator = runtime.generator(run.config.system.seed, "sample", run.step)
     is_masked = torch.ones_like(canvas, dtype=torch.bool)
-    sampled = runtime.fill(run.ema, canvas, is_masked, run.config.sampling, generator)
+    settings = runtime.sampling(run.config.sampling, run.model)
+    sampled = runtime.fill(run.ema, canvas, is_masked, settings, generator)
     return run.corpus.tokenizer.decode(sampled.ids[0].tolist())
 
 

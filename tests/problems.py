@@ -194,25 +194,50 @@ def sampler_law(
     steps: int,
     start: Tensor | None = None,
     change: Callable[[Tensor], Tensor] = lambda probabilities: probabilities,
+    remask: float = 0.0,
 ) -> Tensor:
     """The law (V ** L,) after K ancestral steps from `start` (L,), all masks by default.
 
     In each step a masked token is revealed with probability 1 - s/t, and then drawn from
-    change(the network's probabilities).
+    change(the network's probabilities). With `remask`, a revealed one is masked again with
+    probability sigma = min(remask, s / (1 - t)), and a masked one revealed with probability
+    (t - s + sigma (1 - t)) / t (ReMDM).
     """
     V, states = problem.V, problem.states
+    start = torch.full((problem.L,), V) if start is None else start
     probabilities = change(model(states).softmax(dim=-1))  # (states, L, V)
-    is_masked = (states == V)[..., None]
+    is_masked, is_hole = (states == V)[..., None], (start == V)[:, None].double()
     law = torch.zeros(len(states), dtype=torch.float64)
-    law[-1 if start is None else place_of(start[None], V + 1)] = 1.0
+    law[place_of(start[None], V + 1)] = 1.0
     for j in range(steps):
         t, s = 1 - j / steps, 1 - (j + 1) / steps
-        stays = torch.full((*states.shape, 1), s / t, dtype=torch.float64)
-        moves = torch.cat((probabilities * (1 - s / t), stays), dim=-1)  # (states, L, V + 1)
-        moves = torch.where(is_masked, moves, F.one_hot(states, V + 1).double())
+        sigma = min(remask, s / (1 - t)) if j else 0.0
+        reveal = (t - s + sigma * (1 - t)) / t
+        waits = torch.full((*states.shape, 1), 1 - reveal, dtype=torch.float64)
+        moves = torch.cat((probabilities * reveal, waits), dim=-1)  # (states, L, V + 1)
+        again = F.one_hot(torch.tensor(V), V + 1) * sigma * is_hole  # (L, V + 1)
+        keeps = F.one_hot(states, V + 1) * (1 - sigma * is_hole) + again
+        moves = torch.where(is_masked, moves, keeps)
         each = [moves[:, i, states[:, i]] for i in range(problem.L)]
         law = law @ torch.stack(each).prod(dim=0)  # (states,)
     return law[(states < V).all(dim=1)]
+
+
+def schedule_law(model: Model, problem: Problem, when: list[int]) -> Tensor:
+    """The law (V ** L,) of revealing position i in step when[i], those of a step independently."""
+    x, law = problem.data, torch.ones(len(problem.law), dtype=torch.float64)
+    xt = torch.full_like(x, problem.V)
+    for j in sorted(set(when)):
+        now = torch.tensor(when) == j
+        each = model(xt).softmax(dim=-1).gather(-1, x[..., None]).squeeze(-1)  # (V ** L, L)
+        law, xt = law * each[:, now].prod(dim=1), torch.where(now, x, xt)
+    return law
+
+
+def any_order_law(model: Model, problem: Problem) -> Tensor:
+    """The law (V ** L,) of revealing one uniformly random position at a time."""
+    orders = list(itertools.permutations(range(problem.L)))
+    return sum(schedule_law(model, problem, order) for order in orders) / len(orders)
 
 
 def total_variation(p: Tensor, q: Tensor) -> float:

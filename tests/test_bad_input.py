@@ -122,11 +122,23 @@ def test_a_setting_that_train_cannot_use(refusal, words, named):
         (["prompt=KING\t"], "no character '\\t' (position 4) | data.tokenizer=byte"),
         (["num_samples=0"], "num_samples=0 | at least 1"),
         (["sampling.steps=0"], "sampling.steps=0 | at least 1"),
-        (["sampling.temperature=-1"], "sampling.temperature=-1.0 | 0 | or more"),
+        (["sampling.temperature=-1"], "sampling.temperature=-1.0 | 0 or more"),
         (["sampling.top_p=0"], "sampling.top_p=0.0 | (0, 1]"),
         (["sampling.top_p=1.5"], "sampling.top_p=1.5 | (0, 1]"),
-        (["sampling.length=33"], "sampling.length=33 | 32"),
-        (["sampling.strategy=greedy"], "sampling.strategy=greedy | stochastic, confidence"),
+        (["sampling.length=-1"], "sampling.length=-1 | 0 (the context) or more"),
+        (["sampling.strategy=greedy"], "sampling.strategy=greedy | stochastic, remask"),
+        (["sampling.threshold=2"], "sampling.threshold=2.0 | [0, 1]"),
+        (["sampling.remask_rate=-1"], "sampling.remask_rate=-1.0 | [0, 1]"),
+        (["sampling.gamma=-1"], "sampling.gamma=-1.0 | 0 or more"),
+        (["sampling.batch_size=0"], "sampling.batch_size=0 | at least 1"),
+        (["prompt=KING[MASK*0]"], "[MASK*0] | at least one token"),
+        (["prompt=K[MASK]", "sampling.length=9"], "sampling.length=9 | [MASK] | leave it out"),
+        (["prompt_file=nowhere.txt"], "prompt_file=nowhere.txt | No such file | UTF-8 text"),
+        (["prompt_file=out"], "prompt_file=out | directory | UTF-8 text"),
+        (["prompt_file=blank.txt"], "prompt_file=blank.txt | no prompt | one a line"),
+        (["prompt_file=latin.txt"], "prompt_file=latin.txt | UTF-8 text"),
+        (["prompt=K", "prompt_file=blank.txt"], "prompt and prompt_file | leave one"),
+        (["sampling.output=out"], "sampling.output=out | choose another file"),
         (["system.dtype=float16"], "system.dtype=float16 | float32 | bfloat16"),
         (["model.n_layer=2"], "model.n_layer | checkpoint | leave it out"),
         (["model={n_layer:2}"], "model | checkpoint | leave it out"),
@@ -135,6 +147,8 @@ def test_a_setting_that_train_cannot_use(refusal, words, named):
     ],
 )
 def test_a_setting_that_sample_cannot_use(refusal, words, named):
+    Path("latin.txt").write_bytes(b"\xe9")
+    Path("blank.txt").write_text(" \n\n")
     assert names(refusal("sample", *words), named)
 
 

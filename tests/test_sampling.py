@@ -21,7 +21,9 @@ from problems import (
 import diffusion
 
 PROBLEMS = {"chain": CHAIN, "loop": LOOP}
-STRATEGIES = ["stochastic", "confidence"]
+STRATEGIES = list(diffusion.STRATEGIES)
+PACED = [name for name, strategy in diffusion.STRATEGIES.items() if strategy.paced]
+UNPACED = [name for name in STRATEGIES if name not in PACED]
 V, L = 5, 12  # of `linear_network`
 
 
@@ -159,7 +161,7 @@ def test_a_given_token_that_has_the_id_of_the_mask_never_changes(strategy):
     assert torch.equal(ids == V, ~is_masked)
 
 
-@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize("strategy", [name for name in STRATEGIES if name != "remask"])
 def test_a_revealed_token_never_changes(strategy):
     states = history(strategy, 8)
     for before, after in zip(states, states[1:], strict=False):
@@ -219,7 +221,7 @@ def test_without_a_generator_the_global_seed_decides_the_sample():
     assert torch.equal(first, again) and not torch.equal(first, other)
 
 
-@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize("strategy", PACED)
 def test_in_one_step_at_temperature_0_every_hole_gets_its_most_probable_token(strategy):
     canvas, is_masked = prompts(6)
     best = linear_network(canvas.masked_fill(is_masked, V)).argmax(dim=-1)
@@ -227,7 +229,24 @@ def test_in_one_step_at_temperature_0_every_hole_gets_its_most_probable_token(st
     assert torch.equal(ids, torch.where(is_masked, best, canvas))
 
 
-@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize("strategy", UNPACED)
+def test_the_callback_of_an_unpaced_strategy_sees_the_share_of_holes_left(strategy):
+    canvas, is_masked = prompts(6)
+    seen = []
+    fill(
+        linear_network,
+        canvas,
+        is_masked,
+        V,
+        strategy=strategy,
+        callback=lambda j, t, xt: seen.append((j, t, (xt == V).sum().item())),
+    )
+    holes = is_masked.sum().item()
+    assert seen == [(j, left / holes, left) for j, (_, _, left) in enumerate(seen, start=1)]
+    assert seen[-1][1] == 0
+
+
+@pytest.mark.parametrize("strategy", PACED)
 def test_the_callback_sees_every_step_at_its_time(strategy):
     seen = []
     canvas, is_masked = prompts(2)
@@ -361,10 +380,12 @@ def middles(n: int) -> torch.Tensor:
     return (torch.arange(n, dtype=torch.float64) + 0.5) / n
 
 
-def drawn(probabilities: list[float], u: torch.Tensor, *settings: float) -> torch.Tensor:
+def drawn(
+    probabilities: list[float], u: torch.Tensor, temperature: float = 1.0, top_p: float = 1.0
+) -> torch.Tensor:
     """The tokens for every u (N,), under one distribution."""
     logits = torch.tensor(probabilities, dtype=torch.float64).log().expand(len(u), -1)
-    return diffusion.draw_tokens(logits, u, *settings)
+    return diffusion.draw_tokens(logits, u, temperature, top_p=top_p)
 
 
 @pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0])
@@ -378,6 +399,14 @@ def test_tokens_are_drawn_in_proportion_to_their_tempered_probabilities(temperat
 @pytest.mark.parametrize("u, token", [(1 - 2e-9, 0), (1 - 0.5e-9, 1), (1 - 1e-13, 1)])
 def test_a_tail_of_one_in_a_thousand_million_is_drawn_exactly_in_its_quantile(u, token):
     assert drawn([1 - 1e-9, 1e-9], torch.tensor([u], dtype=torch.float64)).item() == token
+
+
+def test_gumbel_noise_from_float32_uniforms_could_never_draw_that_tail():
+    """Which is why the test above fails for it: no two such draws differ by ln(1e9) = 20.7."""
+    smallest, largest = (
+        torch.tensor([2**-24, 1 - 2**-24], dtype=torch.float32).log().neg().log().neg()
+    )
+    assert largest - smallest < math.log(1e9)
 
 
 def test_probabilities_are_not_rounded_to_float32():
@@ -398,7 +427,7 @@ def test_the_extreme_draws_never_give_a_token_of_probability_zero(u, top_p):
     allowed = torch.rand(2000, 50, generator=seeded(1)) < 0.5
     allowed[:, 0] = allowed[:, -1] = False
     u = torch.full((2000,), u, dtype=torch.float64)
-    tokens = diffusion.draw_tokens(logits.masked_fill(~allowed, -math.inf), u, 1.0, top_p)
+    tokens = diffusion.draw_tokens(logits.masked_fill(~allowed, -math.inf), u, top_p=top_p)
     assert allowed.gather(1, tokens[:, None]).all()
 
 
@@ -439,6 +468,15 @@ def test_temperature_0_takes_the_most_probable_token_whatever_the_draw():
         ("top_p", 1.1),
         ("top_p", math.nan),
         ("strategy", "greedy"),
+        ("top_k", -1),
+        ("guidance", -0.5),
+        ("guidance", math.nan),
+        ("block_length", -1),
+        ("threshold", 1.5),
+        ("threshold", math.nan),
+        ("gamma", -1.0),
+        ("remask_rate", 1.5),
+        ("remask_rate", -0.1),
     ],
 )
 def test_a_setting_out_of_its_range_is_refused_by_its_name(key, value):
@@ -447,7 +485,7 @@ def test_a_setting_out_of_its_range_is_refused_by_its_name(key, value):
 
 
 def test_an_unknown_strategy_is_answered_with_the_known_ones():
-    with pytest.raises(ValueError, match="stochastic, confidence"):
+    with pytest.raises(ValueError, match="stochastic, remask, spread, first_hitting"):
         fill(exact_denoiser(CHAIN), *CHAIN.blank(1), CHAIN.V, strategy="greedy")
 
 

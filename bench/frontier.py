@@ -1,0 +1,220 @@
+"""Quality against network calls, for every strategy: python -m bench.frontier
+
+Samples are judged by an autoregressive model (bench/judge.py): bits per byte, with the entropy of
+their tokens and the share of distinct n-grams beside it, since repetition lowers the bits, too.
+"""
+
+import json
+import math
+import platform
+import statistics
+import sys
+import time
+from collections import defaultdict
+from dataclasses import asdict
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+import cli
+import diffusion
+import runtime
+from bench import judge as judges
+from cli import Section
+from diffusion import Sampling
+
+BUDGETS = (8, 32)  # calls, and the context: where the best strategy is named
+SAME = 2.0  # standard errors within which an entropy counts as equal
+
+
+class Row(NamedTuple):
+    """One line of the table; errors are standard errors over the texts."""
+
+    name: str
+    label: str
+    calls: float  # that a text needs by itself, on average
+    batch_calls: int  # that the batches needed
+    bits: float  # per byte, under the judge
+    bits_error: float
+    entropy: float  # nats, of the tokens of a text, on average
+    entropy_error: float
+    distinct: dict[int, float]  # share of n-grams in a text that are distinct
+    speed: float  # tokens a second
+
+
+def main(config: Section, explicit: set[str]) -> None:
+    device = runtime.pick_device(config.device)
+    loaded, judge = runtime.load(config.checkpoint, device), judges.load_judge(config.judge, device)
+    grid = settings_of(config, loaded.model)
+    text, L = judges.held_out_text(judge, config.held_out), loaded.model.config.block_size
+    held_out = judges.cut(text, L, config.samples, config.seed)
+    judges.controls(judge, held_out, config.seed)  # refuses a judge that judges nothing
+    rows = []
+    print(HEADER)
+    for name, texts in judges.control_texts(held_out, config.seed).items():
+        rows.append(measure(judge, texts, name, "control"))
+        print(line(rows[-1]), flush=True)
+    for settings in grid:
+        rows.append(sample_and_measure(loaded, judge, settings, config))
+        print(line(rows[-1]), flush=True)
+    write(rows, config, L)
+
+
+def settings_of(config: Section, model: runtime.Transformer) -> list[Sampling]:
+    """What to sample with: every strategy, over its own range of calls."""
+    names = config.strategies or list(diffusion.STRATEGIES)
+    paces = [int(calls) for calls in config.calls if int(calls) <= model.config.block_size]
+    own = {
+        "threshold": [{"threshold": float(value)} for value in config.thresholds],
+        "eb": [{"gamma": float(value)} for value in config.gammas],
+        "remask": [
+            {"steps": steps, "remask_rate": float(rate)}
+            for rate in config.remask_rates
+            for steps in paces
+        ],
+    }
+    grid = []
+    for name in names:
+        if name not in diffusion.STRATEGIES:
+            raise ValueError(
+                f"strategies={name} is unknown: choose some of {', '.join(diffusion.STRATEGIES)}"
+            )
+        paced = diffusion.STRATEGIES[name].paced
+        default = [{"steps": steps} for steps in paces] if paced else [{}]
+        grid += [
+            Sampling(strategy=name, temperature=float(temperature), **settings)
+            for temperature in config.temperatures
+            for settings in own.get(name, default)
+        ]
+    return grid
+
+
+def sample_and_measure(loaded, judge, settings: Sampling, config: Section) -> Row:
+    """Draw `config.samples` texts from nothing, count their calls, and judge them."""
+    model, texts, alone, calls = loaded.model, [], 0, 0
+    dtype = runtime.pick_dtype(config.dtype, model.device, training=False)
+    start = time.perf_counter()
+    for rows in torch.arange(config.samples).split(config.batch_size):
+        canvas = torch.zeros(len(rows), model.config.block_size, dtype=torch.long)
+        generator, history = runtime.generator(config.seed, "frontier"), []
+        everything = torch.ones_like(canvas, dtype=torch.bool)
+        with runtime.autocast(model.device, dtype):
+            filled = runtime.fill(
+                model, canvas, everything, settings, generator, rows=rows, history=history
+            )
+        calls += filled.calls
+        revealing = [event.where[:, 0].unique() for event in history if event.tokens is not None]
+        alone += sum(map(len, revealing))
+        texts += [loaded.tokenizer.decode(ids) for ids in filled.ids.tolist()]
+    speed = config.samples * model.config.block_size / (time.perf_counter() - start)
+    row = measure(judge, texts, describe(settings), settings.label)
+    return row._replace(calls=alone / config.samples, batch_calls=calls, speed=speed)
+
+
+def describe(settings: Sampling) -> str:
+    """The strategy, and what of its settings is not the default."""
+    defaults, given = asdict(Sampling()), asdict(settings)
+    changed = [f"{name}={given[name]}" for name in given if given[name] != defaults[name]]
+    return " ".join([settings.strategy, *(word for word in changed if "strategy" not in word)])
+
+
+def measure(judge: judges.Judge, texts: list[str], name: str, label: str) -> Row:
+    """The verdict on some texts, as a row without calls."""
+    verdict = judges.judge_texts(judge, texts)
+    entropies = [judges.entropy(judge.encode(text)) for text in texts]
+    error = statistics.stdev(entropies) / math.sqrt(len(texts))
+    figures = verdict.bits_per_byte, verdict.error, verdict.entropy, error, verdict.distinct
+    return Row(name, label, 0.0, 0, *figures, speed=0.0)
+
+
+# --- Output -------------------------------------------------------------------------------------
+
+
+HEADER = """\
+| sampler | label | calls | bits/byte | entropy | distinct 2-, 4-grams | tokens/s |
+| --- | --- | --- | --- | --- | --- | --- |"""
+
+
+def line(row: Row) -> str:
+    calls = f"{row.calls:.1f}" if row.calls else "–"
+    speed = f"{row.speed:,.0f}" if row.speed else "–"
+    figures = f"{row.bits:.3f} ± {row.bits_error:.3f} | {row.entropy:.3f} ± {row.entropy_error:.3f}"
+    distinct = ", ".join(f"{share:.3f}" for share in row.distinct.values())
+    return f"| {row.name} | {row.label} | {calls} | {figures} | {distinct} | {speed} |"
+
+
+def best(rows: list[Row], calls: float, entropy: float) -> Row | None:
+    """The lowest bits within so many calls, at an entropy that is not significantly lower."""
+    fits = [
+        row
+        for row in rows
+        if 0 < row.calls <= calls + 0.5 and row.entropy + SAME * row.entropy_error >= entropy
+    ]
+    return min(fits, key=lambda row: row.bits, default=None)
+
+
+def conclusions(rows: list[Row], context: int) -> list[str]:
+    """The best row within each budget, at the entropy of ancestral sampling with the most steps."""
+    ancestral = [row for row in rows if row.name.startswith("stochastic")]
+    if not ancestral:
+        return []
+    reference = max(ancestral, key=lambda row: row.calls)
+    found = [f"at the entropy of {reference.name} ({reference.entropy:.3f}), within"]
+    for calls in sorted({*BUDGETS, context // 8, context}):
+        row = best(rows, calls, reference.entropy)
+        found.append(f"{calls} calls: {row.name if row else 'none'}")
+    return found
+
+
+def write(rows: list[Row], config: Section, context: int) -> None:
+    cores = f"{torch.get_num_threads()} threads"
+    about = {
+        "checkpoint": config.checkpoint,
+        "judge": config.judge,
+        "samples": config.samples,
+        "seed": config.seed,
+        "hardware": f"{platform.processor() or platform.machine()}, {cores}",
+    }
+    table, found = "\n".join([HEADER, *map(line, rows)]), conclusions(rows, context)
+    print("\n".join(found))
+    output = Path(config.output)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    figures = {"about": about, "rows": [row._asdict() for row in rows], "best": found}
+    output.with_suffix(".json").write_text(json.dumps(figures, indent=1))
+    output.with_suffix(".md").write_text("\n".join([table, "", *found, ""]))
+    plot(rows, output.with_suffix(".png"))
+
+
+def plot(rows: list[Row], path: Path) -> None:
+    """Bits per byte and entropy against calls, a line for each strategy; dashed: held-out text."""
+    try:
+        import matplotlib
+    except ImportError:
+        print("no plot: pip install matplotlib", file=sys.stderr)
+        return
+    matplotlib.use("agg")
+    from matplotlib import pyplot
+
+    figure, (bits, entropy) = pyplot.subplots(1, 2, figsize=(12, 5), layout="constrained")
+    series = defaultdict(list)
+    for row in rows:
+        if row.calls:
+            words = row.name.split()
+            key = " ".join(w for w in words if not w.startswith(("steps", "gamma", "threshold=")))
+            series[key].append(row)
+    for name, group in series.items():
+        group.sort(key=lambda row: row.calls)
+        calls = [row.calls for row in group]
+        for axis, value, error in ((bits, 4, 5), (entropy, 6, 7)):
+            values, errors = [row[value] for row in group], [row[error] for row in group]
+            axis.errorbar(calls, values, errors, label=name, marker="o", markersize=3, capsize=2)
+    for axis, value, title in ((bits, 4, "bits per byte"), (entropy, 6, "entropy, nats")):
+        axis.axhline(rows[0][value], color="black", linestyle="--", linewidth=1)
+        axis.set(xscale="log", xlabel="network calls per text", ylabel=title)
+    bits.legend(fontsize=7)
+    figure.savefig(path, dpi=120)
+
+
+if __name__ == "__main__":
+    cli.main(main, "bench/frontier")

@@ -1,0 +1,110 @@
+"""bench/frontier.py on the tiny model, under a judge that counts characters."""
+
+import json
+import math
+import sys
+from collections import Counter
+
+import pytest
+import torch
+from conftest import TEXT
+
+import cli
+import diffusion
+from bench import frontier
+from bench import judge as judges
+from diffusion import Sampling
+
+
+class CountingJudge(judges.Judge):
+    """Predicts a character from the three before it, as often as it follows them in TEXT."""
+
+    name, context, device = "counts", 10**6, torch.device("cpu")
+    ends = Counter(TEXT[i - 3 : i + 1] for i in range(3, len(TEXT)))
+    starts = Counter(TEXT[i - 3 : i] for i in range(3, len(TEXT)))
+
+    def encode(self, text: str) -> list[int]:
+        return [ord(c) for c in text]
+
+    def nll(self, x0: torch.Tensor) -> torch.Tensor:
+        return torch.tensor([self.costs("".join(map(chr, row))) for row in x0.tolist()])
+
+    def costs(self, text: str) -> list[float]:
+        last = [text[max(0, i - 3) : i + 1] for i in range(len(text))]
+        return [-math.log((self.ends[w] + 0.01) / (self.starts[w[:-1]] + 0.5)) for w in last]
+
+
+@pytest.fixture(scope="module")
+def measured(trained, text_file, tmp_path_factory):
+    """The figures of a run over every strategy, and its folder."""
+    folder = tmp_path_factory.mktemp("frontier")
+    words = ("calls=[2,8,64]", "thresholds=[0.5]", "gammas=[4]", "remask_rates=[0.2]", "samples=5")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(judges, "load_judge", lambda name, device: CountingJudge())
+        patch.setattr(sys, "argv", [
+            "frontier", f"checkpoint={trained}/ckpt.pt", f"held_out={text_file}", "device=cpu",
+            f"output={folder}/deep/f", "batch_size=4", *words,
+        ])  # fmt: skip
+        cli.main(frontier.main, "bench/frontier")
+    return json.loads((folder / "deep/f.json").read_text()), folder / "deep"
+
+
+def test_the_table_has_the_controls_and_every_strategy(measured):
+    names = [row["name"].split()[0] for row in measured[0]["rows"]]
+    assert names[:3] == ["held-out", "its", "one"] and set(names[3:]) == set(diffusion.STRATEGIES)
+
+
+def test_a_row_for_every_number_of_calls_within_the_context(measured):
+    names = [row["name"] for row in measured[0]["rows"]]
+    assert [name for name in names if "margin" in name] == ["margin steps=2", "margin steps=8"]
+
+
+def test_the_calls_are_those_that_one_text_needs(measured):
+    calls = {row["name"]: (row["calls"], row["batch_calls"]) for row in measured[0]["rows"]}
+    assert calls["confidence steps=8"] == (8, 16)  # two batches
+    assert calls["first_hitting"] == calls["left_to_right"] == (32, 64)
+
+
+def test_the_table_names_the_label_of_every_row(measured):
+    labels = {row["name"].split()[0]: row["label"] for row in measured[0]["rows"]}
+    assert labels["first_hitting"] == "any-order exact" and labels["eb"] == "heuristic"
+    assert labels["stochastic"] == "K-step" and labels["held-out"] == "control"
+
+
+def test_the_table_and_the_conclusions_are_written(measured):
+    table = (measured[1] / "f.md").read_text()
+    assert table.count("\n| ") == 1 + len(measured[0]["rows"])
+    assert "within" in table and measured[0]["about"]["samples"] == 5
+
+
+def test_the_plot_is_written_where_matplotlib_is_installed(measured):
+    pytest.importorskip("matplotlib")
+    assert (measured[1] / "f.png").stat().st_size > 10_000
+
+
+def row(name: str, calls: float, bits: float, entropy: float) -> frontier.Row:
+    return frontier.Row(name, "", calls, 0, bits, 0.01, entropy, 0.05, {2: 1.0}, 1.0)
+
+
+ROWS = [
+    row("held-out text", 0, 1.0, 3.0),
+    row("stochastic steps=64", 60.0, 2.0, 3.0),
+    row("quick", 8.0, 3.0, 2.95),
+    row("dull", 8.0, 1.0, 2.0),
+    row("slow", 31.9, 2.5, 2.91),
+]
+
+
+@pytest.mark.parametrize("calls, name", [(8, "quick"), (32, "slow"), (64, "stochastic steps=64")])
+def test_the_best_has_the_fewest_bits_among_those_that_are_not_duller(calls, name):
+    assert frontier.best(ROWS, calls, 3.0).name == name
+
+
+def test_nothing_is_best_within_too_few_calls():
+    assert frontier.best(ROWS, 4, 3.0) is None
+
+
+def test_a_row_is_named_by_what_is_not_the_default():
+    assert frontier.describe(Sampling()) == "stochastic"
+    settings = Sampling(strategy="remask", steps=16, remask_rate=0.05, temperature=0.9)
+    assert frontier.describe(settings) == "remask steps=16 temperature=0.9 remask_rate=0.05"
