@@ -1,0 +1,109 @@
+"""Sampling speed: python -m bench.sampling checkpoint=out/ckpt.pt
+
+For every strategy samples/s, tokens/s and network calls, and the share of the time that the network
+has: what is left is the sampler's own. Sampling in 1,000 calls should cost 1,000 forward passes.
+"""
+
+import json
+import statistics
+import time
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+import cli
+import diffusion
+import runtime
+from bench.throughput import hardware, wait
+from cli import Section
+from model import ModelConfig, Transformer
+
+UNTRAINED = 65  # symbols
+
+
+class Timed:
+    """A network that adds up the time of its calls."""
+
+    def __init__(self, model: Transformer):
+        self.model, self.seconds = model, 0.0
+
+    def __call__(self, xt: Tensor) -> Tensor:
+        wait(xt.device)
+        start = time.perf_counter()
+        logits = self.model(xt)
+        wait(xt.device)
+        self.seconds += time.perf_counter() - start
+        return logits
+
+
+def load(config: Section, device: torch.device) -> Transformer:
+    if config.checkpoint:
+        return runtime.load(config.checkpoint, device).model
+    torch.manual_seed(config.seed)
+    shape = vars(cli.compose([]).model)
+    return Transformer(ModelConfig(UNTRAINED, **shape)).to(device).eval()
+
+
+def measure(model: Transformer, strategy: str, batch_size: int, config: Section) -> dict:
+    """The median over rounds of canvases that are all holes.
+
+    The network's share is taken in a round before them, because its clock waits for the device.
+    """
+    L, timed = model.config.block_size, Timed(model)
+    holes = torch.ones(batch_size, L, dtype=torch.bool, device=model.device)
+
+    def fill(network) -> tuple[int, float]:
+        start = time.perf_counter()
+        sampled = diffusion.sample(
+            network,
+            holes.long(),
+            is_masked=holes,
+            mask_id=model.config.mask_id,
+            generator=runtime.generator(config.seed, "bench"),
+            strategy=strategy,
+            steps=config.steps,
+        )
+        wait(model.device)
+        return sampled.calls, time.perf_counter() - start
+
+    _, whole = fill(timed)
+    runs = [fill(model) for _ in range(config.rounds)]
+    seconds = statistics.median(taken for _, taken in runs)
+    return {
+        "strategy": strategy,
+        "batch_size": batch_size,
+        "calls": runs[0][0],
+        "samples_per_second": batch_size / seconds,
+        "tokens_per_second": batch_size * L / seconds,
+        "network_share": timed.seconds / whole,
+    }
+
+
+def main(config: Section, explicit: set[str]) -> None:
+    device = runtime.pick_device(config.device)
+    model, rows = load(config, device), []
+    names = config.strategies or [
+        name for name in diffusion.STRATEGIES if not model.config.causal or name == "left_to_right"
+    ]
+    for name in names:
+        diffusion.Sampling(strategy=name)
+    print(f"{hardware(device)}; {model.config.block_size} tokens, seed {config.seed}")
+    print("| strategy | batch | calls | samples/s | tokens/s | the network's share |")
+    print("| --- | --- | --- | --- | --- | --- |")
+    for batch_size in map(int, config.batch_sizes):
+        for name in names:
+            row = measure(model, name, batch_size, config)
+            rows.append(row)
+            print(
+                f"| {name} | {batch_size} | {row['calls']} | {row['samples_per_second']:.2f} | "
+                f"{row['tokens_per_second']:,.0f} | {row['network_share']:.0%} |",
+                flush=True,
+            )
+    if config.output:
+        figures = {"hardware": hardware(device), "rows": rows}
+        Path(config.output).write_text(json.dumps(figures, indent=1))
+
+
+if __name__ == "__main__":
+    cli.main(main, "bench/sampling")
