@@ -292,31 +292,36 @@ def test_the_logits_at_visible_positions_have_a_gradient_of_exactly_zero():
 # --- Capacity ------------------------------------------------------------------------------------
 
 
+def capacity(rows: range, length: int, n: int, eps: float = 1e-3, **options) -> int:
+    return diffusion.mask_capacity(torch.tensor(rows), length, n, eps, **options)
+
+
 def test_no_batch_masks_more_tokens_than_the_capacity():
     most = max(masked_in_a_batch(32, 128, seed) for seed in range(2000))
-    assert most <= diffusion.mask_capacity(32, 128)
+    assert most <= capacity(range(32), 128, 32)
 
 
 def test_the_capacity_is_little_more_than_half_of_a_batch():
-    assert diffusion.mask_capacity(32, 128) < 0.6 * 32 * 128
+    assert capacity(range(32), 128, 32) < 0.6 * 32 * 128
 
 
-def test_the_capacity_is_never_more_than_there_are_tokens():
-    assert diffusion.mask_capacity(1, 2) == 2
+@pytest.mark.parametrize("masking", ["bernoulli", "count"])
+def test_the_capacity_is_never_more_than_there_are_tokens(masking):
+    assert capacity(range(1), 2, 1, masking=masking) == 2
 
 
 @pytest.mark.parametrize("part", [0, 7])
-def test_no_interleaved_part_of_a_batch_masks_more_tokens_than_its_capacity(part):
-    rows = torch.arange(part, 32, 8)
-    most = max(
-        masked_in_a_batch(4, 128, seed, rows=rows, global_batch_size=32) for seed in range(500)
-    )
-    assert most <= diffusion.mask_capacity(4, 128, 32)
+@pytest.mark.parametrize("masking", ["bernoulli", "count"])
+def test_no_interleaved_part_of_a_batch_masks_more_tokens_than_its_capacity(part, masking):
+    rows = range(part, 32, 8)
+    options = {"rows": torch.tensor(rows), "global_batch_size": 32, "masking": masking}
+    most = max(masked_in_a_batch(4, 128, seed, **options) for seed in range(500))
+    assert most <= capacity(rows, 128, 32, masking=masking)
 
 
 def test_a_larger_eps_masks_no_more_tokens_than_its_capacity():
     most = max(masked_in_a_batch(32, 128, seed, eps=0.1) for seed in range(500))
-    assert most <= diffusion.mask_capacity(32, 128, eps=0.1)
+    assert most <= capacity(range(32), 128, 32, eps=0.1)
 
 
 @pytest.mark.parametrize("given", [{"rows": torch.tensor([4, 5])}, {"global_batch_size": 8}])

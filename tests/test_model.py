@@ -238,7 +238,7 @@ def test_attention_is_fused_beyond_the_length_up_to_which_it_is_written_out(beyo
     calls = []
     fused = F.scaled_dot_product_attention
     monkeypatch.setattr(
-        F, "scaled_dot_product_attention", lambda *qkv: calls.append(1) or fused(*qkv)
+        F, "scaled_dot_product_attention", lambda *qkv, **k: calls.append(1) or fused(*qkv, **k)
     )
     attend(*random(3, 1, 1, WRITTEN_OUT_UP_TO + beyond, 2))
     assert len(calls) == beyond
@@ -256,7 +256,7 @@ def test_a_network_under_bfloat16_autocast_agrees_with_float32_to_bfloat16_preci
 def scores_of(module: Attention, x: Tensor, monkeypatch) -> Tensor:
     """The attention scores before the softmax (B, H, L, L)."""
     seen = []
-    monkeypatch.setattr(model_module, "attend", lambda q, k, v: seen.append((q, k)) or v)
+    monkeypatch.setattr(model_module, "attend", lambda q, k, v, causal: seen.append((q, k)) or v)
     module(x, *rope_tables(x.size(1), 8))
     q, k = seen[0]
     return q @ k.mT / math.sqrt(q.size(-1))

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from model import ModelConfig, Transformer
-from optim import MUON_RATE, Optimizers, build_optimizer, learning_rate_factor, update_ema
+from optim import MUON_RATE, Muon, Optimizers, build_optimizer, learning_rate_factor, update_ema
 
 NAMES = ("adamw", "muon")
 RATE, DECAY = 1e-2, 0.1
@@ -67,7 +67,7 @@ def test_matrices_decay_and_gains_do_not(name):
 @pytest.mark.parametrize("tie_weights", [True, False])
 def test_muon_gets_exactly_the_hidden_matrices(tie_weights):
     model = build(tie_weights)
-    (part,) = (p for p in optimizer_of(model, "muon").parts if isinstance(p, torch.optim.Muon))
+    (part,) = (p for p in optimizer_of(model, "muon").parts if isinstance(p, Muon))
     assert set(names_in(model, part.param_groups)) == HIDDEN
 
 

@@ -18,7 +18,7 @@ from model import ModelConfig
 
 FLOORS = (
     ("model", "diffusion", "bounds", "text", "data", "optim", "checkpoint"),
-    ("cli", "runtime", "runlog"),
+    ("cli", "parallel", "runtime", "runlog"),
     ("train", "sample", "eval"),
 )
 OWN_SETTINGS = sorted(p for f in ("bench", "tools") for p in (ROOT / "configs" / f).glob("*.yaml"))
@@ -108,6 +108,7 @@ def test_every_setting_is_read(key):
     section, _, name = key.rpartition(".")
     handed_over = {
         "model": {field.name for field in dataclasses.fields(ModelConfig)},
+        "diffusion": set(inspect.signature(diffusion.masked_diffusion_loss).parameters),
         "sampling": set(inspect.signature(diffusion.sample).parameters),
     }
     code = "".join((ROOT / f"{script}.py").read_text() for floor in FLOORS[1:] for script in floor)
