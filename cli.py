@@ -146,6 +146,28 @@ def read(composed, name: str = "config") -> tuple[Section, set[str]]:
     return config, explicit
 
 
+def resumed(stored: dict, config: Section, explicit: set[str], fixed: tuple[str, ...]) -> Section:
+    """An interrupted run's configuration, but for `out_dir` and what this command names.
+
+    Raises `ValueError` where a key that begins as one of `fixed` would change.
+    """
+    result = section(stored)
+    for key in sorted(explicit):
+        *path, name = key.split(".")
+        old, new = result, config
+        for part in path:
+            old, new = getattr(old, part), getattr(new, part)
+        was, value = getattr(old, name), getattr(new, name)
+        if was != value and key.startswith(fixed):
+            raise ValueError(
+                f"{key}={value} is not what the interrupted run had ({was}): leave it out (or its "
+                "experiment), or start a new run in another out_dir"
+            )
+        setattr(old, name, value)
+    result.out_dir = config.out_dir
+    return result
+
+
 # --- Words --------------------------------------------------------------------------------------
 
 
