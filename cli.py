@@ -5,6 +5,7 @@ import math
 import os
 import re
 import sys
+import time
 import traceback
 from collections.abc import Callable
 from contextlib import contextmanager
@@ -116,6 +117,12 @@ def one_line_errors(config: str = "config"):
 
 
 def stop(message: str, code: int) -> None:
+    """End the process with a line on stderr; of several with the same mistake, the first says it.
+
+    The others wait, and torchrun ends them as soon as the first one has failed.
+    """
+    if code == 2 and os.environ.get("RANK", "0") != "0":
+        time.sleep(10)
     print("error: " + " ".join(message.split()), file=sys.stderr)
     sys.exit(code)
 
