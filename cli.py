@@ -5,6 +5,7 @@ import math
 import os
 import re
 import sys
+import time
 import traceback
 from collections.abc import Callable, Sequence
 from contextlib import contextmanager
@@ -116,6 +117,12 @@ def one_line_errors(config: str = "config"):
 
 
 def stop(message: str, code: int) -> None:
+    """End the process with a line on stderr; of several with the same mistake, the first says it.
+
+    The others wait, and torchrun ends them as soon as the first one has failed.
+    """
+    if code == 2 and os.environ.get("RANK", "0") != "0":
+        time.sleep(10)
     print("error: " + " ".join(message.split()), file=sys.stderr)
     sys.exit(code)
 
@@ -144,6 +151,28 @@ def read(composed, name: str = "config") -> tuple[Section, set[str]]:
         else:
             explicit |= {k for k in _keys(values) if k == key or k.startswith(f"{key}.")}
     return config, explicit
+
+
+def resumed(stored: dict, config: Section, explicit: set[str], fixed: tuple[str, ...]) -> Section:
+    """An interrupted run's configuration, but for `out_dir` and what this command names.
+
+    Raises `ValueError` where a key that begins as one of `fixed` would change.
+    """
+    result = section(stored)
+    for key in sorted(explicit):
+        *path, name = key.split(".")
+        old, new = result, config
+        for part in path:
+            old, new = getattr(old, part), getattr(new, part)
+        was, value = getattr(old, name), getattr(new, name)
+        if was != value and key.startswith(fixed):
+            raise ValueError(
+                f"{key}={value} is not what the interrupted run had ({was}): leave it out (or its "
+                "experiment), or start a new run in another out_dir"
+            )
+        setattr(old, name, value)
+    result.out_dir = config.out_dir
+    return result
 
 
 # --- Words --------------------------------------------------------------------------------------

@@ -179,6 +179,27 @@ def _optional(module: str):
 # --- Corpora ------------------------------------------------------------------------------------
 
 
+class Shards:
+    """Arrays of token ids, one after the other, behind the interface of one: length and slices."""
+
+    def __init__(self, parts: list[np.ndarray]):
+        self.parts, self.ends = parts, np.cumsum([len(part) for part in parts])
+
+    def __len__(self) -> int:
+        return int(self.ends[-1])
+
+    def __getitem__(self, piece: slice) -> np.ndarray:
+        start, stop, _ = piece.indices(len(self))
+        first = min(int(np.searchsorted(self.ends, start, side="right")), len(self.parts) - 1)
+        found = []
+        for part, end in zip(self.parts[first:], self.ends[first:].tolist(), strict=True):
+            offset = end - len(part)
+            found.append(part[max(0, start - offset) : max(0, stop - offset)])
+            if stop <= end:
+                break
+        return found[0] if len(found) == 1 else np.concatenate(found)
+
+
 @dataclass(frozen=True)
 class Corpus:
     """Token ids of two splits, memory-mapped, and what is needed to name and reproduce them."""
@@ -186,8 +207,8 @@ class Corpus:
     name: str
     sha256: str  # of the text; of val.bin where it was prepared elsewhere
     tokenizer: object
-    train: np.ndarray
-    val: np.ndarray
+    train: np.ndarray | Shards
+    val: np.ndarray | Shards
 
     def batch(
         self, batch_size: int, block_size: int, generator: Generator, rows: Tensor | None = None
@@ -208,7 +229,7 @@ class Corpus:
             )
 
 
-def blocks(tokens: np.ndarray, block_size: int, limit: int = 0) -> list[Tensor]:
+def blocks(tokens: np.ndarray | Shards, block_size: int, limit: int = 0) -> list[Tensor]:
     """The whole of `tokens` as rows (L,), int64, without overlap; the last may be shorter.
 
     With a `limit`, as many rows as hold so many tokens, spread evenly.
@@ -265,7 +286,9 @@ def write_bins(folder: Path, splits: dict[str, np.ndarray], tokenizer, about: di
 def open_bins(folder: Path, tokenizer: str = "char", trained: object | None = None) -> Corpus:
     """A folder of train.bin and val.bin with our meta.json, with nanoGPT's meta.pkl or with none.
 
-    Without one the bins are uint16 and `tokenizer` has to say gpt2 or byte. Raises `ValueError`.
+    Instead of train.bin there may be any number of shards train_*.bin, in the order of their names;
+    so of val.bin. Without a meta file the bins are uint16 and `tokenizer` has to say gpt2 or byte.
+    Raises `ValueError`.
     """
     if not folder.is_dir():
         raise ValueError(f"no folder {folder}: check data.dir")
@@ -276,8 +299,8 @@ def open_bins(folder: Path, tokenizer: str = "char", trained: object | None = No
         raise ValueError(f"{folder}: {error}: prepare the data again") from error
     if trained is not None and own.state() != trained.state():
         raise ValueError(f"{folder} was made with another tokenizer than the checkpoint has")
-    train, val = (_open_bin(folder, split, meta, own.vocab_size) for split in SPLITS)
-    sha256 = meta.get("sha256") or sha256_of(val.tobytes())
+    train, val = (_open_split(folder, split, meta, own.vocab_size) for split in SPLITS)
+    sha256 = meta.get("sha256") or sha256_of(val[:].tobytes())
     return Corpus(meta.get("corpus", folder.name), sha256, own, train, val)
 
 
@@ -311,16 +334,31 @@ class PlainUnpickler(pickle.Unpickler):
         raise pickle.UnpicklingError(f"it wants to load {module}.{name}")
 
 
-def _open_bin(folder: Path, split: str, meta: dict, vocab_size: int) -> np.ndarray:
-    path, dtype = folder / f"{split}.bin", np.dtype(meta["dtype"])
+def _open_split(folder: Path, split: str, meta: dict, vocab_size: int) -> np.ndarray | Shards:
+    whole, shards = folder / f"{split}.bin", sorted(folder.glob(f"{split}_*.bin"))
+    if whole.is_file() and shards:
+        raise ValueError(f"{folder} has both {whole.name} and {shards[0].name}: remove one of them")
+    paths = shards or [whole]
+    parts = [_open_bin(path, meta["dtype"], vocab_size, SCANNED // len(paths)) for path in paths]
+    tokens = Shards(parts) if shards else parts[0]
+    if len(tokens) != meta.get("tokens", {}).get(split, len(tokens)):
+        name = f"{split}_*.bin" if shards else whole.name
+        raise ValueError(
+            f"{folder / name} is cut: {len(tokens)} tokens, not the {meta['tokens'][split]} of the "
+            "meta file: prepare the data again"
+        )
+    return tokens
+
+
+def _open_bin(path: Path, dtype: str, vocab_size: int, scanned: int) -> np.ndarray:
     if not path.is_file():
         raise ValueError(f"{path} is missing: prepare the data again, or check data.dir")
-    tokens, rest = divmod(path.stat().st_size, dtype.itemsize)
-    if not tokens or rest or tokens != meta.get("tokens", {}).get(split, tokens):
+    tokens, rest = divmod(path.stat().st_size, np.dtype(dtype).itemsize)
+    if not tokens or rest:
         raise ValueError(f"{path} is empty or cut ({tokens} tokens): prepare the data again")
-    tokens = np.memmap(path, dtype=dtype, mode="r")
-    check_ids(tokens[:SCANNED], vocab_size, str(path))
-    return tokens
+    ids = np.memmap(path, dtype=dtype, mode="r")
+    check_ids(ids[:scanned], vocab_size, str(path))
+    return ids
 
 
 def write_atomically(path: Path, content: bytes) -> None:

@@ -83,16 +83,16 @@ def mask_tokens(
     return x0.masked_fill(is_masked, mask_id), is_masked
 
 
-def mask_share(
+def mask_count(
     x0: Tensor,
-    p_mask: Tensor,
+    count: Tensor,
     mask_id: int,
     generator: Generator | None = None,
     rows: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Like `mask_tokens`, but exactly p_mask L tokens of a row, a uniformly random subset."""
+    """Like `mask_tokens`, but exactly `count` (B, 1) tokens of a row, a uniformly random subset."""
     noise = uniform(draw_seed(generator), _rows(x0, rows), x0.size(1))
-    is_masked = noise.argsort(dim=1) < (p_mask * x0.size(1)).round()  # a random permutation
+    is_masked = noise.argsort(dim=1) < count  # a random permutation
     return x0.masked_fill(is_masked, mask_id), is_masked
 
 
@@ -145,14 +145,15 @@ def masked_diffusion_loss(
     weighs by (2 - g) / p_mask^g, so that the steep end of few masks counts less; the factor keeps
     the scale, a loss of c nats at every masked token being c.
     """
-    check_masking(masking, weighting)
+    check_loss(eps, masking, weighting)
     if (rows is None) != (global_batch_size is None):
         raise ValueError("rows and global_batch_size go together: give both or neither")
     rows = _rows(x0, rows)
     n, L = global_batch_size or len(rows), x0.size(1)
     if masking == "count":
-        p_mask = mirrored_counts(draw_seed(generator), rows, n, L)[:, None] / L  # (B, 1)
-        xt, is_masked = mask_share(x0, p_mask, mask_id, generator, rows)
+        count = mirrored_counts(draw_seed(generator), rows, n, L)[:, None]  # (B, 1)
+        p_mask = count / L
+        xt, is_masked = mask_count(x0, count, mask_id, generator, rows)
     else:
         t = (rows[:, None] + uniform(draw_seed(generator), rows, 1)) / n  # (B, 1)
         p_mask = mask_probability(t, eps)
@@ -161,8 +162,10 @@ def masked_diffusion_loss(
     return (loss * ((2 - weighting) * p_mask**-weighting).to(loss.dtype)).mean()
 
 
-def check_masking(masking: str, weighting: float) -> None:
+def check_loss(eps: float, masking: str, weighting: float) -> None:
     """Raise `ValueError` for a setting of `masked_diffusion_loss` that is out of its range."""
+    if not 0 < eps < 1:
+        raise ValueError(f"diffusion.eps={eps} must lie between 0 and 1")
     if masking not in ("bernoulli", "count"):
         raise ValueError(f"diffusion.masking={masking} is unknown: choose bernoulli or count")
     if not 0 <= weighting <= 1:
@@ -172,28 +175,25 @@ def check_masking(masking: str, weighting: float) -> None:
 
 
 def mirrored_counts(seed: int, rows: Tensor, n: int, L: int) -> Tensor:
-    """Masked counts l (B,) in 1 ... L of some rows of n: stratified, l + l' = L + 1 in mirror rows.
+    """Masked counts (B,) in 1 ... L of some rows of n: stratified, l + l' = L + 1 in mirror rows.
 
-    Row i has l uniform over its stratum, the i-th of n; rows i and n - 1 - i mirror each other.
+    Row i has u uniform in its stratum, the i-th of n, in the first half, and l = floor(u L) + 1;
+    row n - 1 - i mirrors it. The middle row of an odd n has no mirror and needs none.
     """
-    mirror = n - 1 - rows
-    low = torch.minimum(rows, mirror)
-    u = uniform(seed, low, 1).squeeze(1)
-    u = torch.where(rows == mirror, u, (low + u) / n)
-    count = (u * L).long() + 1  # of the lower row; an odd n leaves one row without a mirror
-    return torch.where(rows > mirror, L + 1 - count, count)
+    low = torch.minimum(rows, n - 1 - rows)
+    count = ((low + uniform(seed, low, 1).squeeze(1)) / n * L).long() + 1
+    return torch.where(rows > low, L + 1 - count, count)
 
 
 def mask_capacity(rows: Tensor, length: int, n: int, eps: float, masking: str = "bernoulli") -> int:
     """How many tokens `masked_diffusion_loss` masks at most in these rows of a batch of n.
 
-    Counts: those of the latest times, n being even. Bernoulli: the mean and six standard
-    deviations, exceeded once in 1e9 batches; stratified times make the number nearly constant. The
-    variance is that of the masks, L p (1 - p) a row, and that of the times within their strata.
+    Counts: those of the latest times. Bernoulli: the mean and six standard deviations, exceeded
+    once in 1e9 batches; stratified times make the number nearly constant. The variance is that of
+    the masks, L p (1 - p) a row, and that of the times within their strata.
     """
     if masking == "count":
-        most = torch.where(rows == n - 1 - rows, length, ((rows + 1) * length / n).ceil())
-        return int(most.clamp(max=length).sum())
+        return int((-(-(rows + 1) * length // n)).sum())  # rounded up, in integers
     p = mask_probability((rows.double() + 0.5) / n, eps)
     variance = length * (p * (1 - p)).sum() + length**2 * len(rows) / (12 * n**2)
     return min(len(rows) * length, math.ceil(length * p.sum() + 6 * variance.sqrt()))

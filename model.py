@@ -12,7 +12,8 @@ from torch.utils.checkpoint import checkpoint
 # On a CPU, PyTorch's fused attention loses to softmax(QK^T)V written out up to this length
 # (docs/LOG.md).
 WRITTEN_OUT_UP_TO = 512
-LOGITS_AT_ONCE = 2**27  # in training, half a GiB of them in float32
+LOGITS_AT_ONCE = 2**27  # of cross-entropies: half a GiB in float32
+TILES = {"cuda": 64}  # matrix products want their sizes in multiples of it
 
 
 @dataclass(frozen=True)
@@ -229,9 +230,9 @@ class Transformer(nn.Module):
         """Logits (..., V) of hidden states (..., D)."""
         V = self.config.vocab_size
         weight = (self.embedding if self.head is None else self.head).weight[:V]  # (V, D)
-        if hidden.is_cuda:  # tensor cores want multiples of 64; the surplus is cut off again
-            weight = F.pad(weight, (0, 0, 0, -V % 64))
-        return F.linear(hidden, weight)[..., :V]
+        if surplus := -V % TILES.get(hidden.device.type, 1):
+            return F.linear(hidden, F.pad(weight, (0, 0, 0, surplus)))[..., :V]
+        return F.linear(hidden, weight)
 
     def cross_entropy(self, hidden: Tensor, targets: Tensor) -> Tensor:
         """Cross-entropies (N,) in nats, float32, of hidden states (N, D)."""
@@ -255,23 +256,20 @@ class Transformer(nn.Module):
         hidden = self.hidden(xt)
         if targets is None:
             return self.logits(hidden)
-        size = where.numel()
-        chunks = math.ceil((capacity or size) * self.config.vocab_size / LOGITS_AT_ONCE)
-        rows = where.flatten()
+        size, rows = where.numel(), where.flatten()
         if capacity is None:
             rows = rows.nonzero().squeeze(1)
         else:  # slots that stay unused point at one position past the end, which is cut off again
-            capacity += -capacity % chunks  # chunks of one size
             rows = rows.nonzero_static(size=capacity, fill_value=size).squeeze(1)
         read = rows.clamp(max=size - 1)
-        states, tokens = hidden.flatten(0, 1)[read], targets.flatten()[read]
-        if chunks == 1:
-            nll = self.cross_entropy(states, tokens)
-        else:
-            nll = torch.cat(
-                [
-                    checkpoint(self.cross_entropy, *chunk, use_reentrant=False)
-                    for chunk in zip(states.chunk(chunks), tokens.chunk(chunks), strict=True)
-                ]
-            )
+        nll = self.in_chunks(hidden.flatten(0, 1)[read], targets.flatten()[read])
         return nll.new_zeros(size + 1).index_put((rows,), nll)[:size].view_as(xt)
+
+    def in_chunks(self, hidden: Tensor, targets: Tensor) -> Tensor:
+        """`cross_entropy` with no more than `LOGITS_AT_ONCE` logits at any time."""
+        rows = max(1, LOGITS_AT_ONCE // self.config.vocab_size)
+        if len(targets) <= rows:
+            return self.cross_entropy(hidden, targets)
+        chunks = zip(hidden.split(rows), targets.split(rows), strict=True)
+        again = {"use_reentrant": False, "preserve_rng_state": False}
+        return torch.cat([checkpoint(self.cross_entropy, *chunk, **again) for chunk in chunks])

@@ -16,8 +16,8 @@ STACKED = {"qkv": 3, "gate_up": 2}  # maps that one matrix of a block holds
 class Optimizers:
     """Several optimizers behind the interface of one: a training loop need not know how many."""
 
-    def __init__(self, *parts: torch.optim.Optimizer):
-        self.parts = parts
+    def __init__(self, *parts: torch.optim.Optimizer, like: Callable[[Tensor, Tensor], Tensor]):
+        self.parts, self.like = parts, like
         for group in self.groups():
             group["base_lr"] = group["lr"]
 
@@ -40,16 +40,13 @@ class Optimizers:
     def state_dict(self) -> list[dict]:
         return [part.state_dict() for part in self.parts]
 
-    def load_state_dict(self, states: list[dict], place: Callable = lambda t, like: t) -> None:
-        """Restore the moments; rates and decay stay as built, for a resumed run may change them.
-
-        `place(tensor, parameter)` puts a moment where its parameter is, if that is sharded.
-        """
+    def load_state_dict(self, states: list[dict]) -> None:
+        """Restore the moments; rates and decay stay as built, for a resumed run may change them."""
         for part, state in zip(self.parts, states, strict=True):
             groups = [{k: v for k, v in g.items() if k != "params"} for g in part.param_groups]
             parameters = [p for group in part.param_groups for p in group["params"]]
             moments = {
-                i: {k: place(v, parameters[i]) for k, v in values.items()}
+                i: {k: self.like(v, parameters[i]) for k, v in values.items()}
                 for i, values in state["state"].items()
             }
             part.load_state_dict(state | {"state": moments})
@@ -118,7 +115,6 @@ def build_optimizer(
     name: str,
     learning_rate: float,
     weight_decay: float,
-    betas: tuple[float, float] = (0.9, 0.95),
     whole: Callable[[Tensor], Tensor] = _as_it_is,
     like: Callable[[Tensor, Tensor], Tensor] = _as_it_is,
 ) -> Optimizers:
@@ -143,11 +139,11 @@ def build_optimizer(
             {"params": [p for p in others if p.ndim != 2], "weight_decay": 0.0},
         ],
         lr=learning_rate,
-        betas=betas,
+        betas=(0.9, 0.95),
         fused=named[0][1].device.type in ("cpu", "cuda"),
     )
     if name == "adamw":
-        return Optimizers(adamw)
+        return Optimizers(adamw, like=like)
     parts = {n: STACKED.get(n.split(".")[-2], 1) for n, _ in hidden}
     groups = [
         {"params": [p for n, p in hidden if parts[n] == count], "parts": count}
@@ -155,7 +151,7 @@ def build_optimizer(
     ]
     rate = MUON_RATE * learning_rate
     muon = Muon(groups, whole, like, lr=rate, weight_decay=weight_decay, momentum=0.95)
-    return Optimizers(adamw, muon)
+    return Optimizers(adamw, muon, like=like)
 
 
 def learning_rate_factor(

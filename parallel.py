@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
@@ -53,11 +54,23 @@ def processes(device: torch.device):
         return
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        dist.init_process_group("nccl", device_id=device)
+    else:
+        dist.init_process_group("gloo")
     try:
         yield
     finally:
         dist.destroy_process_group()
+
+
+@contextmanager
+def leader_first():
+    """The leading process does something before the others, which find it done."""
+    if dist.is_initialized() and not world().leads:
+        dist.barrier()
+    yield
+    if dist.is_initialized() and world().leads:
+        dist.barrier()
 
 
 # --- Models -------------------------------------------------------------------------------------
@@ -67,25 +80,27 @@ def check_kind(kind: str) -> None:
     """Raise `ValueError` for a `system.parallel` that is unknown or cannot be had here."""
     if kind not in KINDS:
         raise ValueError(f"system.parallel={kind} is unknown: choose one of {', '.join(KINDS)}")
-    if kind == "fsdp" and "RANK" not in os.environ:
+    if kind != "auto" and "RANK" not in os.environ:
         raise ValueError(
-            "system.parallel=fsdp is for several processes: start it by torchrun, as in "
-            "docs/scaling.md"
+            f"system.parallel={kind} is for several processes: start them by torchrun, as in "
+            "docs/scaling.md, or say system.parallel=auto"
         )
 
 
 def shard(model: nn.Module, dtype: torch.dtype) -> None:
     """FSDP2 (arXiv 2304.11277), in place: each process keeps its share of every weight.
 
-    A block's weights are gathered, in `dtype`, while it computes; gradients are averaged in
-    float32.
+    The weights of a block are gathered while it computes, in `dtype`; what is outside the blocks,
+    what flows between them and the sums of gradients are float32, as without shards.
     """
+    mesh = init_device_mesh(model.device.type, (dist.get_world_size(),))
     policy = MixedPrecisionPolicy(
-        param_dtype=None if dtype == torch.float32 else dtype, reduce_dtype=torch.float32
+        param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False
     )
     for block in model.blocks:
-        fully_shard(block, mp_policy=policy)
-    fully_shard(model, mp_policy=policy)
+        fully_shard(block, mesh=mesh, mp_policy=policy)
+    # Without a backward pass nothing else would cut the outermost weights again.
+    fully_shard(model, mesh=mesh, reshard_after_forward=None if model.training else True)
 
 
 def copies(model: nn.Module) -> nn.Module:
@@ -118,7 +133,9 @@ def mean(value: Tensor) -> Tensor:
 
 def anyone(asks: bool, device: torch.device) -> bool:
     """Whether any process asks: all of them get the same answer."""
-    return bool(mean(torch.tensor(float(asks), device=device)) > 0)
+    if not dist.is_initialized():
+        return asks
+    return mean(torch.tensor(float(asks), device=device)).item() > 0
 
 
 def share_rows(nll: Callable) -> Callable:
@@ -151,10 +168,14 @@ def like(tensor: Tensor, other: Tensor) -> Tensor:
     return distribute_tensor(tensor, other.device_mesh, other.placements, src_data_rank=None)
 
 
-def map_tensors(function: Callable[[Tensor], Tensor], state):
-    """A nested state of dicts and lists with `function` of each tensor in it."""
+def gather(state, leads: bool):
+    """A nested state of dicts and lists with its tensors whole, on the CPU of the leading process.
+
+    One after the other, so that a GPU needs room for one of them. All processes take part.
+    """
     if isinstance(state, Tensor):
-        return function(state)
+        tensor = whole(state.detach())
+        return tensor.cpu() if leads else None
     if isinstance(state, dict):
-        return {key: map_tensors(function, value) for key, value in state.items()}
-    return [map_tensors(function, v) for v in state] if isinstance(state, list | tuple) else state
+        return {key: gather(value, leads) for key, value in state.items()}
+    return [gather(v, leads) for v in state] if isinstance(state, list | tuple) else state

@@ -6,6 +6,7 @@ import os
 import shutil
 import sysconfig
 from contextlib import nullcontext
+from dataclasses import asdict
 from pathlib import Path
 from types import SimpleNamespace
 from typing import NamedTuple
@@ -136,6 +137,34 @@ def load_corpus(settings: dict, trained: object | None = None) -> data.Corpus:
     return data.prepare(
         content, name, settings.tokenizer, settings.vocab_size, Path(settings.cache_dir), trained
     )
+
+
+def make_model(
+    config: SimpleNamespace, explicit: set[str], corpus: data.Corpus, start: Loaded | None
+) -> Transformer:
+    """A new network, or that of the checkpoint `start`, which decides its shape but not dropout.
+
+    Raises `ValueError` where a key that the command line names (`explicit`) would be another shape.
+    """
+    shape, kind = vars(config.model), config.data.tokenizer
+    if start:
+        decided = asdict(start.model.config) | {"dropout": config.model.dropout}
+        named = {f"model.{k}": (v, decided[k]) for k, v in shape.items()}
+        named["data.tokenizer"] = (kind, start.tokenizer.state()["kind"])
+        for key, (value, given) in named.items():
+            if key in explicit and value != given:
+                raise ValueError(
+                    f"{key}={value} is not what the checkpoint has ({given}): leave it out (or its "
+                    "experiment), or train from the beginning"
+                )
+        shape.update((name, decided[name]) for name in shape)
+    corpus.require(config.model.block_size)
+    torch.manual_seed(generator(config.system.seed, "weights").initial_seed())
+    causal = config.training.objective == "ar"
+    model = Transformer(ModelConfig(corpus.tokenizer.vocab_size, causal=causal, **shape))
+    if start:
+        model.load_state_dict(start.model.state_dict())
+    return model
 
 
 def refuse_what_the_checkpoint_decides(explicit: set[str]) -> None:

@@ -3,9 +3,8 @@
 import copy
 import math
 import sys
-import tempfile
 from dataclasses import asdict, dataclass, field
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 
 import torch
@@ -20,13 +19,13 @@ import optim
 import parallel
 import runtime
 from cli import Section
-from model import ModelConfig, Transformer
+from model import Transformer
 from runlog import Clock, Interrupt, RunLog, Silence, import_wandb
 
 FILES = ("ckpt.pt", "best.pt", "metrics.jsonl")
 INTERRUPTED = 130  # exit code of a run that Ctrl-C ended, after saving
 KEPT = (  # when a run is resumed
-    *("data.tokenizer", "data.vocab_size", "training.optimizer", "training.objective"),
+    *("model.", "data.tokenizer", "data.vocab_size", "training.optimizer", "training.objective"),
 )
 AVERAGED = 50  # steps, about, in the running average of the training loss
 
@@ -49,7 +48,7 @@ class Run:
     best: float = math.inf  # lowest validation bound so far, nats per token
     loss_avg: Tensor = field(default_factory=lambda: torch.zeros(()))  # of the training loss
 
-    @property
+    @cached_property
     def capacity(self) -> int:
         """An upper bound on the masked tokens of a micro-batch; that of the latest times."""
         settings, size = self.config.training, self.world.size
@@ -84,6 +83,7 @@ def train(config: Section, explicit: set[str]) -> None:
     device = runtime.pick_device(config.system.device, parallel.world().local_rank)
     with parallel.processes(device):
         run = build(config, explicit, device)
+        open_folder(run)
         announce(run)
         if not run.finished:
             loop(run)
@@ -124,37 +124,29 @@ def build(config: Section, explicit: set[str], device: torch.device) -> Run:
 
     Raises `ValueError` before anything is written.
     """
-    start = load_start(config)
-    if config.training.resume:
-        config = resumed_config(config, explicit, start)
-    world = parallel.world()
-    check(config, world)
-    corpus = runtime.load_corpus(vars(config.data), start.tokenizer if start else None)
-    if corpus.name == "plays":  # the fallback was taken: a resumed run has to take it, too
-        config.data.dataset = "plays"
-    if config.training.resume and start.state["corpus"]["sha256"] != corpus.sha256:
-        raise ValueError(
-            f"the interrupted run's text ({start.state['corpus']['name']}) is not what it was: "
-            "bring it back, or start a new run in another out_dir"
-        )
-    model = make_model(config, explicit, corpus, start).to(device)
-    run = assemble(config, corpus, model, device, world, start)
-    claim_folder(run)
-    return run
-
-
-def load_start(config: Section) -> runtime.Loaded | None:
-    """The checkpoint to go on from, if any. Raises `ValueError`."""
-    path = Path(config.out_dir, "ckpt.pt")
-    if not config.training.resume:
-        path = config.training.init_from
+    resume, path = config.training.resume, Path(config.out_dir, "ckpt.pt")
+    path = path if resume else config.training.init_from
     start = runtime.load(path, torch.device("cpu")) if path else None
-    if config.training.resume and "optimizer" not in start.state:
+    if resume and "optimizer" not in start.state:
         raise ValueError(
             f"{path} holds averaged weights only and cannot be resumed: start from them by "
             "training.init_from="
         )
-    return start
+    if resume:
+        config = cli.resumed(start.config, config, explicit, KEPT)
+    world = parallel.world()
+    check(config, world)
+    with parallel.leader_first():
+        corpus = runtime.load_corpus(vars(config.data), start.tokenizer if start else None)
+    if corpus.name == "plays":  # the fallback was taken: a resumed run has to take it, too
+        config.data.dataset = "plays"
+    if resume and start.state["corpus"]["sha256"] != corpus.sha256:
+        raise ValueError(
+            f"the interrupted run's text ({start.state['corpus']['name']}) is not what it was: "
+            "bring it back, or start a new run in another out_dir"
+        )
+    model = runtime.make_model(config, explicit, corpus, start).to(device)
+    return assemble(config, corpus, model, device, world, start)
 
 
 def assemble(
@@ -180,8 +172,8 @@ def assemble(
         settings.optimizer,
         settings.learning_rate,
         settings.weight_decay,
-        whole=parallel.whole,
-        like=parallel.like,
+        parallel.whole,
+        parallel.like,
     )
     done = start.state["step"] if settings.resume else 0
     compiled = runtime.pays_to_compile(system.compile, device, settings.max_iters - done)
@@ -190,80 +182,25 @@ def assemble(
     forward = model if system.parallel == "fsdp" else parallel.copies(model)
     run = Run(config, corpus, device, dtype, model, forward, ema, optimizer, world, compiled)
     if settings.resume:
-        optimizer.load_state_dict(start.state["optimizer"], parallel.like)
+        optimizer.load_state_dict(start.state["optimizer"])
         names = ("step", "best", "loss_avg")
         run.step, run.best, run.loss_avg = (start.state[name] for name in names)
     return run
 
 
-def resumed_config(config: Section, explicit: set[str], start: runtime.Loaded) -> Section:
-    """The interrupted run's configuration, but for what this command names.
-
-    Raises `ValueError` where that would be another network, tokenizer or optimizer.
-    """
-    resumed = cli.section(start.config)
-    for key in sorted(explicit):
-        *path, name = key.split(".")
-        old, new = resumed, config
-        for part in path:
-            old, new = getattr(old, part), getattr(new, part)
-        was, value = getattr(old, name), getattr(new, name)
-        if was != value and (key.startswith("model.") or key in KEPT):
-            raise ValueError(
-                f"{key}={value} is not what the interrupted run had ({was}): leave it out (or its "
-                "experiment), or start a new run in another out_dir"
-            )
-        setattr(old, name, value)
-    resumed.out_dir = config.out_dir
-    return resumed
-
-
-def make_model(
-    config: Section, explicit: set[str], corpus: data.Corpus, start: runtime.Loaded | None
-) -> Transformer:
-    """A new network, or that of the checkpoint `start`, which decides its shape but not dropout."""
-    shape, kind = vars(config.model), config.data.tokenizer
-    if start:
-        decided = asdict(start.model.config) | {"dropout": config.model.dropout}
-        named = {f"model.{k}": (v, decided[k]) for k, v in shape.items()}
-        named["data.tokenizer"] = (kind, start.tokenizer.state()["kind"])
-        for key, (value, given) in named.items():
-            if key in explicit and value != given:
-                raise ValueError(
-                    f"{key}={value} is not what the checkpoint has ({given}): leave it out (or its "
-                    "experiment), or train from the beginning"
-                )
-        shape.update((name, decided[name]) for name in shape)
-    corpus.require(config.model.block_size)
-    torch.manual_seed(runtime.generator(config.system.seed, "weights").initial_seed())
-    causal = config.training.objective == "ar"
-    model = Transformer(ModelConfig(corpus.tokenizer.vocab_size, causal=causal, **shape))
-    if start:
-        model.load_state_dict(start.model.state_dict())
-    return model
-
-
 def check(config: Section, world: parallel.World) -> None:
     """Raise `ValueError` for a value out of its range."""
-    values, batch_size = vars(config.training), config.training.batch_size
+    values = vars(config.training)
     positive = ("max_iters", "batch_size", "grad_accum", "learning_rate")
     for name, value in values.items():
         if not isinstance(value, str) and (value < 0 or (value == 0 and name in positive)):
             kind = "positive" if name in positive else "0 or more"
             raise ValueError(f"training.{name}={value} must be {kind}")
-    if batch_size % values["grad_accum"]:
+    if values["batch_size"] % (values["grad_accum"] * world.size):
+        times = f" times {world.size} processes" if world.size > 1 else ""
         raise ValueError(
-            f"training.batch_size={batch_size} is not divisible by "
-            f"training.grad_accum={values['grad_accum']}: change one of them"
-        )
-    if batch_size % (values["grad_accum"] * world.size):
-        raise ValueError(
-            f"training.batch_size={batch_size} is not divisible by training.grad_accum="
-            f"{values['grad_accum']} times {world.size} processes: change one of them"
-        )
-    if config.diffusion.masking == "count" and batch_size % 2:
-        raise ValueError(
-            f"training.batch_size={batch_size} is odd, but diffusion.masking=count pairs sequences"
+            f"training.batch_size={values['batch_size']} is not divisible by "
+            f"training.grad_accum={values['grad_accum']}{times}: change one of them"
         )
     if values["ema_decay"] >= 1:
         raise ValueError(f"training.ema_decay={values['ema_decay']} must be less than 1")
@@ -271,36 +208,22 @@ def check(config: Section, world: parallel.World) -> None:
         raise ValueError(
             f"training.objective={values['objective']} is unknown: choose diffusion or ar"
         )
-    if not 0 < config.diffusion.eps < 1:
-        raise ValueError(f"diffusion.eps={config.diffusion.eps} must lie between 0 and 1")
     for section, name in (("logging", "interval"), ("eval", "batch_size")):
         if (value := getattr(getattr(config, section), name)) < 1:
             raise ValueError(f"{section}.{name}={value} must be at least 1")
     schedule(config, 0)
     parallel.check_kind(config.system.parallel)
-    diffusion.check_masking(config.diffusion.masking, config.diffusion.weighting)
+    diffusion.check_loss(**vars(config.diffusion))
     runtime.sampling(config.sampling)
     if config.logging.wandb:
         import_wandb()
 
 
-def claim_folder(run: Run) -> None:
-    """Make out_dir, try to write there before hours are spent, and keep an earlier run's files.
-
-    Raises `ValueError`.
-    """
-    folder = run.config.out_dir
-    if not run.world.leads:
-        return
-    try:
-        Path(folder).mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=folder).close()
-    except OSError as error:
-        raise ValueError(
-            f"cannot write into out_dir={folder} ({error.strerror}): choose another out_dir"
-        ) from error
-    if not run.config.training.resume:
-        for path in checkpoint.set_aside(folder, FILES):
+def open_folder(run: Run) -> None:
+    """Claim out_dir; what an earlier run left there gets another name. Raises `ValueError`."""
+    if run.world.leads:
+        checkpoint.claim(run.config.out_dir)
+        for path in [] if run.step else checkpoint.set_aside(run.config.out_dir, FILES):
             run.say(f"an earlier run's file is kept as {path}")
 
 
@@ -462,7 +385,7 @@ def save(run: Run, name: str) -> None:
     if name == "ckpt.pt":
         state["model"], state["loss_avg"] = run.model.state_dict(), run.loss_avg
         state["optimizer"] = run.optimizer.state_dict()
-    state = parallel.map_tensors(parallel.whole, state)
+    state = parallel.gather(state, run.world.leads)
     if run.world.leads:
         checkpoint.save(Path(run.config.out_dir, name), state)
 

@@ -486,6 +486,80 @@ def test_a_meta_pkl_without_characters_is_refused_with_its_folder(meta, tmp_path
         open_bins(nanogpt(tmp_path, meta))
 
 
+# --- Shards -------------------------------------------------------------------------------------
+
+SIZES = (1, 40, 3, 100, 56)
+
+
+def sharded(folder: Path, sizes: tuple[int, ...] = SIZES, **meta) -> Path:
+    """A folder whose train split counts 0 ... 199 in shards of these sizes; val is 7, 8, 9, 10."""
+    folder.mkdir(exist_ok=True)
+    ends = np.cumsum(sizes).tolist()
+    for i, end in enumerate(ends):
+        ids = np.arange(end - sizes[i], end, dtype=np.uint16)
+        ids.tofile(folder / f"train_{i:02}.bin")
+    for i in range(2):
+        np.array([7 + 2 * i, 8 + 2 * i], dtype=np.uint16).tofile(folder / f"val_{i}.bin")
+    about = {"dtype": "uint16", "tokenizer": {"kind": "byte"}} | meta
+    (folder / "meta.json").write_text(json.dumps(about))
+    return folder
+
+
+def test_shards_give_the_batches_of_the_one_file_that_they_are_cut_from(tmp_path):
+    shards = open_bins(sharded(tmp_path / "shards"))
+    whole = open_bins(sharded(tmp_path / "one", (200,)))
+    for seed in range(20):
+        batches = [corpus.batch(8, 50, generator(seed)) for corpus in (shards, whole)]
+        assert torch.equal(*batches)
+
+
+def test_every_slice_of_shards_is_that_of_the_whole(tmp_path):
+    train = open_bins(sharded(tmp_path)).train
+    for start in range(0, 201, 3):
+        for stop in range(start, 201, 7):
+            assert train[start:stop].tolist() == list(range(start, stop))
+
+
+def test_blocks_of_shards_cover_every_token_once_and_in_order(tmp_path):
+    train = open_bins(sharded(tmp_path)).train
+    assert torch.cat(blocks_of(train, 32)).tolist() == list(range(200)) and len(train) == 200
+
+
+def test_the_validation_split_may_be_in_shards_too(tmp_path):
+    assert open_bins(sharded(tmp_path)).val[:].tolist() == [7, 8, 9, 10]
+
+
+def test_shards_are_memory_mapped(tmp_path):
+    assert all(isinstance(part, np.memmap) for part in open_bins(sharded(tmp_path)).train.parts)
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda path: path.write_bytes(b"\0\1" + path.read_bytes()), "holds the token 256"),
+        (lambda path: path.write_bytes(path.read_bytes()[:-1]), "cut"),
+        (lambda path: path.write_bytes(b""), "empty"),
+    ],
+    ids=["other ids", "cut within a token", "empty"],
+)
+def test_a_damaged_shard_is_refused_by_its_name(damage, message, tmp_path):
+    damage(sharded(tmp_path) / "train_03.bin")
+    with pytest.raises(ValueError, match=rf"train_03\.bin.*{message}"):
+        open_bins(tmp_path)
+
+
+def test_a_shard_that_is_missing_from_the_count_of_the_meta_file_is_noticed(tmp_path):
+    (sharded(tmp_path, tokens={"train": 200, "val": 4}) / "train_03.bin").unlink()
+    with pytest.raises(ValueError, match=r"train_\*\.bin is cut: 100 tokens, not the 200"):
+        open_bins(tmp_path)
+
+
+def test_shards_beside_a_whole_file_are_refused(tmp_path):
+    (sharded(tmp_path) / "train.bin").write_bytes(b"\0\0")
+    with pytest.raises(ValueError, match=r"both train\.bin and train_00\.bin: remove one"):
+        open_bins(tmp_path)
+
+
 # --- Batches ------------------------------------------------------------------------------------
 
 

@@ -238,7 +238,7 @@ def test_attention_is_fused_beyond_the_length_up_to_which_it_is_written_out(beyo
     calls = []
     fused = F.scaled_dot_product_attention
     monkeypatch.setattr(
-        F, "scaled_dot_product_attention", lambda *qkv: calls.append(1) or fused(*qkv)
+        F, "scaled_dot_product_attention", lambda *qkv, **k: calls.append(1) or fused(*qkv, **k)
     )
     attend(*random(3, 1, 1, WRITTEN_OUT_UP_TO + beyond, 2))
     assert len(calls) == beyond
@@ -256,7 +256,7 @@ def test_a_network_under_bfloat16_autocast_agrees_with_float32_to_bfloat16_preci
 def scores_of(module: Attention, x: Tensor, monkeypatch) -> Tensor:
     """The attention scores before the softmax (B, H, L, L)."""
     seen = []
-    monkeypatch.setattr(model_module, "attend", lambda q, k, v: seen.append((q, k)) or v)
+    monkeypatch.setattr(model_module, "attend", lambda q, k, v, causal: seen.append((q, k)) or v)
     module(x, *rope_tables(x.size(1), 8))
     q, k = seen[0]
     return q @ k.mT / math.sqrt(q.size(-1))
@@ -441,3 +441,78 @@ def test_cross_entropies_are_not_rounded_to_bfloat16_under_autocast():
         nll = model(xt, targets=x0, where=where)
         expected = by_definition(model(xt), x0, where)
     torch.testing.assert_close(nll, expected, rtol=1e-4, atol=1e-4)
+
+
+# --- Chunks, tiles, activations -----------------------------------------------------------------
+
+
+def gradients_of(model: Transformer, capacity: int | None = None) -> tuple[Tensor, list[Tensor]]:
+    """Cross-entropies (3, L) and the gradients of their weighted sum."""
+    xt, x0, where = case()
+    nll = model(xt, targets=x0, where=where, capacity=capacity)
+    return nll, torch.autograd.grad((random(3, L) * nll).sum(), list(model.parameters()))
+
+
+@pytest.mark.parametrize("at_once", [1, 2 * V + 3, 7 * V - 1])
+@pytest.mark.parametrize("capacity", ENOUGH)
+def test_cross_entropies_in_chunks_are_those_in_one_piece(capacity, at_once, monkeypatch):
+    whole = gradients_of(build(), capacity)
+    monkeypatch.setattr(model_module, "LOGITS_AT_ONCE", at_once)
+    torch.testing.assert_close(gradients_of(build(), capacity), whole, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("at_once", [2 * V + 3, 3 * V, 100 * V])
+def test_no_more_logits_are_built_at_once_than_the_limit(at_once, monkeypatch):
+    model, sizes = build(), []
+    logits = model.logits
+    monkeypatch.setattr(model_module, "LOGITS_AT_ONCE", at_once)
+    monkeypatch.setattr(model, "logits", lambda h: sizes.append(len(h) * V) or logits(h))
+    gradients_of(model)
+    assert max(sizes) <= at_once and sum(sizes) in (7 * V, 2 * 7 * V)  # in chunks twice
+
+
+@pytest.mark.parametrize("tie_weights", [True, False])
+def test_a_vocabulary_padded_to_whole_tiles_has_the_same_logits(tie_weights, monkeypatch):
+    model, xt = build(tie_weights=tie_weights), random_ids(3)
+    plain = model(xt)
+    monkeypatch.setattr(model_module, "TILES", {"cpu": 64})
+    torch.testing.assert_close(model(xt), plain, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("tie_weights", [True, False])
+def test_a_vocabulary_padded_to_whole_tiles_has_the_same_gradients(tie_weights, monkeypatch):
+    plain = gradients_of(build(tie_weights=tie_weights))
+    monkeypatch.setattr(model_module, "TILES", {"cpu": 64})
+    padded = gradients_of(build(tie_weights=tie_weights))
+    torch.testing.assert_close(padded, plain, rtol=1e-5, atol=1e-5)
+
+
+def test_the_head_multiplies_by_whole_tiles_of_the_vocabulary(monkeypatch):
+    shapes, linear = [], F.linear
+    monkeypatch.setattr(model_module, "TILES", {"cpu": 64})
+    monkeypatch.setattr(F, "linear", lambda x, w: shapes.append(tuple(w.shape)) or linear(x, w))
+    build().logits(random(5, 16))
+    assert shapes == [(64, 16)]
+
+
+def recomputing(dropout: float) -> Transformer:
+    model = build(dropout=dropout).train()
+    model.recompute = True
+    return model
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.5])
+def test_activations_computed_again_give_the_same_gradients(dropout):
+    torch.manual_seed(0)
+    kept = gradients_of(build(dropout=dropout).train())
+    torch.manual_seed(0)
+    torch.testing.assert_close(gradients_of(recomputing(dropout)), kept, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize(("recompute", "times"), [(False, 1), (True, 2)])
+def test_activations_are_computed_again_only_if_asked_for(recompute, times, monkeypatch):
+    model, calls, forward = build().train(), [], Attention.forward
+    model.recompute = recompute
+    monkeypatch.setattr(Attention, "forward", lambda *given: calls.append(1) or forward(*given))
+    gradients_of(model)
+    assert len(calls) == times * CONFIG.n_layer

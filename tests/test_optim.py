@@ -8,7 +8,15 @@ import torch
 from torch import Tensor
 
 from model import ModelConfig, Transformer
-from optim import MUON_RATE, Optimizers, build_optimizer, learning_rate_factor, update_ema
+from optim import (
+    MUON_RATE,
+    Muon,
+    Optimizers,
+    build_optimizer,
+    learning_rate_factor,
+    orthogonalise,
+    update_ema,
+)
 
 NAMES = ("adamw", "muon")
 RATE, DECAY = 1e-2, 0.1
@@ -67,7 +75,7 @@ def test_matrices_decay_and_gains_do_not(name):
 @pytest.mark.parametrize("tie_weights", [True, False])
 def test_muon_gets_exactly_the_hidden_matrices(tie_weights):
     model = build(tie_weights)
-    (part,) = (p for p in optimizer_of(model, "muon").parts if isinstance(p, torch.optim.Muon))
+    (part,) = (p for p in optimizer_of(model, "muon").parts if isinstance(p, Muon))
     assert set(names_in(model, part.param_groups)) == HIDDEN
 
 
@@ -140,6 +148,52 @@ def test_steps_of_adamw_are_those_written_out_in_float64():
         decay = DECAY if old.ndim == 2 else 0
         expected = adamw_by_hand(old.detach(), [g[i] for g in gradients], decay)
         torch.testing.assert_close(new.double(), expected, rtol=1e-5, atol=1e-6)
+
+
+def orthogonal_by_hand(x: Tensor) -> Tensor:
+    """Five steps y <- a y + (b A + c A A) y with A = y y^T, from x over its norm, in float64."""
+    y = x.T if len(x) > len(x.T) else x
+    y = y / y.square().sum().sqrt()
+    for _ in range(5):
+        A = y @ y.T
+        y = 3.4445 * y + (-4.7750 * A + 2.0315 * A @ A) @ y
+    return y.T if len(x) > len(x.T) else y
+
+
+def muon_by_hand(x: Tensor, gradients: list[Tensor], parts: int, decay: float) -> Tensor:
+    """x after a step for each gradient, in float64; `parts` maps are stacked in it."""
+    rate, x, m = MUON_RATE * RATE, x.double(), torch.zeros_like(x, dtype=torch.float64)
+    for g in gradients:
+        m = 0.95 * m + 0.05 * g.double()
+        maps = (0.95 * m + 0.05 * g.double()).chunk(parts)
+        update = torch.cat([0.2 * math.sqrt(max(u.shape)) * orthogonal_by_hand(u) for u in maps])
+        x = x - rate * decay * x - rate * update
+    return x
+
+
+PARTS = [("attention.qkv", 3), ("attention.out", 1), ("mlp.gate_up", 2), ("mlp.out", 1)]
+
+
+@pytest.mark.parametrize(("name", "parts"), PARTS)
+def test_steps_of_muon_are_those_written_out_in_float64_for_each_map_by_itself(name, parts):
+    model = build()
+    weights = [block.get_submodule(name).weight for block in model.blocks]
+    before, gradients = [w.detach().clone() for w in weights], []
+    optimizer = optimizer_of(model, "muon")
+    for seed in range(3):
+        draw_gradients(model, seed)
+        gradients.append([w.grad.clone() for w in weights])
+        optimizer.step()
+    for i, (new, old) in enumerate(zip(weights, before, strict=True)):
+        expected = muon_by_hand(old, [g[i] for g in gradients], parts, DECAY)
+        torch.testing.assert_close(new.double(), expected, rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("shape", [(3, 16, 64), (3, 64, 16), (1, 32, 32)])
+def test_orthogonalising_brings_every_singular_value_near_one(shape):
+    x = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    values = torch.linalg.svdvals(orthogonalise(x))
+    assert values.max() < 1.25 and values.quantile(0.1) > 0.6
 
 
 def muon_update(singular_values: Tensor) -> tuple[Tensor, Tensor]:

@@ -17,7 +17,7 @@ from model import ModelConfig
 
 FLOORS = (
     ("model", "diffusion", "bounds", "text", "data", "optim", "checkpoint"),
-    ("cli", "runtime", "runlog"),
+    ("cli", "parallel", "runtime", "runlog"),
     ("train", "sample", "eval"),
 )
 OWN_SETTINGS = sorted(p for f in ("bench", "tools") for p in (ROOT / "configs" / f).glob("*.yaml"))
@@ -68,8 +68,8 @@ def test_the_core_stays_small(capsys):
         for floor, files in sizes.items():
             listing = ", ".join(f"{name} {lines}" for name, lines in files.items())
             print(f"\nfloor {floor}: {sum(files.values())} lines ({listing})", end="")
-    assert max(max(files.values()) for files in sizes.values()) <= 480
-    assert sum(sum(files.values()) for files in sizes.values()) <= 3150
+    assert max(max(files.values()) for files in sizes.values()) <= 530
+    assert sum(sum(files.values()) for files in sizes.values()) <= 3600
 
 
 def test_the_package_holds_exactly_the_leaves():
@@ -107,6 +107,7 @@ def test_every_setting_is_read(key):
     section, _, name = key.rpartition(".")
     handed_over = {
         "model": {field.name for field in dataclasses.fields(ModelConfig)},
+        "diffusion": set(inspect.signature(diffusion.masked_diffusion_loss).parameters),
         "sampling": {field.name for field in dataclasses.fields(diffusion.Sampling)},
     }
     code = "".join((ROOT / f"{script}.py").read_text() for floor in FLOORS[1:] for script in floor)

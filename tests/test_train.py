@@ -239,12 +239,12 @@ def test_a_run_goes_on_without_a_working_compiler(tmp_path, text_file):
 
 
 def test_compiling_does_not_change_the_losses(train):
-    words = ("model.n_layer=1", "training.max_iters=3")
+    words = ("model.n_layer=3", "training.max_iters=3")
     train("out_dir=eager", *words)
     counters.clear()
     train("out_dir=compiled", *words, "system.compile=true")
     assert losses("compiled") == pytest.approx(losses("eager"), rel=1e-3)
-    assert counters["stats"]["unique_graphs"] == 1  # it did compile, in one piece
+    assert counters["stats"]["unique_graphs"] == 1  # a block, in one piece, once for all three
     assert not counters["graph_break"]
 
 
