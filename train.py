@@ -229,7 +229,8 @@ def open_folder(run: Run) -> None:
 
 def announce(run: Run) -> None:
     corpus, size = run.corpus, run.world.size
-    processes = f" in {size} processes ({run.config.system.parallel})" if size > 1 else ""
+    kind = "shards" if run.config.system.parallel == "fsdp" else "copies"
+    processes = f" in {size} processes ({kind})" if size > 1 else ""
     run.say(
         f"corpus {corpus.name} (sha256 {corpus.sha256[:12]}): {len(corpus.train):,} tokens to "
         f"train on, {len(corpus.val):,} to validate, {corpus.tokenizer.vocab_size} symbols\n"
