@@ -87,7 +87,21 @@ def check_kind(kind: str) -> None:
         )
 
 
-def shard(model: nn.Module, dtype: torch.dtype) -> None:
+def distribute(kind: str, model: nn.Module, average: nn.Module, dtype: torch.dtype) -> nn.Module:
+    """What to call for a training step; `model` itself where there is one process.
+
+    Copies of it (DDP), whose gradients are averaged, or, for `fsdp`, shards, in place, of it and of
+    its moving average.
+    """
+    if kind == "fsdp":
+        shard(average, torch.float32)
+        return shard(model, dtype)
+    if not dist.is_initialized():
+        return model
+    return DistributedDataParallel(model, broadcast_buffers=False, gradient_as_bucket_view=True)
+
+
+def shard(model: nn.Module, dtype: torch.dtype) -> nn.Module:
     """FSDP2 (arXiv 2304.11277), in place: each process keeps its share of every weight.
 
     The weights of a block are gathered while it computes, in `dtype`; what is outside the blocks,
@@ -100,14 +114,7 @@ def shard(model: nn.Module, dtype: torch.dtype) -> None:
     for block in model.blocks:
         fully_shard(block, mesh=mesh, mp_policy=policy)
     # Without a backward pass nothing else would cut the outermost weights again.
-    fully_shard(model, mesh=mesh, reshard_after_forward=None if model.training else True)
-
-
-def copies(model: nn.Module) -> nn.Module:
-    """The model as DistributedDataParallel, which averages the gradients; alone, the model."""
-    if not dist.is_initialized():
-        return model
-    return DistributedDataParallel(model, broadcast_buffers=False, gradient_as_bucket_view=True)
+    return fully_shard(model, mesh=mesh, reshard_after_forward=None if model.training else True)
 
 
 def synchronising(model: nn.Module, last: bool):

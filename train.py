@@ -24,9 +24,8 @@ from runlog import Clock, Interrupt, RunLog, Silence, import_wandb
 
 FILES = ("ckpt.pt", "best.pt", "metrics.jsonl")
 INTERRUPTED = 130  # exit code of a run that Ctrl-C ended, after saving
-KEPT = (  # when a run is resumed
-    *("model.", "data.tokenizer", "data.vocab_size", "training.optimizer", "training.objective"),
-)
+# Keys, or their beginnings, that a resumed run does not change.
+KEPT = ("model.", "data.tokenizer", "data.vocab_size", "training.optimizer", "training.objective")
 AVERAGED = 50  # steps, about, in the running average of the training loss
 
 
@@ -92,7 +91,8 @@ def train(config: Section, explicit: set[str]) -> None:
 def loop(run: Run) -> None:
     """Train to the end, or until somebody presses Ctrl-C."""
     settings, interval, asked = run.config.training, run.config.logging.interval, False
-    with Interrupt() as interrupt, start_log(run) as log:
+    log = RunLog(run.config, run.step, run.describe()) if run.world.leads else Silence()
+    with Interrupt() as interrupt, log:
         clock = Clock(run.step)
         while not (run.finished or asked):
             loss, grad_norm = optimize(run)
@@ -110,10 +110,6 @@ def loop(run: Run) -> None:
     if asked:
         run.say(f"saved after step {run.step}: go on with training.resume=true")
         sys.exit(INTERRUPTED)
-
-
-def start_log(run: Run) -> RunLog | Silence:
-    return RunLog(run.config, run.step, run.describe()) if run.world.leads else Silence()
 
 
 # --- Before the first step ----------------------------------------------------------------------
@@ -164,22 +160,13 @@ def assemble(
     ema = copy.deepcopy(model).eval()
     if settings.resume:
         model.load_state_dict(start.state["model"])
-    if system.parallel == "fsdp":
-        parallel.shard(model, dtype)
-        parallel.shard(ema, torch.float32)
-    optimizer = optim.build_optimizer(
-        model,
-        settings.optimizer,
-        settings.learning_rate,
-        settings.weight_decay,
-        parallel.whole,
-        parallel.like,
-    )
     done = start.state["step"] if settings.resume else 0
     compiled = runtime.pays_to_compile(system.compile, device, settings.max_iters - done)
     if compiled:
         runtime.compile_parts(model)
-    forward = model if system.parallel == "fsdp" else parallel.copies(model)
+    forward = parallel.distribute(system.parallel, model, ema, dtype)
+    named = (settings.optimizer, settings.learning_rate, settings.weight_decay)
+    optimizer = optim.build_optimizer(model, *named, parallel.whole, parallel.like)
     run = Run(config, corpus, device, dtype, model, forward, ema, optimizer, world, compiled)
     if settings.resume:
         optimizer.load_state_dict(start.state["optimizer"])
@@ -284,8 +271,7 @@ def accumulate(run: Run) -> Tensor:
     """Add up the gradients of the micro-batches. All of it is a function of (seed, step, row)."""
     settings, seed, L = run.config.training, run.config.system.seed, run.model.config.block_size
     B, parts = settings.batch_size, settings.grad_accum
-    dropout = runtime.generator(seed, "dropout", run.step).initial_seed()
-    torch.manual_seed(dropout + run.world.rank)
+    torch.manual_seed(runtime.generator(seed, "dropout", run.step).initial_seed() + run.world.rank)
     total = torch.zeros((), device=run.device)
     for part in range(parts):
         rows = run.world.rows(B, part, parts)
@@ -305,15 +291,14 @@ def loss_of(run: Run, x0: Tensor, rows: Tensor) -> Tensor:
     if run.model.config.causal:
         everywhere = torch.ones_like(x0, dtype=torch.bool)
         return runtime.nll(run.forward, x0, x0, everywhere, capacity=x0.numel()).mean()
-    settings, config = run.config.diffusion, run.config
     return diffusion.masked_diffusion_loss(
         run.forward,
         x0,
         mask_id=run.model.config.mask_id,
-        generator=runtime.generator(config.system.seed, "masks", run.step),
-        **vars(settings),
+        generator=runtime.generator(run.config.system.seed, "masks", run.step),
+        **vars(run.config.diffusion),
         rows=rows,
-        global_batch_size=config.training.batch_size,
+        global_batch_size=run.config.training.batch_size,
         nll=partial(runtime.nll, capacity=run.capacity),
     )
 
@@ -337,16 +322,15 @@ def report(run: Run, log: RunLog, loss: Tensor, grad_norm: Tensor, clock: Clock)
 
 def evaluate(run: Run, log: RunLog) -> None:
     """The bound of the EMA weights on both splits, on the same masks every time; keeps the best."""
-    limit, seed = run.config.training.eval_tokens, run.config.system.seed
+    limit, L = run.config.training.eval_tokens, run.model.config.block_size
     quarter = max(1, (limit or len(run.corpus.val)) // 4)
+    nll, batch_size = parallel.share_rows(runtime.nll), run.config.eval.batch_size
     values = {}
-    for split, tokens in (("train", run.corpus.train), ("val", run.corpus.val)):
-        rows = data.blocks(
-            tokens, run.model.config.block_size, quarter if split == "train" else limit
-        )
-        batch_size = run.config.eval.batch_size
+    for split in data.SPLITS:
+        count = quarter if split == "train" else limit
+        rows = data.blocks(getattr(run.corpus, split), L, count)
         loss = runtime.passes(
-            run.ema, rows, seed, 1, batch_size=batch_size, nll=parallel.share_rows(runtime.nll)
+            run.ema, rows, run.config.system.seed, draws=1, batch_size=batch_size, nll=nll
         ).bound()
         values[f"eval/{split}_loss"] = loss.value
         values[f"eval/{split}_ppl"] = math.exp(loss.value)
@@ -361,11 +345,10 @@ def evaluate(run: Run, log: RunLog) -> None:
 
 def generate(run: Run) -> str:
     """A text drawn from the EMA weights."""
-    canvas = torch.zeros((1, run.model.config.block_size), dtype=torch.long)
+    is_masked = torch.ones((1, run.model.config.block_size), dtype=torch.bool)
     generator = runtime.generator(run.config.system.seed, "sample", run.step)
-    is_masked = torch.ones_like(canvas, dtype=torch.bool)
     settings = runtime.sampling(run.config.sampling, run.model)
-    sampled = runtime.fill(run.ema, canvas, is_masked, settings, generator)
+    sampled = runtime.fill(run.ema, is_masked.long(), is_masked, settings, generator)
     return run.corpus.tokenizer.decode(sampled.ids[0].tolist())
 
 

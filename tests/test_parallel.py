@@ -71,8 +71,8 @@ def train(folder: Path, name: str, *words: str) -> None:
 def watched(patch: pytest.MonkeyPatch) -> dict:
     """What a run does from now on: its masks by step and row, its averages of gradients."""
     seen = {"masks": {}, "averages": 0}
-    loss_of, nll, copies = train_script.loss_of, runtime.nll, parallel.copies
-    scatter = dist.reduce_scatter_tensor
+    loss_of, nll, distribute = train_script.loss_of, runtime.nll, parallel.distribute
+    scatter = dist.reduce_scatter_single  # what FSDP2 of PyTorch 2.13 averages by
 
     def watched_loss(run, x0, rows):
         def watched_nll(model, xt, x0, is_masked, **options):
@@ -88,8 +88,8 @@ def watched(patch: pytest.MonkeyPatch) -> dict:
         seen["averages"] += 1
         return scatter(*given, **options)
 
-    def watched_copies(model):
-        result = copies(model)
+    def watched_distribute(kind, model, *rest):
+        result = distribute(kind, model, *rest)
         if result is not model:
             result.register_comm_hook(None, average)
         return result
@@ -100,8 +100,8 @@ def watched(patch: pytest.MonkeyPatch) -> dict:
         return dist.all_reduce(mean, async_op=True).get_future().then(lambda f: f.value()[0])
 
     patch.setattr(train_script, "loss_of", watched_loss)
-    patch.setattr(parallel, "copies", watched_copies)
-    patch.setattr(dist, "reduce_scatter_tensor", count)
+    patch.setattr(parallel, "distribute", watched_distribute)
+    patch.setattr(dist, "reduce_scatter_single", count)
     return seen
 
 
