@@ -113,10 +113,16 @@ def sample_and_measure(loaded, judge, settings: Sampling, config: Section) -> Ro
 
 
 def describe(settings: Sampling) -> str:
-    """The strategy, and what of its settings is not the default."""
-    defaults, given = asdict(Sampling()), asdict(settings)
-    changed = [f"{name}={given[name]}" for name in given if given[name] != defaults[name]]
-    return " ".join([settings.strategy, *(word for word in changed if "strategy" not in word)])
+    """The strategy, the settings that are its own, and what else is not the default."""
+    strategy, given = settings.strategy, asdict(settings)
+    own = {"threshold": {"threshold"}, "eb": {"gamma"}, "remask": {"remask_rate"}}.get(
+        strategy, set()
+    )
+    if diffusion.STRATEGIES[strategy].paced:
+        own = own | {"steps"}
+    default = asdict(Sampling(strategy=strategy, steps=settings.steps))
+    shown = [name for name in given if name in own or given[name] != default[name]]
+    return " ".join([strategy, *(f"{name}={given[name]}" for name in shown)])
 
 
 def measure(judge: judges.Judge, texts: list[str], name: str, label: str) -> Row:
