@@ -64,14 +64,15 @@ def main(config: Section, explicit: set[str]) -> None:
 def settings_of(config: Section, model: runtime.Transformer) -> list[Sampling]:
     """What to sample with: every strategy, over its own range of calls."""
     names = config.strategies or list(diffusion.STRATEGIES)
-    paces = [int(calls) for calls in config.calls if int(calls) <= model.config.block_size]
+    steps = [int(calls) for calls in config.calls]
+    paces = [calls for calls in steps if calls <= model.config.block_size]
     own = {
         "threshold": [{"threshold": float(value)} for value in config.thresholds],
         "eb": [{"gamma": float(value)} for value in config.gammas],
         "remask": [
-            {"steps": steps, "remask_rate": float(rate)}
+            {"steps": calls, "remask_rate": float(rate)}
             for rate in config.remask_rates
-            for steps in paces
+            for calls in steps  # which more steps than tokens may still improve
         ],
     }
     grid = []
@@ -81,7 +82,7 @@ def settings_of(config: Section, model: runtime.Transformer) -> list[Sampling]:
                 f"strategies={name} is unknown: choose some of {', '.join(diffusion.STRATEGIES)}"
             )
         paced = diffusion.STRATEGIES[name].paced
-        default = [{"steps": steps} for steps in paces] if paced else [{}]
+        default = [{"steps": calls} for calls in paces] if paced else [{}]
         grid += [
             Sampling(strategy=name, temperature=float(temperature), **settings)
             for temperature in config.temperatures
