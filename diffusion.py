@@ -209,8 +209,8 @@ K_STEP, OWN_ORDER, HEURISTIC = "K-step", "K-step, in an order of its own", "heur
 class Sampling:
     """The settings of `sample`; configs/config.yaml explains them. Raises `ValueError`."""
 
-    strategy: str = "stochastic"
-    steps: int = 128
+    strategy: str = "spread"
+    steps: int = 32
     temperature: float = 1.0
     top_k: int = 0
     top_p: float = 1.0

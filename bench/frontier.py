@@ -64,14 +64,15 @@ def main(config: Section, explicit: set[str]) -> None:
 def settings_of(config: Section, model: runtime.Transformer) -> list[Sampling]:
     """What to sample with: every strategy, over its own range of calls."""
     names = config.strategies or list(diffusion.STRATEGIES)
-    paces = [int(calls) for calls in config.calls if int(calls) <= model.config.block_size]
+    steps = [int(calls) for calls in config.calls]
+    paces = [calls for calls in steps if calls <= model.config.block_size]
     own = {
         "threshold": [{"threshold": float(value)} for value in config.thresholds],
         "eb": [{"gamma": float(value)} for value in config.gammas],
         "remask": [
-            {"steps": steps, "remask_rate": float(rate)}
+            {"steps": calls, "remask_rate": float(rate)}
             for rate in config.remask_rates
-            for steps in paces
+            for calls in steps  # which more steps than tokens may still improve
         ],
     }
     grid = []
@@ -81,7 +82,7 @@ def settings_of(config: Section, model: runtime.Transformer) -> list[Sampling]:
                 f"strategies={name} is unknown: choose some of {', '.join(diffusion.STRATEGIES)}"
             )
         paced = diffusion.STRATEGIES[name].paced
-        default = [{"steps": steps} for steps in paces] if paced else [{}]
+        default = [{"steps": calls} for calls in paces] if paced else [{}]
         grid += [
             Sampling(strategy=name, temperature=float(temperature), **settings)
             for temperature in config.temperatures
@@ -113,10 +114,16 @@ def sample_and_measure(loaded, judge, settings: Sampling, config: Section) -> Ro
 
 
 def describe(settings: Sampling) -> str:
-    """The strategy, and what of its settings is not the default."""
-    defaults, given = asdict(Sampling()), asdict(settings)
-    changed = [f"{name}={given[name]}" for name in given if given[name] != defaults[name]]
-    return " ".join([settings.strategy, *(word for word in changed if "strategy" not in word)])
+    """The strategy, the settings that are its own, and what else is not the default."""
+    strategy, given = settings.strategy, asdict(settings)
+    own = {"threshold": {"threshold"}, "eb": {"gamma"}, "remask": {"remask_rate"}}.get(
+        strategy, set()
+    )
+    if diffusion.STRATEGIES[strategy].paced:
+        own = own | {"steps"}
+    default = asdict(Sampling(strategy=strategy, steps=settings.steps))
+    shown = [name for name in given if name in own or given[name] != default[name]]
+    return " ".join([strategy, *(f"{name}={given[name]}" for name in shown)])
 
 
 def measure(judge: judges.Judge, texts: list[str], name: str, label: str) -> Row:

@@ -104,7 +104,9 @@ def test_nothing_is_best_within_too_few_calls():
     assert frontier.best(ROWS, 4, 3.0) is None
 
 
-def test_a_row_is_named_by_what_is_not_the_default():
-    assert frontier.describe(Sampling()) == "stochastic"
+def test_a_row_is_named_by_its_own_settings_and_what_is_not_the_default():
+    assert frontier.describe(Sampling(strategy="first_hitting")) == "first_hitting"
+    assert frontier.describe(Sampling(strategy="eb", gamma=4.0)) == "eb gamma=4.0"
     settings = Sampling(strategy="remask", steps=16, remask_rate=0.05, temperature=0.9)
-    assert frontier.describe(settings) == "remask steps=16 temperature=0.9 remask_rate=0.05"
+    name = "remask steps=16 temperature=0.9 remask_rate=0.05"
+    assert frontier.describe(settings) == name

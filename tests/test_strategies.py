@@ -1,9 +1,12 @@
 """Every strategy of the reverse process against enumerated laws and definitions in plain Python."""
 
+import dataclasses
 import math
 
 import pytest
 import torch
+from conftest import ROOT
+from omegaconf import OmegaConf
 from problems import (
     CHAIN,
     LOOP,
@@ -28,6 +31,7 @@ GREEDY = ["confidence", "margin", "entropy", "threshold", "eb"]
 
 
 def sampled(model, canvas, is_masked, mask_id: int, **settings) -> diffusion.Sampled:
+    settings = {"strategy": "stochastic", "steps": 128, **settings}
     return diffusion.sample(
         model, canvas, is_masked=is_masked, mask_id=mask_id, generator=seeded(0), **settings
     )
@@ -455,7 +459,13 @@ def test_a_vocabulary_of_one_token_can_be_sampled_by_every_strategy():
         assert (result.ids == 0).all()
 
 
-# --- Labels --------------------------------------------------------------------------------------
+# --- Settings and labels --------------------------------------------------------------------------------------
+
+
+def test_the_library_has_the_defaults_of_the_scripts():
+    section = OmegaConf.to_container(OmegaConf.load(ROOT / "configs" / "config.yaml").sampling)
+    defaults = dataclasses.asdict(diffusion.Sampling())
+    assert defaults == {name: section[name] for name in defaults}
 
 
 @pytest.mark.parametrize(
