@@ -28,27 +28,24 @@ def main(config: Section, explicit: set[str]) -> None:
     device = runtime.pick_device(config.system.device)
     names = [config.checkpoint, *filter(None, [config.eval.against])]
     models = [runtime.load(name, device) for name in names]
+    exact = [loaded.model.config.causal for loaded in models]
     texts = choose_texts(config, explicit, models)
+    dtype = runtime.pick_dtype(config.system.dtype, device, training=False)
+    scoring = Scoring(config.system.seed, config.eval.draws, config.eval.batch_size, dtype)
     for name, loaded in zip(names, models, strict=True):
         print(f"{name}: EMA weights after {loaded.state['step']} steps, on {device}")
-    exact = [loaded.model.config.causal for loaded in models]
-    how = "exactly" if exact[0] else f"{config.eval.draws} passes"
+    how = "exactly" if exact[0] else f"{scoring.draws} passes"
     print(f"{texts.source}: {texts.tokens:,} tokens, {how}", flush=True)
-    passes, seconds = measure(models[0], texts, config)
-    figures = {"checkpoint": names[0], "source": texts.source, "seed": config.system.seed}
-    figures |= {"exact": exact[0], "draws": len(passes.nats)}
-    figures |= report.likelihood(passes, texts.sizes)
-    say(report.likelihood_lines(figures))
-    if len(texts.names) > 1:
-        figures["documents"] = by_document(passes, texts)
-        say(report.document_lines(figures["documents"]))
+
+    passes, seconds = measure(models[0], texts, scoring)
+    figures = {"checkpoint": names[0], "source": texts.source, "exact": exact[0]}
+    figures |= {"seed": scoring.seed, "draws": len(passes.nats)}
+    figures |= tell_likelihood(passes, texts)
     if not exact[0]:
-        figures |= report.cost_by_rate(passes, BINS)
-        say(report.curve_lines(figures["curve"]) if config.eval.curve else [])
-        say([report.falls_line(figures["falls"])] if config.eval.draws > 1 else [])
-        figures |= side_by_side(passes, seconds, models[0], texts, config, figures["falls"])
+        figures |= tell_curve(passes, config.eval.curve)
+        figures |= tell_bounds(passes, seconds, models[0], texts, scoring, config)
     if len(models) > 1:
-        other, _ = measure(models[1], texts, config)
+        other, _ = measure(models[1], texts, scoring)
         figures["against"] = report.comparison(passes, other, names, exact)
         say(report.comparison_lines(figures["against"], names, len(texts.rows)))
     speed = len(passes.nats) * texts.tokens / seconds
@@ -189,61 +186,92 @@ def cut(
 # --- Scoring ------------------------------------------------------------------------------------
 
 
+class Scoring(NamedTuple):
+    """How texts are scored."""
+
+    seed: int
+    draws: int = 8
+    batch_size: int = 64
+    dtype: torch.dtype = torch.float32
+
+
 def measure(
-    loaded: Loaded, texts: Texts, config: Section, name: str = "uniform"
+    loaded: Loaded,
+    texts: Texts,
+    scoring: Scoring,
+    form: bounds.Form = bounds.uniform,
+    calls: int = 1,
 ) -> tuple[Passes, float]:
-    """The passes of a form over the texts, and the seconds that they took."""
-    model, device = loaded.model, loaded.model.device
-    draws = 1 if model.config.causal or name == "left_to_right" else config.eval.draws
-    total = draws * calls(texts, name) * sum(map(len, texts.rows))
-    dtype = runtime.pick_dtype(config.system.dtype, device, training=False)
-    start = time.perf_counter()
-    with runtime.autocast(device, dtype), progress(total, "token") as told:
+    """The passes of a form over the texts, and the seconds that they took.
+
+    What is exact takes one pass. `calls` says how often a pass shows each row to the network; only
+    the progress depends on it.
+    """
+    one = loaded.model.config.causal or form is bounds.left_to_right
+    draws = 1 if one else scoring.draws
+    total, start = draws * calls * sum(map(len, texts.rows)), time.perf_counter()
+    with runtime.autocast(loaded.model.device, scoring.dtype), progress(total, "token") as told:
         passes = runtime.passes(
-            model,
+            loaded.model,
             texts.rows,
-            config.system.seed,
+            scoring.seed,
             draws,
-            forms(config)[name][0],
+            form,
             predict=texts.predict,
-            batch_size=config.eval.batch_size,
+            batch_size=scoring.batch_size,
             progress=told,
         )
     return passes, time.perf_counter() - start
 
 
-def calls(texts: Texts, name: str) -> int:
-    """How often a pass shows each row to the network, at the most."""
-    one_by_one = max(int(where.sum()) for where in texts.predict)
-    return {"uniform": 1, "discrete": 1, "continuous": 2}.get(name, one_by_one)
+# --- Telling ------------------------------------------------------------------------------------
 
 
-def by_document(passes: Passes, texts: Texts) -> list[dict]:
-    """The same figures for each document by itself."""
-    figures = []
+def tell_likelihood(passes: Passes, texts: Texts) -> dict:
+    """Loss, perplexity and bits per byte of all texts, and of each document by itself."""
+    figures = report.likelihood(passes, texts.sizes)
+    say(report.likelihood_lines(figures))
+    if len(texts.names) == 1:
+        return figures
+    documents = []
     for number, name in enumerate(texts.names):
         rows = (texts.document == number).nonzero().squeeze(1)
         if len(rows):  # eval.tokens may have left it out
-            figures.append({"name": name} | report.likelihood(passes.part(rows), texts.sizes[rows]))
+            each = report.likelihood(passes.part(rows), texts.sizes[rows])
+            documents.append({"name": name} | each)
+    say(report.document_lines(documents))
+    return figures | {"documents": documents}
+
+
+def tell_curve(passes: Passes, show: bool) -> dict:
+    figures = report.cost_by_rate(passes, BINS)
+    say(report.curve_lines(figures["curve"]) if show else [])
+    say([report.falls_line(figures["falls"])] if len(passes.nats) > 1 else [])
     return figures
 
 
-def side_by_side(
-    passes: Passes, seconds: float, loaded: Loaded, texts: Texts, config: Section, falls: list
+def tell_bounds(
+    passes: Passes,
+    seconds: float,
+    loaded: Loaded,
+    texts: Texts,
+    scoring: Scoring,
+    config: Section,
 ) -> dict:
     """Every bound of eval.bounds beside the uniform one, and what must hold between them."""
-    rows = []
+    falls = bool(bounds.falls(passes, BINS))
+    rows, one_by_one = [], max(int(where.sum()) for where in texts.predict)
     for name in dict.fromkeys(["uniform", *config.eval.bounds]):
+        form, sampler = forms(config)[name]
+        calls = {"uniform": 1, "discrete": 1, "continuous": 2}.get(name, one_by_one)
         if name != "uniform":
-            passes, seconds = measure(loaded, texts, config, name)
-        about = {"name": name, "draws": len(passes.nats), "calls": calls(texts, name)}
-        about |= {"seconds": seconds, "sampler": forms(config)[name][1]}
-        rows.append(about | report.figure(passes.bound(), len(passes.nats) - 1))
+            passes, seconds = measure(loaded, texts, scoring, form, calls)
+        about = {"name": name, "draws": len(passes.nats), "calls": calls, "seconds": seconds}
+        figure = report.figure(passes.bound(), len(passes.nats) - 1)
+        rows.append(about | {"sampler": sampler} | figure)
     found = report.relations(rows, falls)
     if len(rows) > 1:
-        say(report.bound_lines(rows))
-        say([f"ALARM: {line}" for line in found["alarms"]])
-        say([f"remark: {line}" for line in found["remarks"]])
+        say(report.bound_lines(rows) + report.relation_lines(found))
     return {"bounds": rows, **found}
 
 

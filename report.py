@@ -122,7 +122,7 @@ def import_pyplot():
 # --- Bounds side by side ------------------------------------------------------------------------
 
 
-def relations(rows: Sequence[dict], falls: Sequence[dict]) -> dict:
+def relations(rows: Sequence[dict], falls: bool) -> dict:
     """What must hold between the bounds, and does not: alarms, and mere remarks.
 
     `uniform` and `chain` are one number, always. The bounds in NEVER_BELOW lie above it only where
@@ -160,6 +160,12 @@ def bound_lines(rows: Sequence[dict]) -> list[str]:
         f"{row['sampler']}"
         for row in rows
     ]
+
+
+def relation_lines(found: dict) -> list[str]:
+    alarms, remarks = found["alarms"], found["remarks"]
+    lines = [f"ALARM: {line}" for line in alarms] + [f"remark: {line}" for line in remarks]
+    return lines or ["every relation holds that must hold between these bounds"]
 
 
 # --- Two models ---------------------------------------------------------------------------------
