@@ -2,14 +2,15 @@
 
 import json
 import math
-import subprocess
 import sys
 
 import pytest
 import torch
-from conftest import ROOT, TEXT, TINY, environment
+from conftest import TEXT, TINY
 
+import cli
 import runtime
+import train
 from bench import judge as judging
 
 CPU = torch.device("cpu")
@@ -110,18 +111,14 @@ def test_texts_whose_repetition_does_not_lower_the_entropy_are_refused():
 
 @pytest.fixture(scope="module")
 def control(tmp_path_factory, text_file):
-    """A tiny autoregressive run."""
+    """The folder of a tiny autoregressive run, whose out_dir is out-ar."""
     folder = tmp_path_factory.mktemp("control")
-    words = (*TINY, f"data.path={text_file}", "training.objective=ar", "out_dir=out-ar")
-    words = [word for word in words if "max_iters" not in word] + ["training.max_iters=60"]
-    command = [sys.executable, str(ROOT / "train.py"), *words]
-    subprocess.run(command, cwd=folder, env=environment(), check=True, capture_output=True)
+    words = (*TINY, "training.max_iters=60", f"data.path={text_file}", "training.objective=ar")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["train.py", *words, f"out_dir={folder}/out-ar"])
+        patch.chdir(folder)
+        cli.main(train.train)
     return folder
-
-
-def bench(folder, *words):
-    command = [sys.executable, "-m", "bench.judge", *words]
-    return subprocess.run(command, cwd=folder, env=environment(), capture_output=True, text=True)
 
 
 def test_our_own_control_costs_what_eval_says(control):
@@ -148,17 +145,16 @@ def test_a_text_beyond_the_context_is_read_in_windows(control):
     assert judge.nats([text])[0] == pytest.approx(expected.item(), rel=1e-5)
 
 
-def test_the_bench_prints_and_writes_the_controls_and_the_samples(control, tmp_path):
+def test_the_bench_prints_and_writes_the_controls_and_the_samples(control, run, tmp_path):
     (tmp_path / "s.jsonl").write_text('{"text": "KING 3:\\nThe crown"}\n{"text": "of swords"}\n')
-    result = bench(
-        control, f"samples={tmp_path}/s.jsonl", "judge=out-ar/best.pt", "length=64", "texts=40",
-        f"output={tmp_path}/o.json", "device=cpu",
-    )  # fmt: skip
-    assert result.returncode == 0, result.stderr
+    judge = f"judge={control}/out-ar/best.pt"
+    words = ("samples=s.jsonl", "length=64", "texts=40", "output=o.json", "device=cpu")
+    result = run("bench.judge", judge, *words)
+    assert result.code == 0, result.err
     rows = json.loads((tmp_path / "o.json").read_text())["rows"]
-    assert len(rows) == 4 and len(result.stdout.splitlines()) == 5
+    assert len(rows) == 4 and len(result.out.splitlines()) == 5
     for name, row in rows.items():
-        assert f"{row['bits_per_byte']:.4f} ±" in result.stdout and name in result.stdout
+        assert f"{row['bits_per_byte']:.4f} ±" in result.out and name in result.out
 
 
 def test_a_diffusion_checkpoint_is_no_judge(trained):
@@ -166,11 +162,19 @@ def test_a_diffusion_checkpoint_is_no_judge(trained):
         judging.load_judge(str(trained / "ckpt.pt"), CPU)
 
 
-def test_a_setting_that_the_bench_lacks_is_one_line(control):
-    result = bench(control, "jugde=x")
-    assert (
-        result.returncode == 2 and result.stderr == "error: no setting jugde: did you mean judge?\n"
-    )
+def test_a_setting_that_the_bench_lacks_is_one_line(run):
+    result = run("bench.judge", "jugde=x")
+    assert result.code == 2 and result.err == "error: no setting jugde: did you mean judge?\n"
+
+
+def test_a_text_with_what_is_special_to_hydra_arrives_as_it_is(run):
+    result = run("bench.judge", "judge=${a}, it's {b}=c.pt", "device=cpu")
+    assert result.code == 2 and "no checkpoint at ${a}, it's {b}=c.pt" in result.err
+
+
+def test_a_bench_is_not_swept(run):
+    result = run("bench.judge", "-m", "texts=1,2")
+    assert result.code == 2 and "leave it out" in result.err
 
 
 # --- Hugging Face --------------------------------------------------------------------------------
