@@ -7,7 +7,6 @@ pass is drawn at once, on the CPU and in float64, so that no number depends on t
 """
 
 import math
-import statistics
 from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
@@ -127,14 +126,18 @@ class Passes(NamedTuple):
 
     def bound(self) -> Bound:
         """In nats per predicted token, with the standard error over the passes."""
-        return mean_and_error((self.nats.sum(dim=1) / self.tokens).tolist())
+        return mean_and_error(self.nats.sum(dim=1) / self.tokens)
+
+    def part(self, rows: Sequence[int] | Tensor) -> "Passes":
+        """What the passes found in some of the rows."""
+        return Passes(self.nats[:, rows], self.u[:, rows], self.holes[rows])
 
 
-def mean_and_error(values: Sequence[float]) -> Bound:
-    """The mean of independent values and its standard error (nan for one value)."""
+def mean_and_error(values: Tensor) -> Bound:
+    """The mean of independent values (n,) and its standard error (nan for one value)."""
     n = len(values)
-    error = statistics.stdev(values) / math.sqrt(n) if n > 1 else math.nan
-    return Bound(statistics.fmean(values), error)
+    error = float(values.std()) / math.sqrt(n) if n > 1 else math.nan
+    return Bound(float(values.mean()), error)
 
 
 def nll_from_logits(model: Model, xt: Tensor, x0: Tensor, where: Tensor) -> Tensor:
@@ -247,6 +250,82 @@ def student_t(freedom: int, coverage: float = 0.95) -> float:
         middle = (low + high) / 2
         low, high = (middle, high) if inside(middle) < coverage else (low, middle)
     return low
+
+
+# --- What passes tell beside the bound -----------------------------------------------------------
+
+
+class Bin(NamedTuple):
+    """Masking rates in (low, high], and what a masked token costs at them, in nats."""
+
+    low: float
+    high: float
+    cost: Bound  # nan where no row fell into the bin
+
+
+def curve(passes: Passes, bins: int = 20) -> list[Bin]:
+    """Where the loss comes from: the cost of a masked token by the share of tokens masked.
+
+    From passes of the form `uniform`, at no network call of its own. The bins, weighted by the rows
+    in them, average to the bound. The error is that over the passes; it holds the luck of which
+    texts were masked how much.
+    """
+    return [
+        Bin(b / bins, (b + 1) / bins, mean_and_error(means[~means.isnan()]))
+        for b, means in enumerate(_means_by_rate(passes, bins))
+    ]
+
+
+def falls(passes: Passes, bins: int = 20, coverage: float = 0.95) -> list[tuple[int, Bound]]:
+    """The bins whose cost lies below that of the bin before, beyond chance; and the difference.
+
+    Whether c_l, the cost of a masked token when l are masked, ever falls with l decides which
+    bounds must be ordered. `coverage` is that of all comparisons together (Bonferroni).
+    """
+    means = _means_by_rate(passes, bins)
+    found, freedom = [], len(passes.nats) - 1
+    for b in range(1, bins):
+        step = mean_and_error(means[b] - means[b - 1])
+        limit = student_t(freedom, 1 - (1 - coverage) / (bins - 1)) if freedom else math.inf
+        if step.value < -limit * step.standard_error:
+            found.append((b, step))
+    return found
+
+
+def _means_by_rate(passes: Passes, bins: int) -> Tensor:
+    """The mean cost of a masked token (bins, draws) by masking rate; nan where there is no row."""
+    holes = passes.holes.expand_as(passes.u)
+    bin_of = (masked_counts(passes.u, holes) * bins + holes - 1) // holes - 1  # of the share
+    inside = bin_of == torch.arange(bins)[:, None, None]  # (bins, draws, N)
+    return (inside * passes.nats).sum(dim=-1) / (inside * holes).sum(dim=-1)
+
+
+class Difference(NamedTuple):
+    """How much more one model pays than another for the same text, nats per token."""
+
+    masks: Bound  # the error over the masks: on this very text
+    rows: Bound  # the error over the rows: on texts of this kind
+
+
+def difference(one: Passes, other: Passes) -> Difference:
+    """The paired difference of two models on the same rows, and, with masks, on the same masks.
+
+    Without the pairing, the error would hold twice the difference between easy and hard rows. A
+    model that is scored exactly has one pass, which counts for all of the other's.
+    """
+    nats = one.nats - other.nats  # (draws, N)
+    over_masks = mean_and_error(nats.sum(dim=1) / one.tokens)
+    return Difference(over_masks, ratio(nats.mean(dim=0), one.holes))
+
+
+def ratio(values: Tensor, sizes: Tensor) -> Bound:
+    """The sum of values (n,) over the sum of sizes (n,), with the standard error over the pairs.
+
+    By the linearised (delta) method; nan for one pair.
+    """
+    n, rate = len(values), float(values.sum() / sizes.sum())
+    spread = (values - rate * sizes).square().sum() / (n - 1) / n if n > 1 else math.nan
+    return Bound(rate, math.sqrt(spread) / float(sizes.double().mean()))
 
 
 # --- Long texts ----------------------------------------------------------------------------------

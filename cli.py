@@ -23,6 +23,7 @@ CONFIGS = ROOT / "configs"
 FREE_TEXT = {
     *("checkpoint", "prompt", "prompt_file", "out_dir", "data.path", "data.dir", "data.cache_dir"),
     *("training.init_from", "sampling.output", "logging.project", "logging.name"),
+    *("eval.against", "eval.plot", "eval.output"),
 }
 QUIET = (  # what configs/config.yaml says of Hydra, for the settings of tools and benches
     *("hydra.run.dir=.", "hydra.output_subdir=null", "hydra.job.chdir=false"),

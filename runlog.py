@@ -96,6 +96,25 @@ def progress_bar(total: int, done: int, unit: str):
     return tqdm(total=total, initial=done, unit=unit, unit_scale=unit != "step", dynamic_ncols=True)
 
 
+@contextmanager
+def progress(total: int, unit: str):
+    """A function to be told how much more is done: a bar, or a line on stderr every ten seconds."""
+    bar, done, last = progress_bar(total, 0, unit), 0, time.monotonic()
+
+    def told(more: int) -> None:
+        nonlocal done, last
+        done += more
+        if bar is not None:
+            bar.update(more)
+        elif time.monotonic() - last > 10:
+            last = time.monotonic()
+            print(f"{done / total:.0%} of {total:,} {unit}s", file=sys.stderr, flush=True)
+
+    yield told
+    if bar is not None:
+        bar.close()
+
+
 def open_metrics(path: Path, first_step: int):
     """metrics.jsonl for writing on: a resumed run drops what was recorded after its first step."""
     lines = path.read_text().splitlines(keepends=True) if first_step and path.exists() else []

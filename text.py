@@ -39,15 +39,22 @@ def read_text(path: str | Path) -> str:
     Documents are joined by a newline. Raises `ValueError` for a path that is missing, empty, not
     UTF-8 or without a text field.
     """
+    return "\n".join(text for _, text in documents(path))
+
+
+def documents(path: str | Path) -> list[tuple[str, str]]:
+    """(name, text) of a file, or of each in a folder, in the order of their names."""
     path = Path(path)
-    if path.is_dir():
-        found = sorted(path.rglob("*"))
-        files = [file for file in found if file.suffix.lower() in SUFFIXES and file.is_file()]
-        if not files:
-            raise ValueError(
-                f"no {', '.join(SUFFIXES)} file in {path}: name another folder or file"
-            )
-        return "\n".join(read_text(file) for file in files)
+    if not path.is_dir():
+        return [(path.name, _read_file(path))]
+    found = sorted(path.rglob("*"))
+    files = [file for file in found if file.suffix.lower() in SUFFIXES and file.is_file()]
+    if not files:
+        raise ValueError(f"no {', '.join(SUFFIXES)} file in {path}: name another folder or file")
+    return [(file.relative_to(path).as_posix(), _read_file(file)) for file in files]
+
+
+def _read_file(path: Path) -> str:
     if not path.is_file():
         raise ValueError(f"no file or folder {path}: check data.path")
     try:

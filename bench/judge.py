@@ -34,8 +34,8 @@ NGRAMS = (2, 4)  # lengths, in tokens of the judge
 class Judge:
     """An autoregressive network that says what texts cost.
 
-    `nll(x0, where)` gives the cross-entropies (B, L) in nats of ids (B, L), every token given those
-    before it and the first given the beginning of a text.
+    `nll(x0)` gives the cross-entropies (B, L) in nats of ids (B, L), every token given those before
+    it and the first given the beginning of a text.
     """
 
     name: str
@@ -168,21 +168,10 @@ def judge_texts(judge: Judge, texts: Sequence[str], batch_size: int = 32) -> Ver
     if not texts or not all(texts):
         raise ValueError("there is nothing to judge: no text, or an empty one")
     tokens = [judge.encode(text) for text in texts]
-    bits = [nats / math.log(2) for nats in judge.nats(texts, batch_size)]
-    value, error = ratio(bits, [len(text.encode()) for text in texts])
+    bits = torch.tensor(judge.nats(texts, batch_size), dtype=torch.float64) / math.log(2)
+    value, error = bounds.ratio(bits, torch.tensor([len(text.encode()) for text in texts]))
     distinct = {n: statistics.fmean(distinct_ngrams(ids, n) for ids in tokens) for n in NGRAMS}
     return Verdict(value, error, statistics.fmean(map(entropy, tokens)), distinct)
-
-
-def ratio(values: Sequence[float], sizes: Sequence[int]) -> tuple[float, float]:
-    """The sum of values over the sum of sizes, and its standard error over the pairs.
-
-    By the linearised (delta) method; nan for one pair.
-    """
-    n, rate = len(values), sum(values) / sum(sizes)
-    rest = [value - rate * size for value, size in zip(values, sizes, strict=True)]
-    spread = math.sqrt(sum(r * r for r in rest) / (n - 1) / n) if n > 1 else math.nan
-    return rate, spread / (sum(sizes) / n)
 
 
 def entropy(ids: Sequence) -> float:

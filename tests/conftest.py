@@ -1,5 +1,6 @@
 """What several tests share: the three scripts run in this process, on a tiny corpus and model."""
 
+import importlib
 import os
 import sys
 from pathlib import Path
@@ -39,7 +40,10 @@ class Result(NamedTuple):
 
 @pytest.fixture
 def run(monkeypatch, capfd, tmp_path):
-    """run("train.py", "key=value", ...) as from a shell, in `tmp_path`: exit code and output."""
+    """run("train.py", "key=value", ...) as from a shell, in `tmp_path`: exit code and output.
+
+    Also run("bench.NAME", ...) and run("tools.NAME", ...).
+    """
     monkeypatch.chdir(tmp_path)
 
     def run(script: str, *words: str) -> Result:
@@ -47,7 +51,10 @@ def run(monkeypatch, capfd, tmp_path):
         capfd.readouterr()
         code = 0
         try:
-            cli.main(SCRIPTS[script])
+            if script in SCRIPTS:
+                cli.main(SCRIPTS[script])
+            else:  # "bench.judge", as by python -m
+                cli.main(importlib.import_module(script).main, script.replace(".", "/"))
         except SystemExit as stop:
             code = stop.code or 0
         return Result(code, *capfd.readouterr())

@@ -402,6 +402,6 @@ def test_an_error_of_shapes_in_our_own_code_keeps_its_traceback(short_run, monke
 
 
 def test_a_value_error_of_a_builtin_in_our_own_code_keeps_its_traceback(run, trained, monkeypatch):
-    monkeypatch.setattr(bounds.Passes, "bound", lambda self: (1.0, 0.1, "one too many"))
+    monkeypatch.setattr(bounds, "windows", lambda *_: [(0, 5, 0, "one too many")])
     with pytest.raises(ValueError, match="unpack"):
         run("eval.py", f"checkpoint={trained}/ckpt.pt", "system.device=cpu")

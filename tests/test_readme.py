@@ -1,5 +1,6 @@
 """README.md is true: its commands run, its files exist, its links lead somewhere."""
 
+import importlib
 import operator
 import re
 import shlex
@@ -16,12 +17,16 @@ import data
 import model
 
 README = (ROOT / "README.md").read_text()
-COMMANDS = [
-    line
-    for block in re.findall(r"^```bash\n(.*?)^```", README, flags=re.S | re.M)
-    for line in block.splitlines()
-    if line.startswith("python ")
-]
+
+
+def commands(text: str) -> list[str]:
+    """The lines of the blocks of shell that begin with python."""
+    blocks = re.findall(r"^```bash\n(.*?)^```", text, flags=re.S | re.M)
+    return [ln for block in blocks for ln in block.splitlines() if ln.startswith("python ")]
+
+
+COMMANDS = commands(README)
+DOCUMENTED = commands((ROOT / "docs" / "evaluation.md").read_text())
 PROMISED = """
 python train.py
 python train.py +experiment=medium logging.wandb=true
@@ -44,7 +49,8 @@ SHRINK = [word for word in TINY if not word.startswith(("system", "sampling"))]
 @pytest.fixture
 def folder(tmp_path, trained, monkeypatch):
     """A working directory as a user has it after a first run, on a corpus that is tiny."""
-    shutil.copytree(trained, tmp_path / "out")
+    for name in ("out", "out-ar"):
+        shutil.copytree(trained, tmp_path / name)
     (tmp_path / "corpora").mkdir()
     (tmp_path / "corpora" / "plays.txt").write_text(TEXT)
     tokenizer = data.train_tokenizer("char", TEXT, split=0, vocab_size=0)
@@ -58,7 +64,9 @@ def test_the_commands_that_were_promised_are_shown():
     assert set(PROMISED) <= set(COMMANDS)
 
 
-@pytest.mark.parametrize("command", COMMANDS)
+@pytest.mark.parametrize(
+    "command", sorted({c for c in COMMANDS + DOCUMENTED if " -m " not in c or "train.py" in c})
+)
 def test_a_command_of_the_readme_works(command, folder, run, text_file):
     """Run as it stands there, but on a small text, with a network and a run that are shrunk."""
     _, script, *words = shlex.split(command)
@@ -74,6 +82,18 @@ def test_a_command_of_the_readme_works(command, folder, run, text_file):
     result = run(script, *words)
     assert result.code == 0, result.err
     assert result.out.strip()
+
+
+@pytest.mark.parametrize("command", [c for c in COMMANDS + DOCUMENTED if "python -m" in c])
+def test_a_bench_or_tool_takes_the_settings_that_are_shown(command, run, monkeypatch):
+    """Up to where it would begin: every key exists, every value is of its type."""
+    _, _, module, *words = shlex.split(command)
+    received = []
+    monkeypatch.setattr(
+        importlib.import_module(module), "main", lambda config, explicit: received.append(explicit)
+    )
+    assert run(module, *words).code == 0
+    assert received == [{word.split("=")[0] for word in words}]
 
 
 @pytest.fixture

@@ -1,0 +1,108 @@
+"""How far is diffusion from autoregression: the same network, data and steps, several seeds.
+
+python -m bench.control seeds=3 train="training.max_iters=1000"
+"""
+
+import json
+import platform
+import shlex
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+
+import bounds
+import cli
+import report
+import runtime
+from cli import Section
+from eval import Scoring, cut, measure
+
+ROOT = Path(__file__).resolve().parent.parent
+OBJECTIVES = ("diffusion", "ar")
+
+
+def train(config: Section, objective: str, seed: int) -> Path:
+    """The folder of a run, which is trained unless it is there and complete."""
+    folder = Path(config.out, f"{objective}-{seed}")
+    if (folder / "seconds.json").is_file():
+        return folder
+    words = shlex.split(config.train) + (shlex.split(config.train_ar) if objective == "ar" else [])
+    settings = [f"training.objective={objective}", f"system.seed={seed}", f"out_dir={folder}"]
+    print(f"training {folder}", flush=True)
+    start = time.perf_counter()
+    command = [sys.executable, str(ROOT / "train.py"), *words, *settings]
+    if code := subprocess.run(command, stdout=subprocess.DEVNULL).returncode:
+        raise RuntimeError(f"training {folder} ended with exit code {code}: see above")
+    (folder / "seconds.json").write_text(json.dumps(time.perf_counter() - start))
+    return folder
+
+
+def score(folder: Path, config: Section) -> tuple[bounds.Passes, dict]:
+    """The latest weights of a run on its validation split, and what is said of it."""
+    loaded = runtime.load(folder / "ckpt.pt", runtime.pick_device(config.device))
+    corpus = runtime.load_corpus(loaded.config["data"], loaded.tokenizer)
+    context = loaded.model.config.block_size
+    texts = cut(corpus.name, [("", np.asarray(corpus.val))], loaded.tokenizer, context, context)
+    passes, _ = measure(loaded, texts, Scoring(1337, config.draws, config.batch_size))
+    seconds = json.loads((folder / "seconds.json").read_text())
+    about = {"steps": loaded.state["step"], "seconds": seconds, "corpus": corpus.name}
+    return passes, {"run": folder.name, **about, **report.likelihood(passes, texts.sizes)}
+
+
+def history(folder: Path) -> list[tuple[int, float]]:
+    """(step, validation loss) as a run logged it."""
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [(line["step"], line["eval/val_loss"]) for line in lines if "eval/val_loss" in line]
+
+
+def plot(folders: dict[str, list[Path]], path: str) -> None:
+    pyplot = report.import_pyplot()
+    figure, axes = pyplot.subplots(figsize=(6, 4), layout="constrained")
+    for (objective, runs), colour in zip(folders.items(), ("C0", "C1"), strict=True):
+        for number, folder in enumerate(runs):
+            steps, losses = zip(*history(folder), strict=True)
+            label = {"diffusion": "diffusion (bound)", "ar": "autoregression (exact)"}[objective]
+            axes.plot(steps, losses, "o-", color=colour, ms=3, label=None if number else label)
+    axes.set(xlabel="steps", ylabel="validation loss, nats/token")
+    axes.grid(alpha=0.3)
+    axes.legend()
+    figure.savefig(path, dpi=120)
+    pyplot.close(figure)
+
+
+def main(config: Section, explicit: set[str]) -> None:
+    if config.seeds < 1:
+        raise ValueError(f"seeds={config.seeds} must be at least 1")
+    if config.plot:
+        report.import_pyplot()
+    seeds = range(1, config.seeds + 1)
+    folders = {name: [train(config, name, seed) for seed in seeds] for name in OBJECTIVES}
+    rows, gaps = [], []
+    print(f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads")
+    print(f"{'run':<14} {'steps':>6} {'seconds':>8}  {'nats/token':<16}  bits/byte")
+    for pair in zip(*folders.values(), strict=True):
+        scored = [score(folder, config) for folder in pair]
+        for _, row in scored:
+            rows.append(row)
+            figures = (report.text_of(row[name]) for name in ("loss", "bits_per_byte"))
+            print(
+                f"{row['run']:<14} {row['steps']:>6} {row['seconds']:>8.0f}  {'  '.join(figures)}"
+            )
+        gaps.append(bounds.difference(scored[0][0], scored[1][0]))
+        print(f"  diffusion - ar {gaps[-1].masks.value:+.4f} ± {gaps[-1].rows.standard_error:.4f}")
+    gap = bounds.mean_and_error(torch.tensor([each.masks.value for each in gaps]))
+    figure = report.figure(gap, len(gaps) - 1)
+    print(f"diffusion - ar, over {len(gaps)} seeds: {report.text_of(figure, '+')} nats/token")
+    if config.output:
+        figures = {"runs": rows, "gap": figure, "train": config.train, "train_ar": config.train_ar}
+        report.write_json(figures, config.output)
+    if config.plot:
+        plot(folders, config.plot)
+
+
+if __name__ == "__main__":
+    cli.main(main, "bench/control")

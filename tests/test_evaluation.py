@@ -1,0 +1,275 @@
+"""eval.py as a user sees it: bounds side by side, comparison, curve, windows, JSON."""
+
+import json
+import math
+import re
+
+import pytest
+import torch
+from conftest import TEXT, TINY
+from problems import LOOP, arbitrary_network, seeded
+
+import bounds
+import eval as evaluation
+import report
+
+CPU = "system.device=cpu"
+
+
+@pytest.fixture
+def evaluated(run, trained, tmp_path):
+    """evaluated("key=value", ...): what eval.py prints for the tiny model, and its JSON."""
+
+    def evaluated(*words: str) -> tuple[str, dict]:
+        settings = (f"checkpoint={trained}/ckpt.pt", CPU, "eval.output=o.json")
+        result = run("eval.py", *settings, *words)
+        assert result.code == 0, result.err
+        return result.out, json.loads((tmp_path / "o.json").read_text())
+
+    return evaluated
+
+
+def number(text: str, pattern: str) -> float:
+    return float(re.search(pattern, text, flags=re.M)[1])
+
+
+# --- JSON ----------------------------------------------------------------------------------------
+
+
+def test_what_is_printed_is_what_is_written(evaluated):
+    out, figures = evaluated("eval.draws=3", "eval.curve=true")
+    assert number(out, r"^loss (\S+)") == round(figures["loss"]["value"], 4)
+    assert number(out, r"^loss \S+ ± (\S+)") == round(figures["loss"]["standard_error"], 4)
+    assert number(out, r"^perplexity (\S+)") == round(figures["perplexity"], 2)
+    assert number(out, r"^bits (\S+)") == round(figures["bits_per_byte"]["value"], 4)
+    low, high = figures["loss"]["interval"]
+    assert f"95% interval {low:.4f} to {high:.4f}" in out
+    assert out.count("% to ") >= len(figures["curve"])
+    assert f"{figures['tokens']:,} tokens, 3 passes" in out
+
+
+def test_the_interval_is_students_t_times_the_error(evaluated):
+    _, figures = evaluated("eval.draws=4")
+    loss = figures["loss"]
+    half = (loss["interval"][1] - loss["interval"][0]) / 2
+    assert half == pytest.approx(3.182 * loss["standard_error"], rel=1e-3)
+
+
+def test_one_pass_has_no_error_and_valid_json(evaluated):
+    out, figures = evaluated("eval.draws=1")
+    assert figures["loss"]["standard_error"] is None and "±" not in out and "nan" not in out
+
+
+# --- Bounds --------------------------------------------------------------------------------------
+
+
+def test_all_bounds_stand_side_by_side(evaluated):
+    names = ["uniform", "continuous", "discrete", "chain", "left_to_right"]
+    out, figures = evaluated(f"eval.bounds=[{','.join(names)}]", "eval.draws=3", "eval.tokens=64")
+    assert [row["name"] for row in figures["bounds"]] == names
+    assert all(re.search(rf"^{name} +\d", out, flags=re.M) for name in names)
+    assert "takes 128 ancestral steps" in out and figures["tokens"] == 64
+    assert not figures["alarms"]
+
+
+def test_the_discrete_bound_is_that_of_the_steps_that_would_run(evaluated):
+    """One step predicts everything from nothing: no chance is left in it."""
+    out, figures = evaluated("eval.bounds=[discrete]", "sampling.steps=1", "eval.draws=3")
+    assert "takes 1 ancestral" in out
+    assert figures["bounds"][1]["standard_error"] < 1e-6 < figures["bounds"][0]["standard_error"]
+
+
+def row(name: str, value: float, error: float | None = 0.01) -> dict:
+    return {"name": name, "value": value, "standard_error": error, "draws": 8}
+
+
+def test_a_chain_that_differs_from_uniform_is_an_alarm():
+    found = report.relations([row("uniform", 2.0), row("chain", 2.5)], falls=False)
+    assert len(found["alarms"]) == 1 and not found["remarks"]
+
+
+def test_a_chain_that_differs_by_chance_is_none():
+    found = report.relations([row("uniform", 2.0), row("chain", 2.03)], falls=False)
+    assert found == {"alarms": [], "remarks": []}
+
+
+@pytest.mark.parametrize("falls, why", [(True, "then it may"), (False, "a bug, or a network")])
+def test_fewer_steps_below_the_bound_are_a_remark_that_says_why(falls, why):
+    found = report.relations([row("uniform", 2.0), row("discrete", 1.5)], falls)
+    assert not found["alarms"] and why in found["remarks"][0]
+
+
+def test_left_to_right_may_lie_anywhere():
+    rows = [row("uniform", 2.0), row("left_to_right", 1.0, None)]
+    assert report.relations(rows, falls=False) == {"alarms": [], "remarks": []}
+
+
+# --- Comparison ----------------------------------------------------------------------------------
+
+
+def test_a_model_against_itself_is_no_better(evaluated, trained):
+    out, figures = evaluated(f"eval.against={trained}/ckpt.pt")
+    assert figures["against"]["difference"]["value"] == 0 and figures["against"]["better"] is None
+    assert "no difference is certain" in out
+
+
+def test_the_better_of_two_is_named_whichever_comes_first(run, text_file, tmp_path):
+    words = (
+        *TINY,
+        f"data.path={text_file}",
+        "training.eval_interval=0",
+        "training.save_interval=0",
+    )
+    for steps in (3, 40):
+        assert run("train.py", *words, f"training.max_iters={steps}", f"out_dir={steps}").code == 0
+    verdicts = []
+    for one, other in ((3, 40), (40, 3)):
+        settings = (f"checkpoint={one}/ckpt.pt", f"eval.against={other}/ckpt.pt", CPU)
+        verdicts.append(run("eval.py", *settings, "eval.output=o.json").out)
+        figures = json.loads((tmp_path / "o.json").read_text())
+        assert figures["against"]["better"] == "40/ckpt.pt"
+        paired = figures["loss"]["value"] - figures["against"]["loss"]["value"]
+        assert figures["against"]["difference"]["value"] == pytest.approx(paired)
+    assert all("verdict: 40/ckpt.pt is better" in verdict for verdict in verdicts)
+
+
+def test_diffusion_against_autoregression_says_that_one_of_them_is_a_bound(
+    evaluated, run, text_file
+):
+    words = (*TINY, f"data.path={text_file}", "training.objective=ar", "out_dir=ar")
+    assert run("train.py", *words).code == 0
+    out, figures = evaluated("eval.against=ar/best.pt")
+    assert "is a bound: the true gap" in out
+    assert figures["against"]["error_over_rows"] > 0
+    assert figures["against"]["loss"]["standard_error"] is None
+
+
+@pytest.mark.parametrize(
+    "difference, exact, said",
+    [
+        (0.1, (False, True), "may be smaller"),  # the bound is the higher one
+        (-0.1, (False, True), "at least as large"),
+        (0.1, (True, False), "at least as large"),
+        (-0.1, (True, False), "may be smaller"),
+        (0.1, (False, False), ""),
+    ],
+)
+def test_what_a_bound_leaves_open_depends_on_which_is_lower(difference, exact, said):
+    remark = report.bounded_remark(difference, exact)
+    assert said in remark and bool(said) == bool(remark)
+
+
+def test_models_with_different_symbols_are_not_compared_by_token(run, trained, tmp_path):
+    (tmp_path / "o.txt").write_text("abc " * 300)
+    assert run("train.py", *TINY, "data.path=o.txt", "out_dir=other").code == 0
+    result = run("eval.py", f"checkpoint={trained}/ckpt.pt", "eval.against=other/ckpt.pt", CPU)
+    assert result.code == 2 and "compare bits per byte" in result.err
+
+
+# --- By masking rate -----------------------------------------------------------------------------
+
+
+def test_the_curve_is_drawn(evaluated, tmp_path):
+    pytest.importorskip("matplotlib")
+    evaluated("eval.plot=curve.png")
+    assert (tmp_path / "curve.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def test_whether_the_cost_falls_is_always_said(evaluated):
+    out, figures = evaluated()
+    assert "the cost of a masked token" in out and "falls" in figures
+
+
+# --- Texts ---------------------------------------------------------------------------------------
+
+
+def test_a_folder_gives_a_row_for_each_file_and_they_add_up(evaluated, tmp_path):
+    (tmp_path / "docs").mkdir()
+    for name, size in (("a.txt", 100), ("b.txt", 20)):
+        (tmp_path / "docs" / name).write_text(TEXT[:size])
+    out, figures = evaluated("data.path=docs")
+    a, b = figures["documents"]
+    assert (a["name"], a["tokens"], b["name"], b["tokens"]) == ("a.txt", 100, "b.txt", 20)
+    whole = (100 * a["loss"]["value"] + 20 * b["loss"]["value"]) / 120
+    assert figures["loss"]["value"] == pytest.approx(whole)
+    assert re.search(r"^a\.txt +100 ", out, flags=re.M)
+
+
+def test_the_windows_of_a_folder_move_by_half_the_context():
+    ids = torch.arange(100).numpy()
+    texts = evaluation.cut("", [("a", ids)], Bytes(), context=32, stride=16)
+    assert [len(row) for row in texts.rows] == [32, 32, 32, 32, 32, 20 + 12]
+    assert texts.tokens == 100
+
+
+class Bytes:
+    def decode_bytes(self, ids):
+        return bytes(ids)
+
+
+def test_context_does_not_count(evaluated):
+    """A window's given part is seen, not scored: the number of tokens is that of the text."""
+    for stride in (0, 1, 8):
+        assert evaluated(f"eval.stride={stride}", "eval.draws=1")[1]["tokens"] == 1016
+
+
+def test_what_is_seen_before_a_window_cannot_be_worse_for_an_exact_model():
+    """The chain rule over windows of an exact network of a Markov chain needs one token before."""
+    from problems import chain, exact_denoiser
+
+    problem = chain(0.1, 0.1, 0.1, 0.1)
+    row, model = problem.draw(40, 0), exact_denoiser(problem)
+
+    def cost(given: int) -> float:
+        predict = [torch.arange(5) >= given] * 40
+        settings = {"mask_id": 2, "draws": 1, "predict": predict if given else None}
+        return bounds.estimate(bounds.left_to_right, model, row, **settings).bound().value
+
+    assert cost(1) < cost(0) < math.log(2)
+
+
+def test_a_part_of_a_text_is_spread_over_it():
+    ids = torch.arange(100).numpy()
+    texts = evaluation.cut("", [("a", ids)], Bytes(), context=10, stride=10, limit=30)
+    assert [int(row[0]) for row in texts.rows] == [0, 30, 60]
+
+
+def test_bytes_are_counted_for_what_is_predicted():
+    ids = torch.arange(100).numpy()
+    texts = evaluation.cut("", [("a", ids)], Bytes(), context=10, stride=5)
+    assert int(texts.sizes.sum()) == 100
+
+
+# --- Bad input -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "word, said",
+    [
+        ("eval.bounds=[uniform,exact]", "choose some of uniform"),
+        ("eval.output=nowhere/o.json", "make it first"),
+        ("eval.tokens=-1", "must be at least 0"),
+        ("eval.stride=99", "must lie in 1 ... 32"),
+        ("eval.against=none.pt", "no checkpoint at none.pt"),
+    ],
+)
+def test_a_mistake_is_one_line(run, trained, word, said):
+    result = run("eval.py", f"checkpoint={trained}/ckpt.pt", CPU, word)
+    assert result.code == 2 and said in result.err and result.err.count("\n") == 1
+
+
+def test_every_form_is_the_same_for_any_batch_size():
+    text = [LOOP.draw(1, i)[0] for i in range(9)]
+    for form in (bounds.uniform, bounds.chain, lambda u, n: bounds.discrete(u, n, 5)):
+        one, other = (
+            bounds.estimate(
+                form,
+                arbitrary_network(LOOP),
+                text,
+                mask_id=LOOP.V,
+                generator=seeded(0),
+                batch_size=size,
+            ).nats
+            for size in (1, 4)
+        )
+        torch.testing.assert_close(one, other, rtol=0, atol=1e-12)

@@ -1,0 +1,107 @@
+"""A checkpoint under EleutherAI's lm-evaluation-harness.
+
+python -m tools.lm_eval checkpoint=out/best.pt tasks=[lambada_openai]
+
+`loglikelihood` is minus the conditional bound of the continuation given its context, and greedy is
+what the model fills in so, its surest token first; `loglikelihood_rolling` is minus the bound of
+the whole text; `generate_until` fills a canvas after the prompt. What the harness takes for a
+likelihood is a bound from below, so that nothing looks better than it is. An autoregressive
+checkpoint of ours is scored exactly.
+"""
+
+import json
+from pathlib import Path
+
+import torch
+
+import cli
+import diffusion
+import runtime
+from bench.cloze import Fill, as_texts, by_fill, greedy_fills
+from cli import Section
+from eval import Scoring, measure
+
+
+def make_adapter(loaded: runtime.Loaded, config: Section):
+    """The model as the harness wants it."""
+    from lm_eval.api.model import LM
+
+    class NanoMDM(LM):
+        def loglikelihood(self, requests) -> list[tuple[float, bool]]:
+            fills = [Fill(*request.args) for request in requests]
+            texts, nats = score(loaded, fills, config)
+            return list(zip(nats, greedy_fills(loaded, texts, config.batch_size), strict=True))
+
+        def loglikelihood_rolling(self, requests) -> list[float]:
+            fills = [Fill("", request.args[0]) for request in requests]
+            return score(loaded, fills, config)[1]
+
+        def generate_until(self, requests) -> list[str]:
+            return [generate(loaded, *request.args, config) for request in requests]
+
+    return NanoMDM()
+
+
+def score(loaded: runtime.Loaded, fills: list[Fill], config: Section):
+    """The rows of the fills, and minus what each fill costs, in nats."""
+    texts = as_texts(fills, loaded.tokenizer, loaded.model.config.block_size)
+    scoring = Scoring(config.seed, config.draws, config.batch_size)
+    passes, _ = measure(loaded, texts, scoring)
+    return texts, (-by_fill(passes.nats, texts).mean(dim=0)).tolist()
+
+
+@torch.no_grad()
+def generate(loaded: runtime.Loaded, prompt: str, wanted: dict, config: Section) -> str:
+    """A continuation of the prompt, cut before the first of the texts to stop at.
+
+    A canvas has a length: `max_gen_toks`, and at most half of the context, the rest of which is for
+    the end of the prompt.
+    """
+    model, context = loaded.model, loaded.model.config.block_size
+    length = min(int(wanted.get("max_gen_toks", context)), max(1, context // 2))
+    known = torch.from_numpy(loaded.tokenizer.encode(prompt)[-(context - length) :])
+    canvas = torch.nn.functional.pad(known, (0, length))[None].to(model.device)
+    causal = model.config.causal
+    filled = diffusion.sample(
+        model,
+        canvas,
+        is_masked=torch.arange(canvas.size(1), device=model.device)[None] >= len(known),
+        mask_id=model.config.mask_id,
+        steps=length if causal else config.steps,
+        strategy="left_to_right" if causal else config.strategy,
+        temperature=float(wanted.get("temperature", 0.0)),
+        generator=runtime.generator(config.seed, "sample"),
+    )
+    text = loaded.tokenizer.decode(filled.ids[0, len(known) :].tolist())
+    stops = wanted.get("until") or []
+    for stop in [stops] if isinstance(stops, str) else stops:
+        text = text.split(stop)[0] if stop else text
+    return text
+
+
+def main(config: Section, explicit: set[str]) -> None:
+    try:
+        import lm_eval
+        from lm_eval.tasks import TaskManager
+        from lm_eval.utils import make_table
+    except ImportError:
+        raise ValueError("the harness is a package: pip install lm_eval") from None
+    if not config.tasks:
+        raise ValueError("no tasks: name some, as in tasks=[lambada_openai]")
+    loaded = runtime.load(config.checkpoint, runtime.pick_device(config.device))
+    results = lm_eval.simple_evaluate(
+        model=make_adapter(loaded, config),
+        tasks=config.tasks,
+        task_manager=TaskManager(include_path=config.include_path or None),
+        num_fewshot=None if config.num_fewshot < 0 else config.num_fewshot,
+        limit=config.limit or None,
+        random_seed=config.seed,
+    )
+    print(make_table(results))
+    if config.output:
+        kept = {key: results[key] for key in ("results", "versions", "n-samples") if key in results}
+        Path(config.output).write_text(json.dumps(kept, indent=1, default=str) + "\n")
+
+
+if __name__ == "__main__":
+    cli.main(main, "tools/lm_eval")
