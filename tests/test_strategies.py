@@ -459,7 +459,7 @@ def test_a_vocabulary_of_one_token_can_be_sampled_by_every_strategy():
         assert (result.ids == 0).all()
 
 
-# --- Settings and labels --------------------------------------------------------------------------------------
+# --- Settings and labels -------------------------------------------------------------------------
 
 
 def test_the_library_has_the_defaults_of_the_scripts():
