@@ -10,7 +10,6 @@ import math
 import statistics
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import torch
@@ -43,21 +42,22 @@ VARIATIONS = {
 }
 
 
-def train(config: Section, name: str, seed: int, corpus: Path) -> tuple[Path, float]:
-    """Train one variation in a process of its own: its folder and the seconds it took."""
+def train(config: Section, name: str, seed: int, corpus: Path) -> Path:
+    """The folder of one run, which is trained in a process of its own unless it is there."""
     folder = Path(config.out_dir, f"{name.replace(' ', '-')}-{seed}")
+    if (folder / "done").is_file():
+        return folder
     words = [f"data.path={corpus}", f"out_dir={folder}", f"system.seed={seed}"]
     words += [f"training.eval_interval={config.curve}", "training.sample_interval=0"]
     words += ["training.save_interval=0", *config.words, *VARIATIONS[name]]
     words += [f"training.max_iters={config.steps}"] if config.steps else []
     words += [f"+experiment={config.experiment}"] if config.experiment else []
-    start = time.perf_counter()
-    result = subprocess.run(
-        [sys.executable, str(cli.ROOT / "train.py"), *words], capture_output=True, text=True
-    )
+    command = [sys.executable, str(cli.ROOT / "train.py"), *words]
+    result = subprocess.run(command, capture_output=True, text=True)
     if result.returncode:
         raise ValueError(f"{name}, seed {seed} failed: {result.stderr.strip().splitlines()[-1:]}")
-    return folder, time.perf_counter() - start
+    (folder / "done").touch()
+    return folder
 
 
 def evaluate(folder: Path, device: torch.device, draws: int) -> float:
@@ -96,16 +96,17 @@ def line(name: str, runs: list[dict], reference: list[dict]) -> str:
     )
 
 
-def curve(folder: Path) -> tuple[list[float], list[float]]:
-    """Seconds of training and the bound after them, from a run's metrics.jsonl."""
+def curve(folder: Path) -> tuple[list[float], list[float | None]]:
+    """Seconds of training, the start included and evaluations left out, and the bound then."""
     seconds, last, times, bounds = 0.0, 0, [], []
     for entry in map(json.loads, (folder / "metrics.jsonl").read_text().splitlines()):
         if "train/time_ms" in entry:
             seconds += entry["train/time_ms"] / 1e3 * (entry["step"] - last)
             last = entry["step"]
-        else:
             times.append(seconds)
-            bounds.append(entry["eval/val_loss"])
+            bounds.append(None)
+        else:
+            bounds[-1] = entry["eval/val_loss"]
     return times, bounds
 
 
@@ -119,7 +120,8 @@ def plot(results: dict[str, list[dict]], path: Path) -> None:
     for number, (name, runs) in enumerate(results.items()):
         for run in runs:
             label = name if run is runs[0] else None
-            axes.plot(*curve(Path(run["folder"])), color=f"C{number}", label=label, lw=1.2)
+            points = [point for point in zip(*curve(Path(run["folder"])), strict=True) if point[1]]
+            axes.plot(*zip(*points, strict=True), "o-", color=f"C{number}", label=label, lw=1, ms=3)
     axes.set(xlabel="seconds of training", ylabel="bound on val, nats per token")
     axes.legend(frameon=False)
     axes.grid(alpha=0.3)
@@ -137,11 +139,10 @@ def main(config: Section, explicit: set[str]) -> None:
     for name in names:
         results[name] = []
         for seed in map(int, config.seeds):
-            folder, seconds = train(config, name, seed, corpus)
-            bound = evaluate(folder, device, config.draws)
-            results[name].append(
-                {"seed": seed, "bound": bound, "seconds": seconds, "folder": str(folder)}
-            )
+            folder = train(config, name, seed, corpus)
+            bound, seconds = evaluate(folder, device, config.draws), curve(folder)[0][-1]
+            run = {"seed": seed, "bound": bound, "seconds": seconds, "folder": str(folder)}
+            results[name].append(run)
         print(line(name, results[name], results[names[0]]), flush=True)
         Path(config.out_dir, "results.json").write_text(json.dumps(results, indent=1))
     if config.curve:
