@@ -7,6 +7,7 @@ that is published.
 
 import json
 import math
+import shlex
 import statistics
 import subprocess
 import sys
@@ -49,7 +50,7 @@ def train(config: Section, name: str, seed: int, corpus: Path) -> Path:
         return folder
     words = [f"data.path={corpus}", f"out_dir={folder}", f"system.seed={seed}"]
     words += [f"training.eval_interval={config.curve}", "training.sample_interval=0"]
-    words += ["training.save_interval=0", *config.words, *VARIATIONS[name]]
+    words += ["training.save_interval=0", *shlex.split(config.words), *VARIATIONS[name]]
     words += [f"training.max_iters={config.steps}"] if config.steps else []
     words += [f"+experiment={config.experiment}"] if config.experiment else []
     command = [sys.executable, str(cli.ROOT / "train.py"), *words]

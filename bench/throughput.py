@@ -12,6 +12,7 @@ import importlib.util
 import json
 import platform
 import resource
+import shlex
 import statistics
 import sys
 import tempfile
@@ -193,7 +194,7 @@ def peak_memory(device: torch.device) -> int:
 
 
 def bench(config: Section, preset: str, head: str, device: torch.device, folder: Path) -> dict:
-    words = [*config.words, f"system.seed={config.seed}"]
+    words = [*shlex.split(config.words), f"system.seed={config.seed}"]
     settings = cli.compose(words, "" if preset == "default" else preset)
     train.check(settings, parallel.world())
     run = make_run(settings, folder, device)

@@ -14,6 +14,7 @@ from model import (
     Attention,
     Block,
     ModelConfig,
+    ShortConvolution,
     SwiGLU,
     Transformer,
     apply_rope,
@@ -516,3 +517,44 @@ def test_activations_are_computed_again_only_if_asked_for(recompute, times, monk
     monkeypatch.setattr(Attention, "forward", lambda *given: calls.append(1) or forward(*given))
     gradients_of(model)
     assert len(calls) == times * CONFIG.n_layer
+
+
+# --- Short convolutions -------------------------------------------------------------------------
+
+
+def test_a_convolution_is_the_grouped_one_of_pytorch_beside_its_input():
+    conv = drawn(ShortConvolution(replace(CONFIG, conv_width=5)))
+    x = random(3, L, 16)
+    expected = x.mT + F.conv1d(x.mT, conv.weight, padding=2, groups=16)
+    torch.testing.assert_close(conv(x), expected.mT)
+
+
+def test_a_causal_convolution_is_the_one_that_is_padded_on_the_left_alone():
+    conv = drawn(ShortConvolution(replace(CONFIG, conv_width=5, causal=True)))
+    x = random(3, L, 16)
+    expected = x.mT + F.conv1d(F.pad(x.mT, (4, 0)), conv.weight, groups=16)
+    torch.testing.assert_close(conv(x), expected.mT)
+
+
+def test_a_network_with_convolutions_begins_as_the_one_without():
+    plain = Transformer(CONFIG)
+    network = Transformer(replace(CONFIG, conv_width=3))
+    missing, surplus = network.load_state_dict(plain.state_dict(), strict=False)
+    assert len(missing) == 2 * CONFIG.n_layer and not surplus
+    xt = random_ids(2)
+    torch.testing.assert_close(network(xt), plain(xt), rtol=0, atol=0)
+
+
+def test_a_causal_network_with_convolutions_sees_what_stands_before_alone():
+    network = build(conv_width=5, causal=True)
+    ids = random_ids(1) % V
+    changed = ids.clone()
+    changed[0, 3] = (changed[0, 3] + 1) % V
+    differs = (network(ids) != network(changed)).any(dim=-1)[0]
+    assert differs.tolist() == [False] * 4 + [True] * 2
+
+
+@pytest.mark.parametrize("width", [-1, 2])
+def test_a_convolution_needs_as_many_neighbours_on_each_side(width):
+    with pytest.raises(ValueError, match=rf"model\.conv_width={width} must be odd"):
+        replace(CONFIG, conv_width=width)

@@ -87,6 +87,15 @@ def test_adamw_keeps_the_embedding_the_head_and_the_gains_beside_muon():
     assert set(names_in(model, part.param_groups)) == others
 
 
+def test_convolutions_are_trained_by_adamw_without_decay():
+    torch.manual_seed(0)
+    model = Transformer(ModelConfig(7, 8, n_layer=2, n_head=2, n_embd=16, conv_width=3))
+    adamw = optimizer_of(model, "muon").parts[0]
+    plain = [group for group in adamw.param_groups if group["weight_decay"] == 0]
+    names = set(names_in(model, plain))
+    assert {f"blocks.{i}.{n}_conv.weight" for i in range(2) for n in ("attention", "mlp")} < names
+
+
 def test_a_frozen_parameter_is_left_out():
     model = build()
     model.embedding.weight.requires_grad_(False)

@@ -1,0 +1,153 @@
+"""The benches of speed and recipe, and the rules that measurements led to."""
+
+import json
+
+import pytest
+import torch
+from conftest import TEXT, TINY
+from torch.utils.flop_counter import FlopCounterMode
+
+import runtime
+from bench import recipe, throughput
+from model import ModelConfig, Transformer
+
+WORDS = "words=" + " ".join(word for word in TINY if not word.startswith("sampling"))
+
+
+# --- bench.throughput ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("share", [1.0, 0.25])
+def test_the_operations_are_those_that_pytorch_counts(share):
+    """FlopCounterMode looks at every product of a forward and a backward pass."""
+    B, L = 4, 32
+    model = Transformer(ModelConfig(40, L, n_layer=3, n_head=2, n_embd=48))
+    xt = torch.randint(40, (B, L))
+    where = torch.rand(B, L).argsort().argsort() < share * L
+    with FlopCounterMode(display=False) as counter:
+        model(xt, targets=xt, where=where, capacity=int(share * B * L)).sum().backward()
+    assert counter.get_total_flops() == B * L * throughput.flops_per_token(model, share)
+
+
+def test_throughput_prints_a_row_for_each_head_and_writes_what_it_prints(run, tmp_path):
+    result = run(
+        *("bench.throughput", WORDS, "heads=[masked,full]", "steps=1", "rounds=3", "device=cpu"),
+        "output=speed.json",
+    )
+    assert result.code == 0, result.err
+    rows = json.loads((tmp_path / "speed.json").read_text())["rows"]
+    assert [row["head"] for row in rows] == ["masked", "full"]
+    for row in rows:
+        low, high = row["range"]
+        assert 0 < low <= row["tokens_per_second"] <= high
+        assert 0 < row["mfu"] < 1 and 0 < row["loading_share"] < 1
+        assert f"{row['tokens_per_second'] / 1e3:,.1f}k" in result.out
+
+
+RIVAL = """
+import torch
+from dataclasses import dataclass
+
+@dataclass
+class GPTConfig:
+    block_size: int
+    vocab_size: int
+    n_layer: int
+    n_head: int
+    n_embd: int
+    dropout: float
+    bias: bool
+
+class GPT(torch.nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.head = torch.nn.Embedding(config.vocab_size, config.vocab_size)
+
+    def configure_optimizers(self, weight_decay, learning_rate, betas, device_type):
+        return torch.optim.AdamW(self.parameters(), learning_rate, betas)
+
+    def forward(self, x, y):
+        logits = self.head(x)
+        return logits, torch.nn.functional.cross_entropy(logits.flatten(0, 1), y.flatten())
+"""
+
+
+def test_throughput_times_a_rival_in_turn(run, tmp_path):
+    (tmp_path / "rival").mkdir()
+    (tmp_path / "rival" / "model.py").write_text(RIVAL)
+    words = (WORDS, "steps=1", "rounds=2", "device=cpu", "nanogpt=rival")
+    result = run("bench.throughput", *words)
+    assert result.code == 0, result.err
+    assert "times as fast" in result.out
+
+
+def test_throughput_says_where_the_rival_is_missing(run):
+    result = run("bench.throughput", WORDS, "nanogpt=nowhere", "device=cpu")
+    assert (result.code, result.err.count("\n")) == (2, 1)
+    assert "nowhere/model.py" in result.err
+
+
+# --- bench.sampling -----------------------------------------------------------------------------
+
+
+def test_sampling_counts_the_calls_of_every_strategy(run, trained, tmp_path):
+    words = (f"checkpoint={trained}/ckpt.pt", "batch_sizes=[2]", "steps=4", "device=cpu")
+    result = run("bench.sampling", *words, "output=speed.json")
+    assert result.code == 0, result.err
+    rows = {
+        row["strategy"]: row for row in json.loads((tmp_path / "speed.json").read_text())["rows"]
+    }
+    assert rows["confidence"]["calls"] == 4
+    assert rows["first_hitting"]["calls"] == 32  # the context of the tiny model
+    assert all(0 < row["network_share"] < 1 for row in rows.values())
+
+
+# --- bench.recipe -------------------------------------------------------------------------------
+
+
+def test_recipe_trains_each_variation_once_and_compares_them_seed_by_seed(run, tmp_path, text_file):
+    words = [
+        *("variations=[recipe,no convolution]", "seeds=[1,2]", "steps=6", "curve=3"),
+        *(WORDS, f"path={text_file}"),
+    ]
+    first = run("bench.recipe", *words)
+    assert first.code == 0, first.err
+    results = json.loads((tmp_path / "out-recipe" / "results.json").read_text())
+    assert [row["seed"] for row in results["no convolution"]] == [1, 2]
+    pairs = zip(results["no convolution"], results["recipe"], strict=True)
+    a, b = (other["bound"] - ours["bound"] for other, ours in pairs)
+    assert f"{(a + b) / 2:+.4f} ± {abs(a - b) / 2:.4f}" in first.out
+    assert (tmp_path / "out-recipe" / "curve.png").stat().st_size > 10_000
+    trained = (tmp_path / "out-recipe" / "recipe-1" / "ckpt.pt").stat().st_mtime_ns
+    run("bench.recipe", *words)
+    assert (tmp_path / "out-recipe" / "recipe-1" / "ckpt.pt").stat().st_mtime_ns == trained
+
+
+def test_recipe_chooses_on_text_that_is_no_part_of_the_validation_split(tmp_path, text_file):
+    config = recipe.Section(path=str(text_file), out_dir=str(tmp_path), validation=False)
+    assert recipe.write_corpus(config).read_text() == TEXT[: int(0.9 * len(TEXT))]
+
+
+def test_recipe_names_the_variations_that_there_are(run):
+    result = run("bench.recipe", "variations=[nothing]")
+    assert (result.code, result.err.count("\n")) == (2, 1)
+    assert "weight of the bound" in result.err
+
+
+# --- Rules --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("capabilities", "fast"),
+    [
+        ({"amx_bf16": True, "avx512_bf16": True, "cpu_name": "Intel Xeon"}, True),
+        ({"amx_bf16": False, "avx512_bf16": True, "cpu_name": "Intel Xeon"}, False),
+        ({"avx512_bf16": True, "cpu_name": "AMD EPYC"}, True),
+        ({"avx512_bf16": False, "cpu_name": "AMD EPYC"}, False),
+        ({}, False),
+    ],
+)
+def test_a_cpu_trains_in_bfloat16_where_that_is_faster(monkeypatch, capabilities, fast):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities, raising=False)
+    expected = torch.bfloat16 if fast else torch.float32
+    assert runtime.pick_dtype("auto", torch.device("cpu"), training=True) == expected
