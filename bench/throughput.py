@@ -33,7 +33,7 @@ import train
 from cli import Section
 from model import ModelConfig, Transformer
 
-VOCABULARY = {"char": 65, "byte": 256, "gpt2": 50257, "text8": 27}
+VOCABULARY = {"char": 65, "byte": 256, "gpt2": 50257}
 TOKENS = 2**24  # in the file that batches are cut from
 
 

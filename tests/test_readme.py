@@ -121,11 +121,11 @@ def test_a_training_command_means_what_it_says(command, configured):
             assert arrived == type(arrived)(yaml.safe_load(value)), key
 
 
-@pytest.mark.parametrize("name", ["small", "medium", "gpt2"])
+@pytest.mark.parametrize("name", ["small", "medium", "text8", "openwebtext"])
 def test_the_table_of_sizes_is_right(name, configured):
     shape = configured(f"+experiment={name}").model
     with torch.device("meta"):
-        vocabulary = 50257 if name == "gpt2" else 65
+        vocabulary = {"openwebtext": 50257, "text8": 27}.get(name, 65)
         network = model.Transformer(model.ModelConfig(vocabulary, **vars(shape)))
     millions = sum(p.numel() for p in network.parameters()) / 1e6
     sizes = f"{shape.n_layer}, {shape.n_head}, {shape.n_embd}, {shape.block_size}"
