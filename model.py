@@ -263,7 +263,8 @@ class Transformer(nn.Module):
             rows = rows.nonzero_static(size=capacity, fill_value=size).squeeze(1)
         read = rows.clamp(max=size - 1)
         nll = self.in_chunks(hidden.flatten(0, 1)[read], targets.flatten()[read])
-        return nll.new_zeros(size + 1).index_put((rows,), nll)[:size].view_as(xt)
+        spread = nll.new_zeros(size + 1).index_put((rows,), nll)[:size].view_as(xt)
+        return spread.clone()  # FSDP warns of views, which must not be changed in place
 
     def in_chunks(self, hidden: Tensor, targets: Tensor) -> Tensor:
         """`cross_entropy` with no more than `LOGITS_AT_ONCE` logits at any time."""

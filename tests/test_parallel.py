@@ -38,8 +38,8 @@ RUNS = {  # of two processes
     "fsdp-killed": (FSDP,),
     "fsdp-resumed": (FSDP, RESUME),
 }
-FLOAT32 = {"rel": 2e-5}  # sums in another order, after twelve steps of AdamW
-MUON = {"rel": 1e-3}  # orthogonal factors multiply such differences
+FLOAT32 = {"rel": 1e-6}  # sums in another order: 1.5e-7 was measured over twelve steps
+MUON = {"rel": 1e-5}  # orthogonal factors may multiply that: 1.7e-7 was measured
 BOTH = pytest.mark.parametrize("kind", ["ddp", "fsdp"])
 
 
@@ -173,7 +173,7 @@ def test_two_processes_have_the_losses_of_one_to_float32_rounding_with_adamw(fol
 
 
 @BOTH
-def test_two_processes_have_the_losses_of_one_to_a_thousandth_with_muon(folder, kind):
+def test_two_processes_have_the_losses_of_one_to_a_hundred_thousandth_with_muon(folder, kind):
     """In two micro-batches each, and with shards whose activations are computed again."""
     assert curve(folder / f"{kind}-muon-split") == pytest.approx(curve(folder / "muon"), **MUON)
 
