@@ -206,9 +206,8 @@ def bench(config: Section, preset: str, head: str, device: torch.device, folder:
         figures = measure(run, rival, config.steps, config.rounds)
     finally:
         runtime.nll = usual
-    tokens = (
-        settings.training.batch_size // settings.training.grad_accum * settings.model.block_size
-    )
+    processes, training = parallel.world().size, settings.training
+    tokens = training.batch_size * settings.model.block_size / training.grad_accum / processes
     rows = 1.0 if head == "full" or run.model.config.causal else run.capacity / tokens
     flops = flops_per_token(run.model, rows)
     peak = matmul_peak(device, run.dtype)
@@ -217,7 +216,7 @@ def bench(config: Section, preset: str, head: str, device: torch.device, folder:
         "head": head,
         "flops_per_token": flops,
         "matmul_flops_per_second": peak,
-        "mfu": flops * figures["tokens_per_second"] / peak / parallel.world().size,
+        "mfu": flops * figures["tokens_per_second"] / peak / processes,
     }
 
 
