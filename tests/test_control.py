@@ -20,7 +20,7 @@ def compared(run, text_file, tmp_path, monkeypatch):
         return types.SimpleNamespace(returncode=run("train.py", *command[2:]).code)
 
     def compared(**settings):
-        monkeypatch.setattr(control, "subprocess", types.SimpleNamespace(run=train))
+        monkeypatch.setattr(control, "subprocess", types.SimpleNamespace(run=train, DEVNULL=None))
         values = cli.load_defaults("bench/control") | {"device": "cpu", "draws": 2}
         values |= {"train": " ".join([*TINY, f"data.path={text_file}"]), "output": "o.json"}
         control.main(cli.section(values | settings), set())
