@@ -68,7 +68,8 @@ def test_one_pass_has_no_error_and_valid_json(evaluated):
 
 def test_all_bounds_stand_side_by_side(evaluated):
     names = ["uniform", "continuous", "discrete", "chain", "left_to_right"]
-    out, figures = evaluated(f"eval.bounds=[{','.join(names)}]", "eval.draws=3", "eval.tokens=64")
+    words = ("eval.draws=3", "eval.tokens=64", "sampling.steps=128")
+    out, figures = evaluated(f"eval.bounds=[{','.join(names)}]", *words)
     assert [row["name"] for row in figures["bounds"]] == names
     assert all(re.search(rf"^{name} +\d", out, flags=re.M) for name in names)
     assert "takes 128 ancestral steps" in out and figures["tokens"] == 64
