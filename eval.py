@@ -29,6 +29,12 @@ def main(config: Section, explicit: set[str]) -> None:
     names = [config.checkpoint, *filter(None, [config.eval.against])]
     models = [runtime.load(name, device) for name in names]
     exact = [loaded.model.config.causal for loaded in models]
+    about_masks = sorted(explicit & {"eval.bounds", "eval.curve", "eval.plot"})
+    if exact[0] and about_masks:
+        raise ValueError(
+            f"{about_masks[0]} is about masks, and {names[0]} is autoregressive, scored exactly: "
+            "leave it out"
+        )
     texts = choose_texts(config, explicit, models)
     dtype = runtime.pick_dtype(config.system.dtype, device, training=False)
     scoring = Scoring(config.system.seed, config.eval.draws, config.eval.batch_size, dtype)

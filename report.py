@@ -228,4 +228,4 @@ def comparison_lines(found: dict, names: Sequence[str], rows: int) -> list[str]:
 
 def write_json(figures: dict, path: str) -> None:
     """Everything that was printed. Raises `OSError` where it cannot be written."""
-    Path(path).write_text(json.dumps(figures, indent=1, allow_nan=False) + "\n")
+    Path(path).write_text(json.dumps(figures, indent=1) + "\n")

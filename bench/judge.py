@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 import bounds
@@ -121,9 +122,11 @@ class HuggingFaceJudge(Judge):
         return self.tokenizer(text, add_special_tokens=False)["input_ids"]
 
     def nll(self, x0: Tensor) -> Tensor:
-        xt = torch.nn.functional.pad(x0[:, :-1], (1, 0), value=self.start)
-        log_probs = self.model(input_ids=xt).logits.float().log_softmax(dim=-1)  # (B, L, V)
-        return -log_probs.gather(-1, x0[..., None]).squeeze(-1)
+        xt = F.pad(x0[:, :-1], (1, 0), value=self.start)
+        rows = zip(self.model(input_ids=xt).logits, x0, strict=True)  # (L, V) and (L,), B times
+        return torch.stack(
+            [F.cross_entropy(row.float(), ids, reduction="none") for row, ids in rows]
+        )
 
 
 def load_judge(name: str, device: torch.device) -> Judge:

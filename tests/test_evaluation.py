@@ -3,6 +3,8 @@
 import json
 import math
 import re
+import sys
+import types
 
 import pytest
 import torch
@@ -12,6 +14,7 @@ from problems import LOOP, arbitrary_network, seeded
 import bounds
 import eval as evaluation
 import report
+import runlog
 
 CPU = "system.device=cpu"
 
@@ -65,7 +68,8 @@ def test_one_pass_has_no_error_and_valid_json(evaluated):
 
 def test_all_bounds_stand_side_by_side(evaluated):
     names = ["uniform", "continuous", "discrete", "chain", "left_to_right"]
-    out, figures = evaluated(f"eval.bounds=[{','.join(names)}]", "eval.draws=3", "eval.tokens=64")
+    words = ("eval.draws=3", "eval.tokens=64", "sampling.steps=128")
+    out, figures = evaluated(f"eval.bounds=[{','.join(names)}]", *words)
     assert [row["name"] for row in figures["bounds"]] == names
     assert all(re.search(rf"^{name} +\d", out, flags=re.M) for name in names)
     assert "takes 128 ancestral steps" in out and figures["tokens"] == 64
@@ -240,6 +244,38 @@ def test_bytes_are_counted_for_what_is_predicted():
     assert int(texts.sizes.sum()) == 100
 
 
+# --- Weights & Biases ----------------------------------------------------------------------------
+
+
+def test_figures_and_curve_go_to_wandb_if_asked(evaluated, monkeypatch):
+    sent = {}
+    stub = types.ModuleType("wandb")
+    stub.init = lambda **settings: stub
+    stub.log, stub.finish = lambda values: sent.update(values), lambda: None
+    stub.Table = lambda columns, data: types.SimpleNamespace(columns=columns, data=data)
+    stub.plot = types.SimpleNamespace(line=lambda table, x, y, title: (table.data, x, y))
+    monkeypatch.setitem(sys.modules, "wandb", stub)
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    _, figures = evaluated("logging.wandb=true", "eval.draws=2")
+    assert sent["eval/loss"] == figures["loss"]["value"]
+    points, x, y = sent["eval/cost_by_masking_rate"]
+    assert [value for _, value in points] == [row["value"] for row in figures["curve"]]
+    assert (x, y) == ("share masked", "nats per masked token")
+
+
+# --- Progress ------------------------------------------------------------------------------------
+
+
+def test_without_a_terminal_a_line_tells_the_progress_every_ten_seconds(monkeypatch, capsys):
+    now = [0.0]
+    monkeypatch.setattr(runlog.time, "monotonic", lambda: now[0])
+    with runlog.progress(200, "token") as told:
+        for second in (3.0, 11.0, 15.0, 22.0):
+            now[0] = second
+            told(50)
+    assert capsys.readouterr().err == "50% of 200 tokens\n100% of 200 tokens\n"
+
+
 # --- Bad input -----------------------------------------------------------------------------------
 
 
@@ -256,6 +292,13 @@ def test_bytes_are_counted_for_what_is_predicted():
 def test_a_mistake_is_one_line(run, trained, word, said):
     result = run("eval.py", f"checkpoint={trained}/ckpt.pt", CPU, word)
     assert result.code == 2 and said in result.err and result.err.count("\n") == 1
+
+
+@pytest.mark.parametrize("word", ["eval.bounds=[chain]", "eval.curve=true"])
+def test_what_is_about_masks_is_refused_for_an_autoregressive_model(run, text_file, word):
+    assert run("train.py", *TINY, f"data.path={text_file}", "training.objective=ar").code == 0
+    result = run("eval.py", CPU, word)
+    assert result.code == 2 and "leave it out" in result.err
 
 
 def test_every_form_is_the_same_for_any_batch_size():

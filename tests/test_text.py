@@ -334,3 +334,10 @@ def test_the_stand_in_is_announced_in_one_line_on_stderr(
 def test_shakespeare_that_arrives_is_not_announced(server, pinned, tmp_path, capsys):
     shakespeare(tmp_path, f"{server.url}/right")
     assert capsys.readouterr() == ("", "")
+
+
+def test_the_documents_of_a_folder_are_named_by_their_paths_in_order(tmp_path):
+    (tmp_path / "b").mkdir()
+    (tmp_path / "b" / "one.md").write_text("1")
+    (tmp_path / "a.txt").write_text("2")
+    assert text.documents(tmp_path) == [("a.txt", "2"), ("b/one.md", "1")]
