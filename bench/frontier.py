@@ -58,7 +58,9 @@ def main(config: Section, explicit: set[str]) -> None:
     for settings in grid:
         rows.append(sample_and_measure(loaded, judge, settings, config))
         print(line(rows[-1]), flush=True)
-    write(rows, config, L)
+        write(rows, config, L)  # every time: a run that is cut short has lost nothing
+    print("\n".join(conclusions(rows, L)))
+    plot(rows, Path(config.output).with_suffix(".png"))
 
 
 def settings_of(config: Section, model: runtime.Transformer) -> list[Sampling]:
@@ -184,13 +186,11 @@ def write(rows: list[Row], config: Section, context: int) -> None:
         "hardware": f"{platform.processor() or platform.machine()}, {cores}",
     }
     table, found = "\n".join([HEADER, *map(line, rows)]), conclusions(rows, context)
-    print("\n".join(found))
     output = Path(config.output)
     output.parent.mkdir(parents=True, exist_ok=True)
     figures = {"about": about, "rows": [row._asdict() for row in rows], "best": found}
     output.with_suffix(".json").write_text(json.dumps(figures, indent=1))
     output.with_suffix(".md").write_text("\n".join([table, "", *found, ""]))
-    plot(rows, output.with_suffix(".png"))
 
 
 def plot(rows: list[Row], path: Path) -> None:
