@@ -218,7 +218,7 @@ class Sampling:
     block_length: int = 0
     threshold: float = 0.9
     gamma: float = 0.1
-    remask_rate: float = 0.2
+    remask_rate: float = 0.05
     remask_unsure: bool = False
 
     def __post_init__(self):

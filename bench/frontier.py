@@ -25,7 +25,7 @@ from cli import Section
 from diffusion import Sampling
 
 BUDGETS = (8, 32)  # calls, and the context: where the best strategy is named
-SAME = 2.0  # standard errors within which an entropy counts as equal
+SAME = 2.0  # standard errors of a difference within which two entropies count as equal
 
 
 class Row(NamedTuple):
@@ -58,7 +58,9 @@ def main(config: Section, explicit: set[str]) -> None:
     for settings in grid:
         rows.append(sample_and_measure(loaded, judge, settings, config))
         print(line(rows[-1]), flush=True)
-    write(rows, config, L)
+        write(rows, config, L)  # every time: a run that is cut short has lost nothing
+    print("\n".join(conclusions(rows, L)))
+    plot(rows, Path(config.output).with_suffix(".png"))
 
 
 def settings_of(config: Section, model: runtime.Transformer) -> list[Sampling]:
@@ -151,13 +153,14 @@ def line(row: Row) -> str:
     return f"| {row.name} | {row.label} | {calls} | {figures} | {distinct} | {speed} |"
 
 
-def best(rows: list[Row], calls: float, entropy: float) -> Row | None:
+def best(rows: list[Row], calls: float, reference: Row) -> Row | None:
     """The lowest bits within so many calls, at an entropy that is not significantly lower."""
-    fits = [
-        row
-        for row in rows
-        if 0 < row.calls <= calls + 0.5 and row.entropy + SAME * row.entropy_error >= entropy
-    ]
+
+    def is_duller(row: Row) -> bool:
+        error = math.hypot(row.entropy_error, reference.entropy_error)
+        return row.entropy < reference.entropy - SAME * error
+
+    fits = [row for row in rows if 0 < row.calls <= calls + 0.5 and not is_duller(row)]
     return min(fits, key=lambda row: row.bits, default=None)
 
 
@@ -169,7 +172,7 @@ def conclusions(rows: list[Row], context: int) -> list[str]:
     reference = max(ancestral, key=lambda row: row.calls)
     found = [f"at the entropy of {reference.name} ({reference.entropy:.3f}), within"]
     for calls in sorted({*BUDGETS, context // 8, context}):
-        row = best(rows, calls, reference.entropy)
+        row = best(rows, calls, reference)
         found.append(f"{calls} calls: {row.name if row else 'none'}")
     return found
 
@@ -184,13 +187,11 @@ def write(rows: list[Row], config: Section, context: int) -> None:
         "hardware": f"{platform.processor() or platform.machine()}, {cores}",
     }
     table, found = "\n".join([HEADER, *map(line, rows)]), conclusions(rows, context)
-    print("\n".join(found))
     output = Path(config.output)
     output.parent.mkdir(parents=True, exist_ok=True)
     figures = {"about": about, "rows": [row._asdict() for row in rows], "best": found}
     output.with_suffix(".json").write_text(json.dumps(figures, indent=1))
     output.with_suffix(".md").write_text("\n".join([table, "", *found, ""]))
-    plot(rows, output.with_suffix(".png"))
 
 
 def plot(rows: list[Row], path: Path) -> None:

@@ -130,7 +130,8 @@ def test_remasking_never_masks_a_given_token():
 
 def test_two_rows_that_share_a_seed_are_independent():
     """Joint counts of the first tokens of rows 2 i and 2 i + 1."""
-    ids = sampled(exact_denoiser(CHAIN), *CHAIN.blank(40_000), 2, strategy="remask", steps=4).ids
+    settings = {"strategy": "remask", "steps": 4, "remask_rate": 0.2}
+    ids = sampled(exact_denoiser(CHAIN), *CHAIN.blank(40_000), 2, **settings).ids
     pairs = ids[::2, 0] * 2 + ids[1::2, 0]
     assert chi_square_z(pairs.bincount(minlength=4), torch.full((4,), 0.25).double()) < 4
 
@@ -401,7 +402,7 @@ def test_a_step_that_only_masks_again_makes_no_call():
     canvas, model, changes = torch.full((1, L), V), Counting(linear_network), []
     events = []
     sampled(
-        model, canvas, canvas == V, V, strategy="remask", steps=60, history=events,
+        model, canvas, canvas == V, V, strategy="remask", steps=60, remask_rate=0.2, history=events,
         callback=lambda j, t, xt: changes.append(model.calls),
     )  # fmt: skip
     revealing = {event.step for event in events if event.tokens is not None}
