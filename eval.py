@@ -90,13 +90,18 @@ def check(config: Section) -> None:
 def forms(config: Section) -> dict[str, tuple[bounds.Form, str]]:
     """Each bound, and the sampler whose -log p it bounds."""
     steps, eps = max(1, config.sampling.steps), config.diffusion.eps
+    strategy = config.sampling.strategy
+    other = "" if strategy == "stochastic" else f"; sampling.strategy={strategy} has no bound"
     return {
         "uniform": (bounds.uniform, "reveals one random position a call"),
         "continuous": (
             partial(bounds.continuous, eps=eps),
             f"stops at a masking rate of {eps:g} and fills the rest at once",
         ),
-        "discrete": (partial(bounds.discrete, steps=steps), f"takes {steps} ancestral steps"),
+        "discrete": (
+            partial(bounds.discrete, steps=steps),
+            f"takes {steps} ancestral steps{other}",
+        ),
         "chain": (bounds.chain, "reveals one random position a call: the same number"),
         "left_to_right": (bounds.left_to_right, "goes from left to right: exact, another model"),
     }

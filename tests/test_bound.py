@@ -263,6 +263,17 @@ def test_the_deviation_of_one_pass_is_that_of_the_table(L, deviation):
     assert deviation_of_the_bound(64, L) == pytest.approx(deviation, rel=4 * relative_error)
 
 
+def test_the_95_percent_interval_covers_the_bound_in_93_to_97_percent_of_2000_seeds():
+    L = 6
+    x0 = torch.randint(5, (24, L), generator=seeded(0))
+    truth = x0.double().mean().item() * sum(1 + count / L for count in range(1, L + 1)) / L
+    half, covered, settings = bounds.student_t(3), 0, {"draws": 4, "nll": cost_of_share}
+    for seed in range(2000):
+        bound = bounds.nelbo(None, x0, mask_id=5, generator=seeded(seed), **settings)
+        covered += abs(bound.value - truth) < half * bound.standard_error
+    assert 0.93 < covered / 2000 < 0.97
+
+
 def test_a_single_draw_has_no_error():
     bound = bounds.nelbo(zero_logits(2), CHAIN_TEXT, mask_id=CHAIN.V, draws=1)
     assert math.isnan(bound.standard_error) and bound.value == pytest.approx(math.log(2))

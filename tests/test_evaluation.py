@@ -316,3 +316,11 @@ def test_every_form_is_the_same_for_any_batch_size():
             for size in (1, 4)
         )
         torch.testing.assert_close(one, other, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("strategy", ["stochastic", "confidence"])
+def test_the_bound_of_k_steps_says_of_which_strategy_it_is_none(run, trained, strategy):
+    words = ("eval.bounds=[discrete]", f"sampling.strategy={strategy}", "system.device=cpu")
+    result = run("eval.py", f"checkpoint={trained}/ckpt.pt", *words)
+    assert result.code == 0, result.err
+    assert ("confidence has no bound" in result.out) == (strategy == "confidence")
