@@ -81,11 +81,15 @@ class Run:
 def train(config: Section, explicit: set[str]) -> None:
     device = runtime.pick_device(config.system.device, parallel.world().local_rank)
     with parallel.processes(device):
-        run = build(config, explicit, device)
-        open_folder(run)
-        announce(run)
-        if not run.finished:
-            loop(run)
+        session(config, explicit, device)  # whose models are gone before the processes part
+
+
+def session(config: Section, explicit: set[str], device: torch.device) -> None:
+    run = build(config, explicit, device)
+    open_folder(run)
+    announce(run)
+    if not run.finished:
+        loop(run)
 
 
 def loop(run: Run) -> None:
