@@ -110,10 +110,10 @@ class ShortConvolution(nn.Module):
         super().__init__()
         width = config.conv_width
         self.before = width - 1 if config.causal else width // 2
-        self.weight = nn.Parameter(torch.zeros(config.n_embd, 1, width))
+        self.weight = nn.Parameter(torch.zeros(width, 1, config.n_embd))
 
     def forward(self, x: Tensor) -> Tensor:
-        taps = self.weight[:, 0].unbind(1)
+        taps = self.weight.unbind()  # width times (1, D)
         padded = F.pad(x, (0, 0, self.before, len(taps) - 1 - self.before))
         return x + sum(padded[:, i : i + x.size(1)] * tap for i, tap in enumerate(taps))
 

@@ -525,14 +525,14 @@ def test_activations_are_computed_again_only_if_asked_for(recompute, times, monk
 def test_a_convolution_is_the_grouped_one_of_pytorch_beside_its_input():
     conv = drawn(ShortConvolution(replace(CONFIG, conv_width=5)))
     x = random(3, L, 16)
-    expected = x.mT + F.conv1d(x.mT, conv.weight, padding=2, groups=16)
+    expected = x.mT + F.conv1d(x.mT, conv.weight.permute(2, 1, 0), padding=2, groups=16)
     torch.testing.assert_close(conv(x), expected.mT)
 
 
 def test_a_causal_convolution_is_the_one_that_is_padded_on_the_left_alone():
     conv = drawn(ShortConvolution(replace(CONFIG, conv_width=5, causal=True)))
     x = random(3, L, 16)
-    expected = x.mT + F.conv1d(F.pad(x.mT, (4, 0)), conv.weight, groups=16)
+    expected = x.mT + F.conv1d(F.pad(x.mT, (4, 0)), conv.weight.permute(2, 1, 0), groups=16)
     torch.testing.assert_close(conv(x), expected.mT)
 
 
