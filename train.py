@@ -95,8 +95,7 @@ def session(config: Section, explicit: set[str], device: torch.device) -> None:
 def loop(run: Run) -> None:
     """Train to the end, or until somebody presses Ctrl-C."""
     settings, interval, asked = run.config.training, run.config.logging.interval, False
-    log = RunLog(run.config, run.step, run.describe()) if run.world.leads else Silence()
-    with Interrupt() as interrupt, log:
+    with Interrupt() as interrupt, start_log(run) as log:
         clock = Clock(run.step)
         while not (run.finished or asked):
             loss, grad_norm = optimize(run)
@@ -114,6 +113,10 @@ def loop(run: Run) -> None:
     if asked:
         run.say(f"saved after step {run.step}: go on with training.resume=true")
         sys.exit(INTERRUPTED)
+
+
+def start_log(run: Run) -> RunLog | Silence:
+    return RunLog(run.config, run.step, run.describe()) if run.world.leads else Silence()
 
 
 # --- Before the first step ----------------------------------------------------------------------
