@@ -2,7 +2,6 @@
 
 import os
 import pickle
-import tempfile
 import zipfile
 from pathlib import Path
 
@@ -85,30 +84,3 @@ def check_archive(path: Path) -> None:
         folders = [entry.filename for entry in archive.infolist() if entry.external_attr & 0x10]
     if bad or folders:  # torch.load leaves a tensor uninitialised whose entry says that it is one
         raise ValueError(f"the checksum or the entry of {bad or folders[0]} is wrong")
-
-
-def claim(folder: str | Path) -> None:
-    """Make the folder and try to write into it, before hours are spent. Raises `ValueError`."""
-    try:
-        Path(folder).mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=folder).close()
-    except OSError as error:
-        raise ValueError(
-            f"cannot write into out_dir={folder} ({error.strerror}): choose another out_dir"
-        ) from error
-
-
-def set_aside(folder: str | Path, names: tuple[str, ...]) -> list[Path]:
-    """Rename the files `names` of an earlier run to name-1, name-2, ...: the first that is free.
-
-    Returns the new paths, empty if there was nothing to rename.
-    """
-    old = [Path(folder, name) for name in names if Path(folder, name).exists()]
-    number = 1
-    while any(_numbered(Path(folder, name), number).exists() for name in names):
-        number += 1
-    return [path.rename(_numbered(path, number)) for path in old]
-
-
-def _numbered(path: Path, number: int) -> Path:
-    return path.with_stem(f"{path.stem}-{number}")

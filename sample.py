@@ -17,8 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-import checkpoint
 import cli
+import folders
 import runtime
 from cli import Section
 from diffusion import Sampling
@@ -95,7 +95,7 @@ def open_output(path: str):
     try:
         Path(path).parent.mkdir(parents=True, exist_ok=True)
         if Path(path).is_file():
-            kept = checkpoint.set_aside(Path(path).parent, (Path(path).name,))
+            kept = folders.set_aside(Path(path).parent, (Path(path).name,))
             print(f"an earlier file is kept as {kept[0]}", file=sys.stderr)
         return open(path, "w", encoding="utf-8")
     except OSError as error:

@@ -3,6 +3,7 @@
 import copy
 import math
 import sys
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
 from functools import cached_property, partial
 from pathlib import Path
@@ -15,6 +16,7 @@ import checkpoint
 import cli
 import data
 import diffusion
+import folders
 import optim
 import parallel
 import runtime
@@ -85,11 +87,12 @@ def train(config: Section, explicit: set[str]) -> None:
 
 
 def session(config: Section, explicit: set[str], device: torch.device) -> None:
-    run = build(config, explicit, device)
-    open_folder(run)
-    announce(run)
-    if not run.finished:
-        loop(run)
+    with folders.locked(config.out_dir) if parallel.world().leads else nullcontext():
+        run = build(config, explicit, device)
+        keep_earlier(run)
+        announce(run)
+        if not run.finished:
+            loop(run)
 
 
 def loop(run: Run) -> None:
@@ -213,11 +216,10 @@ def check(config: Section, world: parallel.World) -> None:
         import_wandb()
 
 
-def open_folder(run: Run) -> None:
-    """Claim out_dir; what an earlier run left there gets another name. Raises `ValueError`."""
-    if run.world.leads:
-        checkpoint.claim(run.config.out_dir)
-        for path in [] if run.step else checkpoint.set_aside(run.config.out_dir, FILES):
+def keep_earlier(run: Run) -> None:
+    """What an earlier run left in the folder of a new one gets another name."""
+    if run.world.leads and not run.step:
+        for path in folders.set_aside(run.config.out_dir, FILES):
             run.say(f"an earlier run's file is kept as {path}")
 
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import checkpoint
-from checkpoint import load, save, set_aside
+from checkpoint import load, save
 
 STATE = {
     "model": {"weight": torch.arange(1.0, 7).view(2, 3), "half": torch.ones(3).bfloat16()},
@@ -231,57 +231,6 @@ def test_no_flipped_bit_of_a_tensors_directory_entry_changes_what_is_loaded(path
     start = content.rindex(b"PK\x01\x02", 0, content.rindex(b"/data/0"))
     flips = [(i, 1 << bit) for i in range(start, start + 46) for bit in range(8)]
     assert [flip for flip in flips if differs_silently(path, content, *flip)] == []
-
-
-# --- Earlier runs -------------------------------------------------------------------------------
-
-FILES = ("ckpt.pt", "metrics.jsonl")
-
-
-def folder_of(folder: Path, *names: str) -> list[str]:
-    """Make files that contain their name; return what `set_aside` then makes of the folder."""
-    for name in names:
-        (folder / name).write_text(name)
-    set_aside(folder, FILES)
-    return sorted(path.name for path in folder.iterdir())
-
-
-def test_an_earlier_runs_files_get_the_number_1(tmp_path):
-    assert folder_of(tmp_path, *FILES) == ["ckpt-1.pt", "metrics-1.jsonl"]
-
-
-def test_the_next_runs_files_get_the_next_number(tmp_path):
-    folder_of(tmp_path, *FILES)
-    names = ["ckpt-1.pt", "ckpt-2.pt", "metrics-1.jsonl", "metrics-2.jsonl"]
-    assert folder_of(tmp_path, *FILES) == names
-
-
-def test_files_of_one_run_get_one_number_that_is_free_for_all_of_them(tmp_path):
-    names = ["ckpt-2.pt", "metrics-1.jsonl", "metrics-2.jsonl"]
-    assert folder_of(tmp_path, *FILES, "metrics-1.jsonl") == names
-
-
-def test_what_is_not_there_is_not_set_aside(tmp_path):
-    assert folder_of(tmp_path, "ckpt.pt") == ["ckpt-1.pt"]
-
-
-def test_other_files_keep_their_names(tmp_path):
-    assert folder_of(tmp_path, "ckpt.pt", "notes.txt") == ["ckpt-1.pt", "notes.txt"]
-
-
-def test_setting_aside_keeps_the_content_and_returns_the_new_paths(tmp_path):
-    for name in FILES:
-        (tmp_path / name).write_text(name)
-    moved = set_aside(tmp_path, FILES)
-    assert [(path.name, path.read_text()) for path in moved] == [
-        ("ckpt-1.pt", "ckpt.pt"),
-        ("metrics-1.jsonl", "metrics.jsonl"),
-    ]
-
-
-@pytest.mark.parametrize("folder", ["", "nowhere"])
-def test_nothing_to_set_aside_is_no_path(folder, tmp_path):
-    assert set_aside(tmp_path / folder, FILES) == []
 
 
 def test_the_stamp_of_these_tests_is_the_codes():

@@ -18,7 +18,7 @@ from model import ModelConfig
 
 FLOORS = (
     ("model", "diffusion", "bounds", "text", "data", "optim", "checkpoint"),
-    ("cli", "parallel", "runtime", "runlog", "report"),
+    ("cli", "folders", "parallel", "runtime", "runlog", "report"),
     ("train", "sample", "eval"),
 )
 OWN_SETTINGS = sorted(p for f in ("bench", "tools") for p in (ROOT / "configs" / f).glob("*.yaml"))

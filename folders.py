@@ -1,0 +1,91 @@
+"""Folders that a run writes into: one process at a time, and nothing of an earlier run is lost."""
+
+import os
+import socket
+import sys
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import TextIO
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
+
+LOCK = ".lock"
+
+
+@contextmanager
+def locked(folder: str | Path, key: str = "out_dir"):
+    """Make the folder, and keep every other process out of it while the context lasts.
+
+    The lock is the system's (flock), so that it dies with its owner, whatever ends that. It leaves
+    nothing behind, nor a folder that was made for nothing. Raises `ValueError`, which names the
+    setting `key`, where another process has the lock, and where nothing can be written.
+    """
+    path, is_new = Path(folder, LOCK), not Path(folder).exists()
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        file = _take(path, key)
+    except OSError as error:
+        raise ValueError(
+            f"cannot write into {key}={folder} ({error.strerror}): choose another {key}"
+        ) from error
+    try:
+        yield
+    finally:
+        with suppress(OSError):  # the folder may have become read-only, or be gone
+            path.unlink()  # while the lock is still held: see _take
+        file.close()
+        if is_new:
+            with suppress(OSError):  # it is not empty
+                path.parent.rmdir()
+
+
+def _take(path: Path, key: str) -> TextIO:
+    """The locked file, which holds the process id. Raises `ValueError` if another has the lock."""
+    while True:
+        file = path.open("a+")
+        try:
+            _lock(file)
+        except BlockingIOError:
+            file.seek(0)
+            raise ValueError(
+                f"{key}={path.parent} is in use by process {file.read() or '(unknown)'}: wait for "
+                f"it, stop it, or choose another {key}"
+            ) from None
+        if path.exists() and os.path.samestat(os.fstat(file.fileno()), path.stat()):
+            break
+        file.close()  # its owner removed it in the meantime: locked, but no longer what others find
+    file.truncate(0)
+    file.write(f"{os.getpid()} on {socket.gethostname()}")
+    file.flush()
+    return file
+
+
+def _lock(file: TextIO) -> None:
+    try:
+        if fcntl is None:
+            raise OSError(0, "no flock on this system")
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise
+    except OSError as error:  # some network file systems have none, either
+        where = Path(file.name).parent
+        print(f"{where} is not locked ({error.strerror}): let one process use it", file=sys.stderr)
+
+
+def set_aside(folder: str | Path, names: tuple[str, ...]) -> list[Path]:
+    """Rename the files `names` of an earlier run to name-1, name-2, ...: the first that is free.
+
+    Returns the new paths, empty if there was nothing to rename.
+    """
+    old = [Path(folder, name) for name in names if Path(folder, name).exists()]
+    number = 1
+    while any(_numbered(Path(folder, name), number).exists() for name in names):
+        number += 1
+    return [path.rename(_numbered(path, number)) for path in old]
+
+
+def _numbered(path: Path, number: int) -> Path:
+    return path.with_stem(f"{path.stem}-{number}")
