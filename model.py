@@ -34,6 +34,10 @@ class ModelConfig:
     tie_weights: bool = True
     qk_norm: bool = True
     conv_width: int = 0  # of the short convolutions; 0 for none
+    mlp_size: int = 0  # width of the SwiGLU layer; 0 for 8/3 of n_embd
+    norm_eps: float = 1e-5  # of the RMSNorms
+    rope_base: float = 10000.0  # of the rotary embedding: its longest wave, over 2 pi
+    rope_rounded: bool = False  # its tables in the precision of bfloat16
     causal: bool = False  # the autoregressive control: position i is predicted from those before it
 
     def __post_init__(self):
@@ -55,6 +59,9 @@ class ModelConfig:
                 f"model.conv_width={self.conv_width} must be odd, for as many neighbours on each "
                 "side, or 0 for none"
             )
+        for name, least in (("mlp_size", 0), ("norm_eps", 0), ("rope_base", 1)):
+            if getattr(self, name) < least:
+                raise ValueError(f"model.{name}={getattr(self, name)} must be at least {least}")
         if not 0 <= self.dropout < 1:
             raise ValueError(f"model.dropout={self.dropout} must lie in [0, 1)")
 
@@ -68,18 +75,22 @@ class ModelConfig:
 
     @property
     def hidden_size(self) -> int:
-        """Width of the SwiGLU layer: 8/3 of n_embd (the weights of a 4x MLP), a multiple of 32."""
-        return 32 * math.ceil(8 * self.n_embd / 3 / 32)
+        """`mlp_size`, or 8/3 of n_embd (the weights of a 4x MLP), a multiple of 32."""
+        return self.mlp_size or 32 * math.ceil(8 * self.n_embd / 3 / 32)
 
 
-def rope_tables(length: int, head_size: int, base: float = 10000.0) -> tuple[Tensor, Tensor]:
+def rope_tables(
+    length: int, head_size: int, base: float = 10000.0, rounded: bool = False
+) -> tuple[Tensor, Tensor]:
     """Cosines and sines of the rotary embedding (arXiv 2104.09864), each (length, head_size / 2).
 
-    Always float32: in bfloat16 the angles of neighbouring positions collapse.
+    Always float32: in bfloat16 the angles of neighbouring positions collapse. `rounded` takes the
+    nearest that bfloat16 can say of each cosine and sine, for networks that were trained so.
     """
     frequencies = base ** (-torch.arange(0, head_size, 2, dtype=torch.float64) / head_size)
     angles = torch.outer(torch.arange(length, dtype=torch.float64), frequencies)
-    return angles.cos().float(), angles.sin().float()
+    cos, sin = angles.cos().float(), angles.sin().float()
+    return (cos.bfloat16().float(), sin.bfloat16().float()) if rounded else (cos, sin)
 
 
 def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -154,10 +165,10 @@ class Block(nn.Module):
     def __init__(self, config: ModelConfig):
         super().__init__()
         convolution = ShortConvolution if config.conv_width else nn.Identity
-        self.attention_norm = nn.RMSNorm(config.n_embd, eps=1e-5)
+        self.attention_norm = nn.RMSNorm(config.n_embd, eps=config.norm_eps)
         self.attention_conv = convolution(config)
         self.attention = Attention(config)
-        self.mlp_norm = nn.RMSNorm(config.n_embd, eps=1e-5)
+        self.mlp_norm = nn.RMSNorm(config.n_embd, eps=config.norm_eps)
         self.mlp_conv = convolution(config)
         self.mlp = SwiGLU(config)
         self.dropout = nn.Dropout(config.dropout)
@@ -185,13 +196,14 @@ class Transformer(nn.Module):
         self.config = config
         self.embedding = nn.Embedding(config.vocab_size + 1, config.n_embd)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layer))
-        self.norm = nn.RMSNorm(config.n_embd, eps=1e-5)
+        self.norm = nn.RMSNorm(config.n_embd, eps=config.norm_eps)
         self.head = (
             None if config.tie_weights else nn.Linear(config.n_embd, config.vocab_size, bias=False)
         )
         self.dropout = nn.Dropout(config.dropout)
         self.recompute = False  # blocks in the backward pass, to keep no activations inside them
-        cos, sin = rope_tables(config.block_size, config.head_size)
+        rope = (config.head_size, config.rope_base, config.rope_rounded)
+        cos, sin = rope_tables(config.block_size, *rope)
         self.register_buffer("cos", cos, persistent=False)
         self.register_buffer("sin", sin, persistent=False)
         self.initialise()

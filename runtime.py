@@ -6,7 +6,6 @@ import os
 import shutil
 import sysconfig
 from contextlib import nullcontext
-from dataclasses import asdict
 from pathlib import Path
 from types import SimpleNamespace
 from typing import NamedTuple
@@ -146,10 +145,11 @@ def make_model(
 
     Raises `ValueError` where a key that the command line names (`explicit`) would be another shape.
     """
-    shape, kind = vars(config.model), config.data.tokenizer
+    wanted, kind = vars(config.model), config.data.tokenizer
+    causal = config.training.objective == "ar"
     if start:
-        decided = asdict(start.model.config) | {"dropout": config.model.dropout}
-        named = {f"model.{k}": (v, decided[k]) for k, v in shape.items()}
+        shape = dataclasses.replace(start.model.config, dropout=wanted["dropout"], causal=causal)
+        named = {f"model.{k}": (v, getattr(shape, k)) for k, v in wanted.items()}
         named["data.tokenizer"] = (kind, start.tokenizer.state()["kind"])
         for key, (value, given) in named.items():
             if key in explicit and value != given:
@@ -157,11 +157,12 @@ def make_model(
                     f"{key}={value} is not what the checkpoint has ({given}): leave it out (or its "
                     "experiment), or train from the beginning"
                 )
-        shape.update((name, decided[name]) for name in shape)
-    corpus.require(config.model.block_size)
+        wanted.update((name, getattr(shape, name)) for name in wanted)
+    else:
+        shape = ModelConfig(corpus.tokenizer.vocab_size, causal=causal, **wanted)
+    corpus.require(shape.block_size)
     torch.manual_seed(generator(config.system.seed, "weights").initial_seed())
-    causal = config.training.objective == "ar"
-    model = Transformer(ModelConfig(corpus.tokenizer.vocab_size, causal=causal, **shape))
+    model = Transformer(shape)
     if start:
         model.load_state_dict(start.model.state_dict())
     return model

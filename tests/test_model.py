@@ -558,3 +558,37 @@ def test_a_causal_network_with_convolutions_sees_what_stands_before_alone():
 def test_a_convolution_needs_as_many_neighbours_on_each_side(width):
     with pytest.raises(ValueError, match=rf"model\.conv_width={width} must be odd"):
         replace(CONFIG, conv_width=width)
+
+
+# --- Other networks' shapes ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("field", "value"), [("mlp_size", -1), ("norm_eps", -1e-5), ("rope_base", 0.5)]
+)
+def test_a_field_of_other_networks_out_of_its_range_is_named(field, value):
+    with pytest.raises(ValueError, match=f"model.{field}={value} must be at least"):
+        ModelConfig(V, **{field: value})
+
+
+def test_the_norms_take_their_epsilon_from_the_shape():
+    norms = [
+        m
+        for m in Transformer(replace(CONFIG, norm_eps=0.25)).modules()
+        if isinstance(m, nn.RMSNorm)
+    ]
+    assert len(norms) == 5 and all(norm.eps == 0.25 for norm in norms)
+
+
+def test_rounded_rope_tables_are_the_nearest_numbers_of_eight_bits():
+    exact, rounded = rope_tables(50, 8)[0].double(), rope_tables(50, 8, rounded=True)[0].double()
+    mantissa, exponent = torch.frexp(exact)
+    assert torch.equal(rounded, torch.ldexp((mantissa * 2**8).round(), exponent - 8))
+
+
+def test_the_longest_wave_of_rope_is_2_pi_times_the_base_to_the_share_of_pairs_before_it():
+    cos, _ = rope_tables(1000, 8, base=16.0)  # frequencies 1, 1/2, 1/4, 1/8
+    expected = torch.cos(
+        torch.arange(1000.0)[:, None].double() * torch.tensor([1, 0.5, 0.25, 0.125])
+    )
+    torch.testing.assert_close(cos.double(), expected, atol=1e-6, rtol=0)
