@@ -7,7 +7,7 @@ import re
 import sys
 import time
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
@@ -69,23 +69,15 @@ def main(script: Callable[[Section, set[str]], None], config: str = "config") ->
     text, and no sweeps.
     """
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra passes errors on, instead of printing five lines
-    path, own = CONFIGS / f"{config}.yaml", config != "config"
+    path = CONFIGS / f"{config}.yaml"
     decorate = hydra.main(version_base="1.3", config_path=str(path.parent), config_name=path.stem)
-    free_text = {k for k, v in _flat(load_defaults(config)) if isinstance(v, str)}
 
     def task(composed) -> None:
         with one_line_errors(config):  # here, too: Hydra prints a line for what leaves a task
             script(*read(composed, config))
 
     with one_line_errors(config):
-        options, settings = [], []
-        for previous, word in zip(["", *sys.argv[1:]], sys.argv[1:], strict=False):
-            if previous in TAKE_A_WORD:
-                options.append(word)
-            else:
-                kind = options if word.startswith("-") else settings
-                kind.append(prepare_argument(word, free_text if own else None))
-        sys.argv[1:] = [*options, *settings, *(QUIET if own else ())]
+        sys.argv[1:] = arrange(sys.argv[1:], config)
         decorate(task)()
 
 
@@ -179,11 +171,35 @@ def resumed(stored: dict, config: Section, explicit: set[str], fixed: tuple[str,
 # --- Words --------------------------------------------------------------------------------------
 
 
-def prepare_argument(word: str, free_text: set[str] | None = None) -> str:
+def arrange(words: Sequence[str], config: str) -> list[str]:
+    """The command line as Hydra has to see it: options first, then settings.
+
+    Words without an equals sign are the items of a tool's first setting, if that is a list:
+    `python -m tools.plot out out-ar` means `runs=[out,out-ar]`.
+    """
+    own, defaults = config != "config", load_defaults(config)
+    free_text = {k for k, v in _flat(defaults) if isinstance(v, str)} if own else FREE_TEXT
+    first = next(iter(defaults))
+    takes_items = own and isinstance(defaults[first], list)
+    options, settings, items = [], [], []
+    for previous, word in zip(["", *words], words, strict=False):
+        if previous in TAKE_A_WORD:
+            options.append(word)
+        elif word.startswith("-"):
+            options.append(prepare_argument(word))
+        elif takes_items and "=" not in word.split("/")[0]:  # no key has a slash, a path may
+            items.append(quote(word))
+        else:
+            settings.append(prepare_argument(word, free_text))
+    settings += [f"++{first}=[{','.join(items)}]"] if items else []
+    return [*options, *settings, *(QUIET if own else ())]
+
+
+def prepare_argument(word: str, free_text: Collection[str] = FREE_TEXT) -> str:
     """A word of the command line as Hydra has to see it.
 
-    Free text (of the keys `free_text`, by default those of configs/config.yaml) is quoted, and any
-    key is let in: `check_types` answers better to an unknown one.
+    Free text (of the keys `free_text`) is quoted, and any key is let in: `check_types` answers
+    better to an unknown one.
     """
     key, equals, value = word.partition("=")
     name = key.lstrip("+")
@@ -198,7 +214,7 @@ def prepare_argument(word: str, free_text: set[str] | None = None) -> str:
         return f"+experiment={value}"
     if word.startswith(("~", "hydra")) or "/" in name:
         return word
-    return f"++{name}={quote(value) if name in (free_text or FREE_TEXT) else value}"
+    return f"++{name}={quote(value) if name in free_text else value}"
 
 
 def experiments(value: str) -> list[str]:

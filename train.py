@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch._dynamo.exc import TorchDynamoException
 
+import bounds
 import checkpoint
 import cli
 import data
@@ -338,15 +339,17 @@ def evaluate(run: Run, log: RunLog) -> None:
     for split in data.SPLITS:
         count = quarter if split == "train" else limit
         rows = data.blocks(getattr(run.corpus, split), L, count)
-        loss = runtime.passes(
+        found = runtime.passes(
             run.ema, rows, run.config.system.seed, draws=1, batch_size=batch_size, nll=nll
-        ).bound()
-        values[f"eval/{split}_loss"] = loss.value
-        values[f"eval/{split}_ppl"] = math.exp(loss.value)
+        )
+        values[f"eval/{split}_loss"] = loss = found.bound().value
+        values[f"eval/{split}_ppl"] = math.exp(loss)
+        if len(rows) > 1 and not run.model.config.causal:
+            values[f"eval/{split}_error"] = bounds.error_within(found)
     log.metrics(run.step, values)
-    bounds = " and ".join(f"{values[f'eval/{split}_loss']:.4f} on {split}" for split in data.SPLITS)
+    costs = " and ".join(f"{values[f'eval/{split}_loss']:.4f} on {split}" for split in data.SPLITS)
     name = "loss" if run.model.config.causal else "bound"
-    log.say(f"step {run.step}: {name} {bounds}, nats/token")
+    log.say(f"step {run.step}: {name} {costs}, nats/token")
     if values["eval/val_loss"] < run.best:
         run.best = values["eval/val_loss"]
         save(run, "best.pt")

@@ -274,6 +274,34 @@ def test_the_95_percent_interval_covers_the_bound_in_93_to_97_percent_of_2000_se
     assert 0.93 < covered / 2000 < 0.97
 
 
+@pytest.mark.parametrize("spread", [0.0, 0.2])
+def test_the_error_within_a_pass_is_that_over_passes_and_what_the_rows_themselves_differ_by(spread):
+    noise, unlike = seeded(1), torch.randn(64, 1, generator=seeded(2)) * spread
+    nats, u, holes = bounds.estimate(
+        bounds.uniform,
+        None,
+        torch.zeros(64, 64).long(),
+        mask_id=1,
+        generator=seeded(0),
+        draws=400,
+        nll=lambda model, xt, x0, is_masked: profile(is_masked, noise) + is_masked * unlike,
+    )
+    within = [
+        bounds.error_within(bounds.Passes(*row, holes))
+        for row in zip(nats[:, None], u[:, None], strict=True)
+    ]
+    over_passes = (nats.sum(dim=1) / holes.sum()).var().item()
+    mean_square = sum(error**2 for error in within) / 400
+    assert mean_square == pytest.approx(over_passes + unlike.var().item() / 64, rel=0.2)
+
+
+def test_passes_and_their_number_share_the_error_within_them():
+    x0 = torch.randint(5, (200, 8), generator=seeded(0))
+    settings = {"mask_id": 5, "generator": seeded(0), "nll": cost_of_share}
+    one, nine = (bounds.estimate(bounds.uniform, None, x0, draws=n, **settings) for n in (1, 9))
+    assert bounds.error_within(nine) == pytest.approx(bounds.error_within(one) / 3, rel=0.15)
+
+
 def test_a_single_draw_has_no_error():
     bound = bounds.nelbo(zero_logits(2), CHAIN_TEXT, mask_id=CHAIN.V, draws=1)
     assert math.isnan(bound.standard_error) and bound.value == pytest.approx(math.log(2))

@@ -94,6 +94,21 @@ def composed(texts: dict[str, str]) -> dict[str, str]:
     return {key: get(values, key) for key in texts}
 
 
+def test_words_without_an_equals_sign_are_the_items_of_a_tools_first_list(run, monkeypatch):
+    words, received = [*TEXTS[2:7], "a,b", "[a", "it's", "./a=b", "${y}", "new"], []
+    words = [word for word in words if word.strip()]
+    monkeypatch.setattr("bench.recipe.main", lambda *call: received.append(call))
+    result = run("bench.recipe", *words, "steps=7")
+    assert result.code == 0, result.err
+    [(config, explicit)] = received
+    assert (config.variations, config.steps, explicit) == (words, 7, {"variations", "steps"})
+
+
+def test_a_tool_whose_first_setting_is_a_text_takes_no_such_words(run):
+    result = run("bench.judge", "out")
+    assert (result.code, result.err.count("\n")) == (2, 1) and "key=value" in result.err
+
+
 # --- Free text ----------------------------------------------------------------------------------
 
 

@@ -16,7 +16,7 @@ import checkpoint
 import runlog
 
 TRAIN = {f"train/{name}" for name in ("loss", "loss_avg", "lr", "grad_norm", "time_ms")}
-EVAL = {f"eval/{name}" for name in ("train_loss", "val_loss", "train_ppl", "val_ppl")}
+EVAL = {f"eval/{split}_{name}" for split in ("train", "val") for name in ("loss", "ppl", "error")}
 
 SHORT = ("training.max_iters=1", "training.eval_interval=0", "training.sample_interval=0")
 
