@@ -1,0 +1,159 @@
+"""What a reverse process does, step by step, as messages that a page can replay.
+
+The viewer writes the messages of a text into its file, the demo sends each as it happens, and
+tools/pages/page.js reconstructs every state from them. The first of a text says what is given:
+
+    {"ids", "texts",  what tokens occur in it,
+     "given"}         the number of a token in `texts`, or HOLE, for each position
+
+and one for each step what it did. Absent is what did not occur:
+
+    {"ids", "texts"   what is new of the tokens that occur, counted on over all messages,
+     "set"            triples (position, token, probability x 65535): what the step revealed,
+     "mask"           positions that it masked again,
+     "best", "p"      the likeliest tokens of each position masked before the step, in their order,
+                      and their probabilities x 65535,
+     "entropy"}       the mean entropy of those positions' predictions, in nats
+
+Arrays are little-endian uint16 in base64. Probabilities are those that the sampler draws from,
+guidance included, before temperature and filters.
+"""
+
+import base64
+from collections.abc import Callable
+
+import numpy as np
+import torch
+from torch import Tensor
+
+import runtime
+from diffusion import Event, Sampled, Sampling
+from sample import Canvas
+
+HOLE = LIMIT = 65535  # what no position and no token's number may be; also the unit of probability
+Send = Callable[[int, dict], None]
+
+
+def record(
+    loaded: runtime.Loaded,
+    canvases: list[Canvas],
+    settings: Sampling,
+    seed: int,
+    send: Send,
+    alternatives: int = 5,
+) -> tuple[Sampled, list[Event]]:
+    """Fill canvases of one length, as sample.py does, and `send(row, message)` what each step did.
+
+    Returns what `diffusion.sample` does, and all events. What `send` raises ends the sampling.
+    """
+    recorder = Recorder(loaded, canvases, settings, send, alternatives)
+    ids, is_masked = (torch.stack(tensors) for tensors in zip(*canvases, strict=True))
+    filled = runtime.fill(
+        recorder,
+        ids,
+        is_masked,
+        settings,
+        runtime.generator(seed, "sample"),
+        history=recorder.recent,
+        callback=recorder.step,
+    )
+    return filled, recorder.events
+
+
+class Recorder:
+    """A model that remembers its last answers; `step` is the callback of `diffusion.sample`."""
+
+    def __init__(self, loaded, canvases, settings: Sampling, send: Send, alternatives: int):
+        self.model, self.device, self.config = (
+            loaded.model,
+            loaded.model.device,
+            loaded.model.config,
+        )
+        self.settings, self.send = settings, send
+        self.alternatives = min(alternatives, self.config.vocab_size)
+        self.answers, self.recent, self.events = [], [], []
+        self.is_masked = torch.stack([canvas.is_masked for canvas in canvases])  # (B, L)
+        self.numbers = [Numbers(loaded.tokenizer) for _ in canvases]
+        for row, canvas in enumerate(canvases):
+            given = self.numbers[row].of(canvas.ids[~canvas.is_masked])
+            tokens = np.full(len(canvas.ids), HOLE)
+            tokens[~canvas.is_masked.numpy()] = given
+            send(row, self.numbers[row].news() | {"given": pack(tokens)})
+
+    def __call__(self, xt: Tensor) -> Tensor:
+        self.answers.append(logits := self.model(xt))
+        return logits
+
+    def step(self, step: int, t: float, xt: Tensor) -> None:
+        """Send each row what this step predicted, revealed and masked again."""
+        predictions = self.predictions()
+        for row, message in enumerate(predictions):
+            for event in self.recent:
+                here = event.where[:, 0] == row
+                message |= self.change(row, event, here) if here.any() else {}
+            self.send(row, self.numbers[row].news() | message)
+        self.events += self.recent
+        self.recent.clear()
+        self.answers.clear()
+
+    def predictions(self) -> list[dict]:
+        """For each row, what the network made of its masks, if this step called it."""
+        if not self.answers:
+            return [{} for _ in self.is_masked]
+        logits, *blind = (a[self.is_masked.to(a.device)].float() for a in self.answers)  # (N, V)
+        if blind:  # of the two calls of a guided step, as in diffusion.Reverse.logits
+            logits = logits + self.settings.guidance * (logits - blind[0])
+        p = logits.softmax(dim=-1)
+        best, counts = p.topk(self.alternatives), self.is_masked.sum(dim=1).tolist()
+        parts = (best.indices, best.values, torch.special.entr(p).sum(dim=-1))
+        rows = zip(*(part.cpu().split(counts) for part in parts), strict=True)
+        return [
+            {
+                "best": pack(self.numbers[row].of(ids.flatten())),
+                "p": pack(values.flatten().double() * LIMIT),
+                "entropy": round(entropy.mean().item(), 3),
+            }
+            if len(ids)
+            else {}
+            for row, (ids, values, entropy) in enumerate(rows)
+        ]
+
+    def change(self, row: int, event: Event, here: Tensor) -> dict:
+        """What an event did to a row, and note it."""
+        positions, again = event.where[here, 1].cpu(), event.tokens is None
+        self.is_masked[row, positions] = again
+        if again:
+            return {"mask": pack(positions)}
+        tokens = self.numbers[row].of(event.tokens[here])
+        p = event.confidence[here].cpu().double().numpy() * LIMIT
+        return {"set": pack(np.stack((positions.numpy(), tokens, p), axis=1))}
+
+
+class Numbers:
+    """Counts the tokens that occur, so that a message names each by a uint16, and its text once."""
+
+    def __init__(self, tokenizer):
+        self.tokenizer, self.known, self.sent = tokenizer, {}, 0
+
+    def of(self, ids: Tensor) -> np.ndarray:
+        """The numbers (N,) of tokens (N,). Raises `ValueError` where they no longer fit."""
+        numbers = [self.known.setdefault(i, len(self.known)) for i in ids.tolist()]
+        if len(self.known) >= LIMIT:
+            raise ValueError(f"a trace holds at most {LIMIT} distinct tokens: record fewer steps")
+        return np.array(numbers, dtype=np.int64)
+
+    def news(self) -> dict:
+        """The ids and texts of the tokens that no message has named yet."""
+        new, self.sent = list(self.known)[self.sent :], len(self.known)
+        return {"ids": new, "texts": [text_of(self.tokenizer, i) for i in new]} if new else {}
+
+
+def text_of(tokenizer, token: int) -> str:
+    r"""The text of a token by itself; of one that is a part of a character, its bytes as \xNN."""
+    raw = tokenizer.decode_bytes([token])
+    return raw.decode(errors="backslashreplace")
+
+
+def pack(values) -> str:
+    """Whole numbers, rounded, in 0 ... 65535, as base64 of little-endian uint16."""
+    return base64.b64encode(np.rint(np.asarray(values)).astype("<u2").tobytes()).decode()

@@ -1,0 +1,90 @@
+"""A text out of masks, as a page or as a picture: python -m tools.view prompt="ROMEO:"
+
+The page is one file that needs nothing else; the picture is an animated SVG.
+"""
+
+from pathlib import Path
+
+import cli
+import runtime
+from cli import Section
+from sample import Canvas, make_canvas, parse
+from tools.page import assemble
+from tools.picture import draw
+from tools.trace import record
+
+FORMATS = ("html", "svg")
+
+
+def main(config: Section, explicit: set[str]) -> None:
+    check(config)
+    loaded = runtime.load(config.checkpoint, runtime.pick_device(config.device))
+    settings = runtime.sampling(config.sampling, loaded.model)
+    canvas = canvas_of(config, loaded)
+    traces = [[] for _ in range(config.num_samples)]
+    filled, events = record(
+        loaded,
+        [canvas] * config.num_samples,
+        settings,
+        config.seed,
+        lambda row, message: traces[row].append(message),
+        config.alternatives,
+    )
+    steps = len(traces[0]) - 1
+    subtitle = (
+        f"{config.checkpoint} · {settings.strategy} ({settings.label}) · {steps} steps, "
+        f"{filled.calls} calls · temperature {settings.temperature:g} · seed {config.seed}"
+    )
+    if config.format == "svg":
+        content = draw(loaded.tokenizer, canvas, events, steps, config.seconds)
+    else:
+        content = assemble("view", "nanoMDM", {"subtitle": subtitle, "traces": traces})
+    write(Path(config.out or f"sample.{config.format}"), content)
+
+
+def check(config: Section) -> None:
+    """Raise `ValueError` for a setting out of its range."""
+    if config.format not in FORMATS:
+        raise ValueError(f"format={config.format} is unknown: choose one of {', '.join(FORMATS)}")
+    counts = {"num_samples": config.num_samples, "alternatives": config.alternatives}
+    for name, value in (counts | {"seconds": config.seconds}).items():
+        if value < 1:
+            raise ValueError(f"{name}={value:g} must be at least 1")
+    if config.sampling.length < 0:
+        raise ValueError(
+            f"sampling.length={config.sampling.length} must be 0 (the context) or more"
+        )
+    runtime.sampling(config.sampling)
+
+
+def canvas_of(config: Section, loaded: runtime.Loaded) -> Canvas:
+    """The prompt's canvas, which has to fit into the context. Raises `ValueError`."""
+    context = loaded.model.config.block_size
+    holes = [piece for piece in parse(config.prompt) if isinstance(piece, int)]
+    length = max(config.sampling.length, sum(holes))  # before anything as long is made
+    if length <= context:
+        canvas = make_canvas(config.prompt, config.sampling.length, loaded)
+        length = len(canvas.ids)
+    if length > context:
+        raise ValueError(
+            f"the text has {length} tokens but model.block_size is {context}: what is shown has "
+            "to fit into it"
+        )
+    if not canvas.is_masked.any():
+        raise ValueError("nothing is masked: write [MASK*n] where tokens are missing")
+    return canvas
+
+
+def write(path: Path, content: str) -> None:
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(content, encoding="utf-8")
+    except OSError as error:
+        raise ValueError(
+            f"cannot write out={path} ({error.strerror}): choose another file"
+        ) from error
+    print(f"{path}: {len(content.encode()) / 1000:.0f} kB")
+
+
+if __name__ == "__main__":
+    cli.main(main, "tools/view")
