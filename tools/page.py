@@ -42,6 +42,11 @@ def policy(style: str, script: str, connect: str) -> str:
     )
 
 
+def policy_of(content: str) -> str:
+    """The policy that a page has in itself, for a header that says the same."""
+    return re.search(r'Content-Security-Policy" content="([^"]*)"', content)[1]
+
+
 def source(text: str) -> str:
     digest = hashlib.sha256(text.encode()).digest()
     return f"'sha256-{base64.b64encode(digest).decode()}'"

@@ -28,10 +28,27 @@ from torch import Tensor
 
 import runtime
 from diffusion import Event, Sampled, Sampling
-from sample import Canvas
+from sample import Canvas, make_canvas, parse
 
 HOLE = LIMIT = 65535  # what no position and no token's number may be; also the unit of probability
 Send = Callable[[int, dict], None]
+
+
+def canvas_of(prompt: str, length: int, loaded: runtime.Loaded, limit: int) -> Canvas:
+    """The canvas of a prompt, as sample.py has it, of at most `limit` tokens.
+
+    A `length` (0: the limit) is for a prompt without holes. Raises `ValueError`.
+    """
+    holes = [piece for piece in parse(prompt) if isinstance(piece, int)]
+    size = max(length, sum(holes))  # looked at before anything as long is made
+    if size <= limit:
+        canvas = make_canvas(prompt, length or (0 if holes else limit), loaded)
+        size = len(canvas.ids)
+    if size > limit:
+        raise ValueError(f"the text has {size} tokens, and at most {limit} can be shown")
+    if not canvas.is_masked.any():
+        raise ValueError("nothing is masked: write [MASK*n] where tokens are missing")
+    return canvas
 
 
 def record(

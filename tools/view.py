@@ -8,10 +8,9 @@ from pathlib import Path
 import cli
 import runtime
 from cli import Section
-from sample import Canvas, make_canvas, parse
 from tools.page import assemble
 from tools.picture import draw
-from tools.trace import record
+from tools.trace import canvas_of, record
 
 FORMATS = ("html", "svg")
 
@@ -20,7 +19,8 @@ def main(config: Section, explicit: set[str]) -> None:
     check(config)
     loaded = runtime.load(config.checkpoint, runtime.pick_device(config.device))
     settings = runtime.sampling(config.sampling, loaded.model)
-    canvas = canvas_of(config, loaded)
+    context = loaded.model.config.block_size
+    canvas = canvas_of(config.prompt, config.sampling.length, loaded, limit=context)
     traces = [[] for _ in range(config.num_samples)]
     filled, events = record(
         loaded,
@@ -55,24 +55,6 @@ def check(config: Section) -> None:
             f"sampling.length={config.sampling.length} must be 0 (the context) or more"
         )
     runtime.sampling(config.sampling)
-
-
-def canvas_of(config: Section, loaded: runtime.Loaded) -> Canvas:
-    """The prompt's canvas, which has to fit into the context. Raises `ValueError`."""
-    context = loaded.model.config.block_size
-    holes = [piece for piece in parse(config.prompt) if isinstance(piece, int)]
-    length = max(config.sampling.length, sum(holes))  # before anything as long is made
-    if length <= context:
-        canvas = make_canvas(config.prompt, config.sampling.length, loaded)
-        length = len(canvas.ids)
-    if length > context:
-        raise ValueError(
-            f"the text has {length} tokens but model.block_size is {context}: what is shown has "
-            "to fit into it"
-        )
-    if not canvas.is_masked.any():
-        raise ValueError("nothing is masked: write [MASK*n] where tokens are missing")
-    return canvas
 
 
 def write(path: Path, content: str) -> None:

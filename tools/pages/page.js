@@ -118,6 +118,8 @@ class Player {
     this.pointed = -1;
     this.details = () => []; // what a page adds to the panel
     this.marks = () => ""; // and to a token: the name of a class
+    this.override = () => {}; // and changes in the cells that are to be shown
+    this.choose = null; // and what choosing another token for a position does
     this.listen();
     for (let i = 0; i < 24; i += 1) {
       const tile = $("ramp").appendChild(make("i", "tint"));
@@ -153,8 +155,10 @@ class Player {
     this.show();
   }
 
+  /** Make the board's elements. Once the text is known, its lines break where they will. */
   build() {
-    const final = this.trace.live ? [] : this.trace.cells(this.trace.steps.length);
+    this.settled = !this.trace.live;
+    const final = this.settled ? this.trace.cells(this.end) : [];
     const wide = this.trace.texts.some((text) => text.length > 1) ? 3 : 1;
     this.elements = this.trace.given.map((_, i) => {
       const element = make("span", "cell");
@@ -179,13 +183,6 @@ class Player {
     return Math.max(1, this.end, this.trace.live ? this.trace.expected : 0);
   }
 
-  /** A live trace has grown: follow it, unless the reader has gone back. */
-  grew() {
-    const follows = this.n >= this.end - 1 && !this.timer;
-    if (follows) this.n = this.end;
-    this.show();
-  }
-
   go(n) {
     this.pause();
     this.n = Math.min(Math.max(n, 0), this.end);
@@ -195,9 +192,11 @@ class Player {
   play() {
     clearInterval(this.timer);
     if (this.n >= this.end) this.n = 0;
-    const pause = Math.min(Math.max(7000 / this.span, 40), 400) / Number($("speed").value);
+    const whole = this.trace.live ? 4000 : 7000; // a live text is waited for, and hurries
+    const pause = Math.min(Math.max(whole / this.span, 40), 400) / Number($("speed").value);
     this.timer = setInterval(() => {
       if (this.n < this.end) this.n += 1;
+      else if (this.trace.live) return;
       if (this.n >= this.end && !this.trace.live) this.pause();
       this.show();
     }, pause);
@@ -207,6 +206,7 @@ class Player {
   pause() {
     clearInterval(this.timer);
     this.timer = 0;
+    if (this.trace && !this.trace.live && !this.settled) this.build();
     $("play").setAttribute("aria-label", "play");
     document.body.classList.remove("playing");
   }
@@ -217,6 +217,7 @@ class Player {
       document.body.classList.add("playing");
     }
     this.cells = this.trace.cells(this.n);
+    if (this.n === this.end) this.override(this.cells);
     this.cells.forEach((cell, i) => this.place(cell, i));
     const left = plural(this.trace.left[this.n], "mask");
     $("count").textContent = `step ${this.n} of ${this.span} · ${left} left`;
@@ -234,7 +235,7 @@ class Player {
     const known = text !== undefined;
     const over = this.n === this.end && !this.timer && !this.trace.live;
     const now = this.n > 0 && cell.step === this.n && !over;
-    const end = this.trace.live ? text ?? "" : this.finals[i];
+    const end = this.settled ? this.finals[i] : text ?? "";
     const names = ["cell", this.marks(i)];
     if (!known) names.push("masked");
     if (cell.given) names.push("given");
@@ -253,6 +254,7 @@ class Player {
     }
     element.setAttribute("aria-selected", i === this.pinned);
     element.setAttribute("aria-label", `${i + 1}: ${known ? quoted(text) : "masked"}`);
+    element.setAttribute("aria-describedby", i === this.pinned ? "panel" : "");
   }
 
   paint(colour) {
@@ -299,12 +301,15 @@ class Player {
   }
 
   pin(i) {
+    if ($("panel").contains(document.activeElement)) document.activeElement.blur();
     this.pinned = i;
+    this.pointed = -1;
     this.elements.forEach((element, k) => (element.tabIndex = k === i ? 0 : -1));
     this.show();
   }
 
   inspect() {
+    if ($("panel").contains(document.activeElement)) return; // somebody is typing there
     const i = this.pointed >= 0 ? this.pointed : this.pinned;
     $("hint").hidden = i >= 0;
     if (i < 0) return $("panel").replaceChildren();
@@ -319,6 +324,7 @@ class Player {
   }
 
   story(cell) {
+    if (cell.yours) return "yours: it stays when the rest is regenerated";
     if (cell.given) return "given, and never changed";
     if (cell.token !== undefined) {
       return `came in step ${cell.step}, with probability ${percent(cell.p)}`;
@@ -337,21 +343,29 @@ class Player {
     const list = make("ol", "choices");
     for (const [token, p] of choices) {
       const item = list.appendChild(make("li", token === cell.token ? "chosen" : ""));
-      item.dataset.token = token;
       const bar = make("i", "bar");
       bar.style.setProperty("--p", p);
       const name = make("b", "", quoted(this.trace.texts[token]));
       item.append(name, bar, make("span", "", percent(p)));
+      if (this.choose) this.offer(item, () => this.choose(i, token));
     }
     const title = masked ? "the network expects now" : "the network expected then";
     return [make("p", "faint", title), list];
+  }
+
+  /** Make an element a button. */
+  offer(element, action) {
+    element.tabIndex = 0;
+    element.setAttribute("role", "button");
+    element.onclick = action;
+    element.onkeydown = (event) => event.key === "Enter" && action();
   }
 
   // --- The keyboard ---
 
   key(event) {
     if (event.ctrlKey || event.metaKey || event.altKey) return;
-    if (event.target.closest("input, textarea, select, button, [role=option]")) return;
+    if (event.target.closest("input, textarea, select, button, [role]")) return;
     const keys = {
       " ": () => $("play").click(),
       ArrowLeft: () => this.go(this.n - 1),

@@ -1,0 +1,60 @@
+"""A page on 127.0.0.1 to play with a model on: python -m tools.demo checkpoint=out/ckpt.pt
+
+It serves the machine that it runs on, and nobody else: there is no setting for another address.
+From elsewhere, tunnel: ssh -L 8000:127.0.0.1:8000 machine.
+"""
+
+import socket
+
+import cli
+import runtime
+from cli import Section
+
+
+def main(config: Section, explicit: set[str]) -> None:
+    try:
+        from tools.server import Demo, Limits, make_server
+    except ImportError as error:
+        raise ValueError(f"the demo needs {error.name}: pip install starlette uvicorn") from None
+    check(config)
+    loaded = runtime.load(config.checkpoint, runtime.pick_device(config.device))
+    context = loaded.model.config.block_size
+    if config.length > context:
+        raise ValueError(f"length={config.length} must be at most model.block_size, {context}")
+    limits = Limits(
+        config.checkpoint,
+        config.prompt,
+        config.length or context,
+        config.steps,
+        config.generations,
+        config.seconds,
+    )
+    server = make_server(Demo(loaded, limits))
+    listening = listen(config.port)
+    print(f"http://127.0.0.1:{listening.getsockname()[1]} (Ctrl-C ends it)", flush=True)
+    server.run(sockets=[listening])
+
+
+def check(config: Section) -> None:
+    """Raise `ValueError` for a setting out of its range."""
+    counts = {"steps": config.steps, "generations": config.generations, "seconds": config.seconds}
+    for name, value in counts.items():
+        if value < 1:
+            raise ValueError(f"{name}={value:g} must be at least 1")
+    if config.length < 0:
+        raise ValueError(f"length={config.length} must be 0 (the model's context) or more")
+    if not 0 <= config.port < 65536:
+        raise ValueError(f"port={config.port} must lie in 0 ... 65535")
+
+
+def listen(port: int) -> socket.socket:
+    try:
+        return socket.create_server(("127.0.0.1", port))
+    except OSError as error:
+        raise ValueError(
+            f"cannot serve on port={port} ({error.strerror}): choose another"
+        ) from error
+
+
+if __name__ == "__main__":
+    cli.main(main, "tools/demo")

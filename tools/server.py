@@ -1,0 +1,259 @@
+"""What the demo answers.
+
+GET / is the page. POST /generate takes {"text", "length"} or {"canvas": [id or null, ...]}, beside
+{"strategy", "steps", "temperature", "guidance", "seed"}, and answers with server-sent events: a
+`step` for each message of tools/trace.py, at last `done` {"calls", "seconds", "label", "text"} or
+`error` {"error"}. POST /tokens takes {"text"} to {"ids", "texts"}. What is wrong with a request is
+said as {"error": a sentence}, with a status of 4xx or, where it is too much at once, 503.
+"""
+
+import concurrent.futures
+import contextlib
+import json
+import time
+from dataclasses import asdict
+from types import SimpleNamespace
+from typing import NamedTuple
+
+import anyio
+import torch
+import uvicorn
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+from starlette.responses import HTMLResponse, JSONResponse, Response
+from starlette.routing import Route
+
+import diffusion
+import runtime
+from diffusion import Sampling
+from sample import Canvas
+from tools import page
+from tools.guard import Guard, Patient, Refusal, read_object, refuse
+from tools.trace import canvas_of, record, text_of
+
+CONNECTIONS = 64  # open at once
+LARGEST = 20.0  # temperature and guidance
+TEXT = 20_000  # characters
+KINDS = {int: "a whole number", float: "a number", str: "a text", list: "a list"}
+WANTED = {
+    "text": "",
+    "length": 0,
+    "canvas": [],
+    "strategy": "spread",
+    "steps": 32,
+    "temperature": 1.0,
+    "guidance": 0.0,
+    "seed": 1,
+}
+
+
+class Left(Exception):
+    """Nobody is there any more to see the next step."""
+
+
+class Work(NamedTuple):
+    """A generation that a request asks for."""
+
+    canvas: Canvas
+    settings: Sampling
+    seed: int
+
+
+class Limits(NamedTuple):
+    """What the demo shows of its model, and how much of it a visitor may have."""
+
+    checkpoint: str
+    prompt: str
+    length: int  # tokens
+    steps: int
+    generations: int  # at once
+    seconds: float  # of a generation and its way to the page
+
+
+class Demo:
+    """A model and the pages that it answers."""
+
+    def __init__(self, loaded: runtime.Loaded, limits: Limits):
+        self.loaded, self.limits, self.running = loaded, limits, 0
+        data = {
+            "subtitle": f"{limits.checkpoint} · {loaded.state['step']} training steps",
+            "strategies": {
+                name: {"paced": strategy.paced, "label": strategy.label}
+                for name, strategy in diffusion.STRATEGIES.items()
+            },
+            "limits": {"length": limits.length, "steps": limits.steps, "largest": LARGEST},
+            "defaults": WANTED | {"text": limits.prompt, "length": limits.length},
+        }
+        self.page = page.assemble("demo", "nanoMDM", data, connect="'self'")
+
+    def app(self) -> Guard:
+        routes = [
+            Route("/", self.show),
+            Route("/tokens", self.tokens, methods=["POST"]),
+            Route("/generate", self.generate, methods=["POST"]),
+        ]
+        handlers = {Refusal: refuse, HTTPException: no_such_page}
+        return Guard(
+            Starlette(routes=routes, exception_handlers=handlers), page.policy_of(self.page)
+        )
+
+    async def show(self, request: Request) -> Response:
+        return HTMLResponse(self.page)
+
+    async def tokens(self, request: Request) -> Response:
+        text = read_values(await read_object(request))["text"]
+        ids = await anyio.to_thread.run_sync(refusing, self.loaded.tokenizer.encode, text)
+        ids = ids.tolist()[: self.limits.length]
+        return JSONResponse({"ids": ids, "texts": [text_of(self.loaded.tokenizer, i) for i in ids]})
+
+    async def generate(self, request: Request) -> Response:
+        values = read_values(await read_object(request))
+        work = await anyio.to_thread.run_sync(refusing, self.plan, values)
+        if self.running >= self.limits.generations:
+            raise Refusal(503, "other generations are running: try again in a moment")
+        return Stream(self, work)
+
+    def plan(self, values: dict) -> Work:
+        """What to do. Raises `ValueError`, as the samplers' settings and canvases do."""
+        if values["steps"] > self.limits.steps:
+            raise ValueError(f"steps={values['steps']} must be at most {self.limits.steps}")
+        for name in ("temperature", "guidance"):
+            if values[name] > LARGEST:
+                raise ValueError(f"{name}={values[name]:g} must be at most {LARGEST:g}")
+        if not 0 <= values["seed"] < 2**53:
+            raise ValueError(f"seed={values['seed']} must lie in [0, 2^53)")
+        names = ("strategy", "steps", "temperature", "guidance")
+        settings = Sampling(**{name: values[name] for name in names})
+        settings = runtime.sampling(SimpleNamespace(**asdict(settings)), self.loaded.model)
+        if values["canvas"]:
+            canvas = self.edited(values["canvas"])
+        else:
+            canvas = canvas_of(values["text"], values["length"], self.loaded, self.limits.length)
+        return Work(canvas, settings, values["seed"])
+
+    def edited(self, cells: list) -> Canvas:
+        """The canvas of ids and nulls. Raises `ValueError`."""
+        V = self.loaded.model.config.vocab_size
+        if len(cells) > self.limits.length:
+            raise ValueError(
+                f"canvas has {len(cells)} tokens, at most {self.limits.length} are possible"
+            )
+        for cell in cells:
+            if cell is not None and (type(cell) is not int or not 0 <= cell < V):
+                raise ValueError(f"canvas may hold null and whole numbers from 0 to {V - 1}")
+        if None not in cells:
+            raise ValueError("canvas holds no null: nothing is left to generate")
+        is_masked = torch.tensor([cell is None for cell in cells])
+        return Canvas(torch.tensor([cell or 0 for cell in cells]), is_masked)
+
+
+def make_server(demo: Demo) -> uvicorn.Server:
+    config = uvicorn.Config(
+        demo.app(),
+        http=Patient,
+        ws="none",
+        lifespan="off",
+        log_level="warning",
+        server_header=False,
+        limit_concurrency=CONNECTIONS,
+        timeout_graceful_shutdown=1,
+    )
+    return uvicorn.Server(config)
+
+
+class Stream(Response):
+    """The events of a generation, which ends when it is done, late, or without a reader."""
+
+    def __init__(self, demo: Demo, work: Work):
+        self.demo, self.work = demo, work
+        super().__init__(media_type="text/event-stream")
+        del self.headers["content-length"]
+
+    async def __call__(self, scope, receive, send) -> None:
+        """A thread samples while this sends; its slot is free once the thread has come back."""
+        seconds, self.demo.running = self.demo.limits.seconds, self.demo.running + 1
+        try:
+            with anyio.move_on_after(seconds) as limit:
+                await self.stream(receive, send)
+            with anyio.move_on_after(1):
+                if limit.cancelled_caught:
+                    sentence = f"stopped after {seconds:g} seconds: ask for fewer steps or tokens"
+                    await send(chunk("error", {"error": sentence}))
+                await send({"type": "http.response.body", "body": b""})
+        finally:
+            self.demo.running -= 1
+
+    async def stream(self, receive, send) -> None:
+        outbox, inbox = anyio.create_memory_object_stream(8)  # a slow reader slows the sampler
+
+        async def sample() -> None:
+            with outbox, contextlib.suppress(Left, anyio.BrokenResourceError):
+                await outbox.send(await anyio.to_thread.run_sync(self.sample, outbox))
+
+        async def leave() -> None:
+            while (await receive())["type"] != "http.disconnect":
+                pass
+            group.cancel_scope.cancel()
+
+        async with anyio.create_task_group() as group:
+            group.start_soon(sample)
+            group.start_soon(leave)
+            with inbox:  # once it is closed, no step can be posted any more
+                start = {"type": "http.response.start", "status": 200}
+                await send(start | {"headers": self.raw_headers})
+                async for message in inbox:
+                    await send(message)
+            group.cancel_scope.cancel()
+
+    def sample(self, outbox) -> dict:
+        """In a thread: sample, post each step, and return the last event."""
+
+        def post(row: int, message: dict) -> None:
+            try:
+                anyio.from_thread.run(outbox.send, chunk("step", message))
+            except (anyio.BrokenResourceError, concurrent.futures.CancelledError):
+                raise Left from None
+
+        start, loaded = time.perf_counter(), self.demo.loaded
+        canvas, settings, seed = self.work
+        filled, _ = record(loaded, [canvas], settings, seed, post)
+        end = {"calls": filled.calls, "seconds": time.perf_counter() - start}
+        text = loaded.tokenizer.decode(filled.ids[0].tolist())
+        return chunk("done", end | {"label": settings.label, "text": text})
+
+
+def chunk(event: str, data: dict) -> dict:
+    body = f"event: {event}\ndata: {json.dumps(data)}\n\n".encode()
+    return {"type": "http.response.body", "body": body, "more_body": True}
+
+
+def refusing(function, *arguments):
+    """The function's value, its `ValueError` as a `Refusal`."""
+    try:
+        return function(*arguments)
+    except ValueError as error:
+        raise Refusal(400, str(error).replace("sampling.", "")) from None
+
+
+def read_values(wanted: dict) -> dict:
+    """The request's values, of the right types, beside the defaults. Raises `Refusal`."""
+    for name, value in wanted.items():
+        if name not in WANTED:
+            raise Refusal(400, f"no setting {name[:40]!r}: there are {', '.join(WANTED)}")
+        kind = type(WANTED[name])
+        if kind is float and type(value) is int and abs(value) < 2**53:
+            value = wanted[name] = float(value)
+        if type(value) is not kind:
+            raise Refusal(400, f"{name} must be {KINDS[kind]}")
+    values = WANTED | wanted
+    if len(values["text"]) > TEXT:
+        raise Refusal(400, f"the text is longer than {TEXT} characters: shorten it")
+    if any("\ud800" <= character <= "\udfff" for character in values["text"]):
+        raise Refusal(400, "the text holds half a character (a lone surrogate)")
+    return values
+
+
+async def no_such_page(request: Request, error: HTTPException) -> JSONResponse:
+    sentence = "nothing is here: the page is /" if error.status_code == 404 else error.detail
+    return JSONResponse({"error": sentence}, error.status_code, error.headers)
