@@ -141,8 +141,9 @@ class Player {
     const board = $("board");
     board.onpointerover = (event) => event.pointerType === "mouse" && this.point(event.target);
     board.onpointerleave = () => this.point(null);
-    board.onclick = (event) => event.target.dataset.i && this.pin(Number(event.target.dataset.i));
-    board.onfocusin = (event) => event.target.dataset.i && this.pin(Number(event.target.dataset.i));
+    const pin = ({ target }) => target.dataset.i && this.pin(Number(target.dataset.i));
+    board.addEventListener("click", pin);
+    board.addEventListener("focusin", pin);
     board.onkeydown = (event) => this.walk(event);
     document.addEventListener("keydown", (event) => this.key(event));
   }
