@@ -2,7 +2,9 @@
 
 import os
 import pickle
+import shutil
 import zipfile
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -11,14 +13,17 @@ FORMAT = "nanomdm"
 VERSION = 1
 
 
-def save(path: str | Path, state: dict) -> None:
+def save(path: str | Path, state: dict, keep: int = 0) -> None:
     """Write `state` (tensors, numbers, strings and containers of them) to `path`.
 
     First to a temporary file beside it, synced to disk and renamed: whenever the power fails,
-    `path` is either the old checkpoint or the new one. Raises `OSError` where the folder cannot be
-    written.
+    `path` is either the old checkpoint or the new one. The `keep` newest of before stay as
+    NAME.STEP.pt. Raises `OSError`, which says how much room it takes, where it cannot be written,
+    and `ValueError` for a tensor that is not finite.
     """
     path = Path(path)
+    if not all(t.isfinite().all() for t in tensors(state)):
+        raise ValueError(f"{path} is not written: numbers in it are not finite")
     temporary = path.with_name(f".{path.name}.tmp")
     try:
         with open(temporary, "wb") as file:
@@ -26,12 +31,57 @@ def save(path: str | Path, state: dict) -> None:
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
+        _sync_folder(path.parent)
+        if keep:
+            _keep(path, state["step"], keep)
     except (OSError, RuntimeError) as error:  # PyTorch makes a RuntimeError of a full disk
-        reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
-        raise OSError(f"cannot write {path} ({reason}): free some space there") from error
+        cause = error.__context__ if isinstance(error.__context__, OSError) else error
+        size = sum(tensor.nbytes for tensor in tensors(state))
+        reason = getattr(cause, "strerror", None) or str(cause).splitlines()[0]
+        raise OSError(
+            f"cannot write {path} ({reason}): it takes about {size:,} bytes, and "
+            f"{_room(path.parent)} are free there: free some space, or let it be written to"
+        ) from error
     finally:
-        temporary.unlink(missing_ok=True)
-    _sync_folder(path.parent)
+        with suppress(OSError):
+            temporary.unlink()
+
+
+def _keep(path: Path, step: int, count: int) -> None:
+    """Keep the checkpoint at `path` as NAME.STEP.pt, too, and the `count` newest of before.
+
+    A link where the file system has them: it takes no room before `path` is replaced.
+    """
+    kept = path.with_suffix(f".{step}{path.suffix}")
+    kept.unlink(missing_ok=True)
+    try:
+        os.link(path, kept)
+    except OSError:
+        shutil.copy2(path, kept)
+    for old in sorted(kept_files(path), key=lambda file: file.stat().st_mtime_ns)[: -count - 1]:
+        old.unlink()
+
+
+def kept_files(path: Path) -> list[Path]:
+    """The older checkpoints that `save` has kept beside `path`."""
+    found = path.parent.glob(f"{path.stem}.*{path.suffix}")
+    return [file for file in found if file.stem.removeprefix(f"{path.stem}.").isdigit()]
+
+
+def tensors(state):
+    """The tensors in a nested state."""
+    if isinstance(state, torch.Tensor):
+        yield state
+    elif isinstance(state, dict | list | tuple):
+        for value in state.values() if isinstance(state, dict) else state:
+            yield from tensors(value)
+
+
+def _room(folder: Path) -> str:
+    try:
+        return f"{shutil.disk_usage(folder).free:,}"
+    except OSError:
+        return "an unknown number"
 
 
 def _sync_folder(folder: Path) -> None:

@@ -40,6 +40,15 @@ OPTIONS = (
     "--multirun",
     "-m",
 )
+# Keys, or their beginnings, that a resumed run does not change; and those that a command has to
+# repeat where it starts and resumes a run alike.
+FIXED = ("model.", "data.tokenizer", "data.vocab_size", "training.optimizer", "training.objective")
+REPEATED = (
+    *("diffusion.eps", "diffusion.masking", "diffusion.weighting", "system.seed"),
+    *("training.batch_size", "training.learning_rate", "training.lr_schedule"),
+    *("training.warmup_iters", "training.min_lr_ratio", "training.objective"),
+    *("training.optimizer", "training.weight_decay", "training.grad_clip", "training.ema_decay"),
+)
 KINDS = {
     bool: "true or false",
     int: "a whole number",
@@ -146,12 +155,15 @@ def read(composed, name: str = "config") -> tuple[Section, set[str]]:
     return config, explicit
 
 
-def resumed(stored: dict, config: Section, explicit: set[str], fixed: tuple[str, ...]) -> Section:
-    """An interrupted run's configuration, but for `out_dir` and what this command names.
+def resumed(stored: dict, config: Section, explicit: set[str], whole: bool) -> Section:
+    """An interrupted run's configuration, but for `out_dir` and the keys `explicit` of `config`.
 
-    Raises `ValueError` where a key that begins as one of `fixed` would change.
+    Raises `ValueError` where one of them would make it another run; with `whole`, also where a
+    setting that is not among them is not what it was.
     """
-    result = section(stored)
+    result, fixed = section(_over(stored, config.as_dict())), FIXED
+    if whole:
+        explicit, fixed = explicit | set(REPEATED), FIXED + REPEATED
     for key in sorted(explicit):
         *path, name = key.split(".")
         old, new = result, config
@@ -161,11 +173,19 @@ def resumed(stored: dict, config: Section, explicit: set[str], fixed: tuple[str,
         if was != value and key.startswith(fixed):
             raise ValueError(
                 f"{key}={value} is not what the interrupted run had ({was}): leave it out (or its "
-                "experiment), or start a new run in another out_dir"
+                "experiment) or give it as it was, or start a new run in another out_dir"
             )
         setattr(old, name, value)
     result.out_dir = config.out_dir
     return result
+
+
+def _over(stored: dict, values: dict) -> dict:
+    """The stored settings; those that an older version had not, from `values`."""
+    return {
+        key: _over(stored.get(key, {}), new) if isinstance(new, dict) else stored.get(key, new)
+        for key, new in values.items()
+    }
 
 
 # --- Words --------------------------------------------------------------------------------------
@@ -241,7 +261,7 @@ def quote(text: str) -> str:
     return "'" + re.sub(r"(\\*)('|\Z)", lambda m: m[1] * 2 + m[2].replace("'", "\\'"), text) + "'"
 
 
-# --- Types --------------------------------------------------------------------------------------
+# --- Values --------------------------------------------------------------------------------------
 
 
 def check_types(values: dict, name: str = "config") -> dict:
@@ -319,3 +339,17 @@ def misfit(key: str, value, default) -> ValueError:
     if isinstance(default, dict):
         return ValueError(f"{key}={value} is not {kind}: set {key}.{next(iter(default))} and so on")
     return ValueError(f"{key}={value} is not {kind}: its default is {default!r}")
+
+
+def check_numbers(name: str, values: dict, positive: Sequence[str] = ()) -> None:
+    """Raise `ValueError` for a negative number in the section `name`, and for a 0 if `positive`."""
+    for key, value in values.items():
+        if not isinstance(value, str) and (value < 0 or (value == 0 and key in positive)):
+            kind = "positive" if key in positive else "0 or more"
+            raise ValueError(f"{name}.{key}={value} must be {kind}")
+
+
+def check_choice(key: str, value: str, choices: Sequence[str]) -> None:
+    if value not in choices:
+        *most, last = choices
+        raise ValueError(f"{key}={value} is unknown: choose {', '.join(most)} or {last}")

@@ -1,8 +1,14 @@
-"""Folders that a run writes into: one process at a time, and nothing of an earlier run is lost."""
+"""Folders that a run writes into: one process at a time, earlier files kept, how to repeat it."""
 
+import importlib.metadata
+import json
 import os
+import platform
+import shlex
 import socket
+import subprocess
 import sys
+import time
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TextIO
@@ -13,6 +19,8 @@ except ImportError:  # Windows
     fcntl = None
 
 LOCK = ".lock"
+ROOT = Path(__file__).resolve().parent
+PACKAGES = ("torch", "numpy", "hydra-core", "omegaconf")
 
 
 @contextmanager
@@ -75,6 +83,14 @@ def _lock(file: TextIO) -> None:
         print(f"{where} is not locked ({error.strerror}): let one process use it", file=sys.stderr)
 
 
+def clean(folder: str | Path) -> list[Path]:
+    """Remove what was being written when a process died; for the owner of the lock only."""
+    left = list(Path(folder).glob(".*.tmp"))
+    for path in left:
+        path.unlink()
+    return left
+
+
 def set_aside(folder: str | Path, names: tuple[str, ...]) -> list[Path]:
     """Rename the files `names` of an earlier run to name-1, name-2, ...: the first that is free.
 
@@ -89,3 +105,52 @@ def set_aside(folder: str | Path, names: tuple[str, ...]) -> list[Path]:
 
 def _numbered(path: Path, number: int) -> Path:
     return path.with_stem(f"{path.stem}-{number}")
+
+
+# --- How to repeat a run ------------------------------------------------------------------------
+
+
+def record(folder: str | Path, about: dict) -> None:
+    """Add an entry to run.json: how this process was started, with which code, and `about`."""
+    path = Path(folder, "run.json")
+    entries = _entries(path)
+    started = {
+        "time": time.strftime("%Y-%m-%d %H:%M:%S %z"),
+        "command": shlex.join(sys.orig_argv),
+        "folder": os.getcwd(),
+        "host": socket.gethostname(),
+        "git": git_state(ROOT),
+        "versions": {"python": platform.python_version()}
+        | {name: importlib.metadata.version(name) for name in PACKAGES},
+    }
+    part = path.with_name(f".{path.name}.tmp")
+    part.write_text(json.dumps([*entries, started | about], indent=1) + "\n")
+    os.replace(part, path)
+
+
+def _entries(path: Path) -> list[dict]:
+    """What run.json holds; one that is damaged gets another name."""
+    try:
+        return list(json.loads(path.read_text())) if path.exists() else []
+    except (ValueError, TypeError):
+        set_aside(path.parent, (path.name,))
+        return []
+
+
+def git_state(root: Path) -> dict | None:
+    """The revision of a working tree and the tracked files that differ from it; None if it is none.
+
+    Also None where there is no git.
+    """
+
+    def git(*words: str) -> list[str]:
+        command = ["git", "-C", str(root), *words]
+        result = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
+        return result.stdout.splitlines()
+
+    try:
+        top, revision = git("rev-parse", "--show-toplevel", "HEAD")
+        changed = git("diff", "--name-only", "HEAD")
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return {"revision": revision, "changed": changed} if Path(top) == root else None

@@ -1,4 +1,4 @@
-"""From gradients to better weights: parameter groups, learning-rate schedule, moving average."""
+"""From gradients to better weights: parameter groups, schedule, moving average, skipped steps."""
 
 import math
 from collections.abc import Callable
@@ -10,6 +10,7 @@ from torch import Tensor, nn
 # higher; on the hidden matrices the best rate was about four times AdamW's (docs/LOG.md). One
 # learning_rate scales both.
 MUON_RATE = 4.0
+AVERAGED = 50  # steps, about, in the running average of the training loss
 STACKED = {"qkv": 3, "gate_up": 2}  # maps that one matrix of a block holds
 
 
@@ -24,13 +25,23 @@ class Optimizers:
     def groups(self) -> list[dict]:
         return [group for part in self.parts for group in part.param_groups]
 
+    param_groups = property(groups)  # as torch.amp.GradScaler asks for them
+
     def set_learning_rate(self, factor: float) -> None:
         """Set every group to `factor` times the rate that it was built with."""
         for group in self.groups():
             group["lr"] = group["base_lr"] * factor
 
-    def step(self) -> None:
+    def step(self, skip: Tensor | None = None) -> None:
+        """One step, but none of it where `skip`, a number, is 1: weights and moments stay.
+
+        A GPU decides that by itself, so that its queue of work does not run empty for it.
+        """
+        on_device = skip is not None and skip.device.type == "cuda"
+        if skip is not None and not on_device and skip.item():
+            return
         for part in self.parts:
+            part.found_inf = skip if on_device else None  # PyTorch's name, of its fused AdamW
             part.step()
 
     def zero_grad(self) -> None:
@@ -60,8 +71,11 @@ class Muon(torch.optim.Optimizer):
     The update has a root mean square of 0.2, so that AdamW's rates and decay fit. `parts` of a
     group says how many maps are stacked in each of its matrices (queries, keys and values; gate and
     up): each is made orthogonal by itself. Maps of one shape are one batch. `whole` and `like`
-    gather a sharded update and cut the result again.
+    gather a sharded update and cut the result again. Where the number `found_inf` is 1, nothing
+    changes.
     """
+
+    found_inf = None
 
     def __init__(self, groups: list[dict], whole: Callable, like: Callable, **defaults):
         super().__init__(groups, defaults)
@@ -79,12 +93,16 @@ class Muon(torch.optim.Optimizer):
         for p in parameters:
             self.state[p].setdefault("momentum", torch.zeros_like(p))
         momenta = [self.state[p]["momentum"] for p in parameters]
+        keep = 1.0
+        if self.found_inf is not None:  # a gradient that equals the momentum leaves it alone
+            keep, skip = 1 - self.found_inf, self.found_inf.bool()
+            gradients = [torch.where(skip, m, g) for m, g in zip(momenta, gradients, strict=True)]
         torch._foreach_lerp_(momenta, gradients, 1 - momentum)
         updates = torch._foreach_lerp(gradients, momenta, momentum)  # Nesterov's
         maps = torch.stack([self.whole(u) for u in updates]).unflatten(1, (parts, -1))
-        flat = orthogonalise(maps.flatten(0, 1)) * (0.2 * math.sqrt(max(maps.shape[2:])))
+        flat = orthogonalise(maps.flatten(0, 1)) * (keep * 0.2 * math.sqrt(max(maps.shape[2:])))
         updates = flat.unflatten(0, maps.shape[:2]).flatten(1, 2).unbind()
-        torch._foreach_mul_(parameters, 1 - lr * weight_decay)
+        torch._foreach_mul_(parameters, 1 - lr * weight_decay * keep)
         updates = [self.like(u, p) for u, p in zip(updates, parameters, strict=True)]
         torch._foreach_add_(parameters, updates, alpha=-lr)
 
@@ -179,3 +197,57 @@ def update_ema(average: list[Tensor], current: list[Tensor], decay: float, step:
     """
     d = min(decay, (1 + step) / (10 + step))
     torch._foreach_lerp_(average, current, 1 - d)
+
+
+# --- Numbers that go wrong ----------------------------------------------------------------------
+
+
+class Meter:
+    """Figures of a run's steps, kept on the device: no step waits for them.
+
+    `skipped` counts the steps whose loss or gradient was not finite, `in_a_row` those since the
+    last good one. Of the good ones: `loss_avg` is a running average, `loss_max` and `grad_norm_max`
+    are the largest since the last `read`, so that a spike shows however seldom one looks.
+    """
+
+    NAMES = ("loss_avg", "loss_max", "grad_norm_max", "skipped", "in_a_row")
+
+    def __init__(self, device: torch.device, state: dict[str, float] | None = None):
+        values = [(state or {}).get(name, 0.0) for name in self.NAMES]
+        self.values = torch.tensor(values, device=device)
+        self.one_more = torch.tensor([0.0, 0.0, 0.0, 1.0, 1.0], device=device)
+
+    def add(self, loss: Tensor, grad_norm: Tensor, step: int) -> Tensor:
+        """Count step number `step` (from 1); a 1.0 if it has to be skipped, else 0.0."""
+        bad = ~torch.isfinite(loss + grad_norm)
+        average, largest, norm, skipped, _ = self.values.unbind()
+        weight = (1 / (step - skipped)).clamp(min=1 / AVERAGED)
+        good = (
+            *(torch.lerp(average, loss, weight), largest.maximum(loss), norm.maximum(grad_norm)),
+            *(skipped, torch.zeros_like(skipped)),
+        )
+        self.values = torch.where(bad, self.values + self.one_more, torch.stack(good))
+        return bad.float()
+
+    @property
+    def failing(self) -> bool:
+        """Whether the last step was skipped: the weights may be about to break."""
+        return self.state()["in_a_row"] > 0
+
+    def require_progress(self, limit: int, where: str) -> None:
+        """Raise `RuntimeError`, which says `where` to go on, after `limit` failures (0: never)."""
+        if 0 < limit <= (count := int(self.state()["in_a_row"])):
+            raise RuntimeError(
+                f"loss or gradient of {count} steps in a row was not finite, training.max_skipped="
+                f"{limit} at most: stopped; {where}: go on from there with a lower "
+                "training.learning_rate"
+            )
+
+    def read(self) -> dict[str, float]:
+        """The figures to log, by name; the largest are from here on of what follows."""
+        figures = self.state()
+        self.values[1:3] = 0
+        return {name: figures[name] for name in self.NAMES[:-1]}
+
+    def state(self) -> dict[str, float]:
+        return dict(zip(self.NAMES, self.values.tolist(), strict=True))

@@ -7,6 +7,7 @@ import os
 from collections.abc import Callable
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
@@ -39,6 +40,15 @@ class World:
         """
         return torch.arange(self.rank + part * self.size, batch_size, self.size * parts)
 
+    def check_batch(self, batch_size: int, parts: int) -> None:
+        """Raise `ValueError` for a batch that micro-batches and processes do not divide."""
+        if batch_size % (parts * self.size):
+            times = f" times {self.size} processes" if self.size > 1 else ""
+            raise ValueError(
+                f"training.batch_size={batch_size} is not divisible by training.grad_accum={parts}"
+                f"{times}: change one of them"
+            )
+
 
 def world() -> World:
     """As torchrun's environment says; a process by itself without it."""
@@ -47,20 +57,39 @@ def world() -> World:
 
 
 @contextmanager
-def processes(device: torch.device):
-    """Join the process group that torchrun announces, if it does: NCCL on GPUs, gloo on CPUs."""
+def processes(device: torch.device, minutes: float = 30):
+    """Join the process group that torchrun announces, if it does: NCCL on GPUs, gloo on CPUs.
+
+    Who waits for another longer than `minutes` gives up: a `RuntimeError` that, on CPUs, names the
+    process that is missing. NCCL ends a process by itself, and its log says where it waited.
+    """
     if "RANK" not in os.environ or dist.is_initialized():
         yield
         return
+    limit = timedelta(minutes=minutes)
     if device.type == "cuda":
         torch.cuda.set_device(device)
-        dist.init_process_group("nccl", device_id=device)
+        dist.init_process_group("nccl", device_id=device, timeout=limit)
     else:
-        dist.init_process_group("gloo")
+        dist.init_process_group("gloo", timeout=limit)
+    others = dist.new_group(backend="gloo") if device.type != "cuda" else None
     try:
         yield
+    except RuntimeError as error:
+        if others is None or "gloo" not in str(error):
+            raise
+        raise RuntimeError(f"the processes lost each other: {roll_call(others)}") from error
     finally:
         dist.destroy_process_group()
+
+
+def roll_call(group) -> str:
+    """Which processes of a group of their own do not answer within a few seconds, in words."""
+    try:
+        dist.monitored_barrier(group, timeout=timedelta(seconds=5), wait_all_ranks=True)
+    except RuntimeError as error:
+        return str(error)
+    return "all of them answer: see the lines before for the first that failed"
 
 
 @contextmanager
@@ -138,11 +167,13 @@ def mean(value: Tensor) -> Tensor:
     return total / dist.get_world_size()
 
 
-def anyone(asks: bool, device: torch.device) -> bool:
-    """Whether any process asks: all of them get the same answer."""
+def largest(value: int, device: torch.device) -> int:
+    """The largest value of any process: all of them get the same answer."""
     if not dist.is_initialized():
-        return asks
-    return mean(torch.tensor(float(asks), device=device)).item() > 0
+        return value
+    shared = torch.tensor(value, device=device)
+    dist.all_reduce(shared, dist.ReduceOp.MAX)
+    return int(shared)
 
 
 def share_rows(nll: Callable) -> Callable:

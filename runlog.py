@@ -1,15 +1,17 @@
 """What a run tells while it goes on: progress, metrics.jsonl, Weights & Biases; and Ctrl-C."""
 
 import json
+import math
 import netrc
 import os
 import signal
 import socket
 import sys
 import time
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import SimpleNamespace
+from typing import TextIO
 from urllib.parse import urlsplit
 
 
@@ -30,18 +32,35 @@ class RunLog:
         return self
 
     def __exit__(self, kind, error, trace) -> None:
-        self.file.close()
+        self.flush()
+        with suppress(OSError):  # said by flush
+            self.file.close()
         if self.bar is not None:
             self.bar.close()
         if self.wandb is not None:
             self.wandb.finish(exit_code=0 if error is None else 1)
 
     def metrics(self, step: int, values: dict[str, float]) -> None:
-        """Record figures at `step` (optimizer steps done) in metrics.jsonl and W&B."""
-        self.file.write(json.dumps({"step": step, **values}) + "\n")
-        self.file.flush()
+        """Record figures at `step` (optimizer steps done) in metrics.jsonl and W&B.
+
+        What is not finite is null in metrics.jsonl, for JSON has no word for it.
+        """
+        plain = {key: value if math.isfinite(value) else None for key, value in values.items()}
+        self.file.write(json.dumps({"step": step, **plain}) + "\n")
+        self.flush()
         if self.wandb is not None:
             self.wandb.log(values, step=step)
+
+    def flush(self) -> None:
+        """Write what is recorded; where that fails, say so and try again with the next entry."""
+        try:
+            self.file.flush()
+        except OSError as error:
+            tell(
+                f"cannot write {self.file.name} ({error.strerror}): free some space there, then "
+                "the entries that are missing follow",
+                sys.stderr,
+            )
 
     def samples(self, step: int, texts: list[str]) -> None:
         """Show generated texts, and send them to W&B as a table."""
@@ -60,14 +79,14 @@ class RunLog:
         seconds = time.monotonic() - self.start
         left = seconds / (step - self.first_step) * (self.total - step)
         line = f"step {step:>5}/{self.total} | {text} | {seconds:.0f} s, {left:.0f} s left"
-        print(line, file=sys.stderr, flush=True)
+        tell(line, sys.stderr)
 
     def say(self, line: str) -> None:
         """Print on stdout without breaking the bar."""
         if self.bar is not None:
             self.bar.write(line)
         else:
-            print(line, flush=True)
+            tell(line)
 
 
 class Silence:
@@ -83,6 +102,12 @@ class Silence:
         pass
 
     metrics = samples = progress = say = _nothing
+
+
+def tell(line: str, file: TextIO | None = None) -> None:
+    """Print a line. A reader that is gone, or a full disk behind stdout, does not end a run."""
+    with suppress(OSError):
+        print(line, file=file or sys.stdout, flush=True)
 
 
 def progress_bar(total: int, done: int, unit: str):
@@ -115,12 +140,29 @@ def progress(total: int, unit: str):
         bar.close()
 
 
-def open_metrics(path: Path, first_step: int):
-    """metrics.jsonl for writing on: a resumed run drops what was recorded after its first step."""
-    lines = path.read_text().splitlines(keepends=True) if first_step and path.exists() else []
-    file = path.open("w")
-    file.writelines(ln for ln in lines if ln[-2:] == "}\n" and json.loads(ln)["step"] <= first_step)
-    return file
+def open_metrics(path: Path, first_step: int) -> TextIO:
+    """metrics.jsonl for writing on: a resumed run drops what was recorded after its first step.
+
+    A crash on the way leaves the file as it was, or as it is to be.
+    """
+    lines = path.read_text(errors="replace").splitlines(True) if path.exists() else []
+    kept = [line for line in lines if first_step and _step(line) <= first_step]
+    if kept != lines:
+        part = path.with_name(f".{path.name}.tmp")
+        with part.open("w") as file:
+            file.writelines(kept)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(part, path)
+    return path.open("a")
+
+
+def _step(line: str) -> float:
+    """The step of a line of metrics.jsonl; infinite if it was cut or damaged."""
+    try:
+        return float(json.loads(line)["step"]) if line.endswith("}\n") else math.inf
+    except (ValueError, KeyError, TypeError):
+        return math.inf
 
 
 # --- Weights & Biases ---------------------------------------------------------------------------
@@ -196,17 +238,29 @@ class Clock:
 
 
 class Interrupt:
-    """Turns the first Ctrl-C into a request to save and exit; a second one ends at once."""
+    """Turns Ctrl-C and SIGTERM into a request to save and exit; a third Ctrl-C ends at once.
 
-    asked = False
+    `asked` is the signal's number, 0 before there is one. The second Ctrl-C is heard and changes
+    nothing: impatience does not cost a checkpoint.
+    """
+
+    asked = pressed = 0
 
     def __enter__(self) -> "Interrupt":
-        self.previous = signal.signal(signal.SIGINT, self._ask)
+        numbers = (signal.SIGINT, signal.SIGTERM)
+        self.previous = {number: signal.signal(number, self._ask) for number in numbers}
         return self
 
     def __exit__(self, *error) -> None:
-        signal.signal(signal.SIGINT, self.previous)
+        for number, handler in self.previous.items():
+            signal.signal(number, handler)
 
     def _ask(self, number, frame) -> None:
-        self.asked = True
-        signal.signal(signal.SIGINT, signal.default_int_handler)
+        self.asked = number
+        if number != signal.SIGINT:
+            return
+        self.pressed += 1
+        if self.pressed == 1:  # print() is not for signal handlers
+            os.write(2, b"saving after this step; Ctrl-C twice more ends without it\n")
+        if self.pressed == 2:
+            signal.signal(signal.SIGINT, signal.default_int_handler)

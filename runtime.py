@@ -42,11 +42,11 @@ def pick_device(name: str, local_rank: int = 0) -> torch.device:
 
 def pick_dtype(name: str, device: torch.device, training: bool) -> torch.dtype:
     """`auto` is bfloat16 in training where the hardware multiplies it natively, else float32."""
-    dtypes = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-    if name not in (*dtypes, "auto"):
-        raise ValueError(f"system.dtype={name} is unknown: choose auto, float32 or bfloat16")
+    names = ("float32", "bfloat16", "float16")
+    if name not in (*names, "auto"):
+        raise ValueError(f"system.dtype={name} is unknown: choose auto, {', '.join(names)}")
     if name != "auto":
-        return dtypes[name]
+        return getattr(torch, name)
     return torch.bfloat16 if training and _multiplies_bfloat16(device) else torch.float32
 
 
@@ -112,9 +112,17 @@ class Loaded(NamedTuple):
     state: dict  # the whole checkpoint
 
 
-def load(path: str | Path, device: torch.device) -> Loaded:
-    """Load a checkpoint that train.py wrote. Raises `ValueError` for any other file."""
+def load(path: str | Path, device: torch.device, resume: bool = False) -> Loaded:
+    """Load a checkpoint that train.py wrote, to `resume` the run or to use its averaged weights.
+
+    Raises `ValueError` for any other file.
+    """
     state = checkpoint.load(path)
+    if resume and "optimizer" not in state:
+        raise ValueError(
+            f"{path} holds averaged weights only and cannot be resumed: start from them by "
+            "training.init_from="
+        )
     try:
         model = Transformer(ModelConfig(**state["model_config"]))
         model.load_state_dict(state["ema"])
@@ -136,6 +144,15 @@ def load_corpus(settings: dict, trained: object | None = None) -> data.Corpus:
     return data.prepare(
         content, name, settings.tokenizer, settings.vocab_size, Path(settings.cache_dir), trained
     )
+
+
+def require_same(corpus: data.Corpus, trained_on: dict) -> None:
+    """Raise `ValueError` if a run that is to be resumed was `trained_on` another text."""
+    if corpus.sha256 != trained_on["sha256"]:
+        raise ValueError(
+            f"the interrupted run's text ({trained_on['name']}) is not what it was: bring it back, "
+            "or start a new run in another out_dir"
+        )
 
 
 def make_model(

@@ -4,7 +4,7 @@ import copy
 import math
 import sys
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from functools import cached_property, partial
 from pathlib import Path
 
@@ -23,13 +23,11 @@ import parallel
 import runtime
 from cli import Section
 from model import Transformer
-from runlog import Clock, Interrupt, RunLog, Silence, import_wandb
+from runlog import Clock, Interrupt, RunLog, Silence, import_wandb, tell
 
-FILES = ("ckpt.pt", "best.pt", "metrics.jsonl")
-INTERRUPTED = 130  # exit code of a run that Ctrl-C ended, after saving
-# Keys, or their beginnings, that a resumed run does not change.
-KEPT = ("model.", "data.tokenizer", "data.vocab_size", "training.optimizer", "training.objective")
-AVERAGED = 50  # steps, about, in the running average of the training loss
+FILES = ("ckpt.pt", "best.pt", "metrics.jsonl", "run.json")
+POSITIVE = ("max_iters", "batch_size", "grad_accum", "learning_rate")
+SIGNALLED = 128  # and the signal's number: exit code of a run that a signal ended, after saving
 
 
 @dataclass
@@ -44,11 +42,13 @@ class Run:
     forward: torch.nn.Module  # the model, or its copies in all processes
     ema: Transformer  # the same network with the moving average of the weights
     optimizer: optim.Optimizers
+    scaler: torch.amp.GradScaler  # of the loss under float16; idle otherwise
+    meter: optim.Meter
     world: parallel.World
     compiled: bool
     step: int = 0  # optimizer steps done
+    saved: int | None = None  # the step of ckpt.pt
     best: float = math.inf  # lowest validation bound so far, nats per token
-    loss_avg: Tensor = field(default_factory=lambda: torch.zeros(()))  # of the training loss
 
     @cached_property
     def capacity(self) -> int:
@@ -70,7 +70,7 @@ class Run:
     def say(self, line: str) -> None:
         """Print a line, once for all processes."""
         if self.world.leads:
-            print(line, flush=True)
+            tell(line)
 
     def describe(self) -> dict:
         """What is told of a run beside its configuration."""
@@ -83,44 +83,49 @@ class Run:
 
 def train(config: Section, explicit: set[str]) -> None:
     device = runtime.pick_device(config.system.device, parallel.world().local_rank)
-    with parallel.processes(device):
+    with parallel.processes(device, config.system.timeout):
         session(config, explicit, device)  # whose models are gone before the processes part
 
 
 def session(config: Section, explicit: set[str], device: torch.device) -> None:
     with folders.locked(config.out_dir) if parallel.world().leads else nullcontext():
         run = build(config, explicit, device)
-        keep_earlier(run)
         announce(run)
         if not run.finished:
+            open_folder(run)
             loop(run)
 
 
 def loop(run: Run) -> None:
-    """Train to the end, or until somebody presses Ctrl-C."""
-    settings, interval, asked = run.config.training, run.config.logging.interval, False
-    with Interrupt() as interrupt, start_log(run) as log:
+    """Train to the end, or to a signal. Raises `OSError` if the last state could not be saved."""
+    settings, interval, asked = run.config.training, run.config.logging.interval, 0
+    log = RunLog(run.config, run.step, run.describe()) if run.world.leads else Silence()
+    with Interrupt() as interrupt, log:
         clock = Clock(run.step)
         while not (run.finished or asked):
             loss, grad_norm = optimize(run)
             if run.due(interval):
                 report(run, log, loss, grad_norm, clock)
             if run.world.size == 1 or run.due(interval):  # several agree, where they wait anyway
-                asked = parallel.anyone(interrupt.asked, run.device)
+                asked = parallel.largest(interrupt.asked, run.device)
             with clock.paused():
                 if run.due(settings.eval_interval):
                     evaluate(run, log)
                 if run.due(settings.sample_interval):
                     log.samples(run.step, [generate(run)])
-                if run.due(settings.save_interval) or run.finished or asked:
+                wanted = run.due(settings.save_interval) and not run.meter.failing
+                if run.finished or asked or wanted:
                     save(run, "ckpt.pt")
+    if run.saved != run.step:
+        raise OSError(f"the state after step {run.step} is lost, {last_good(run)}")
     if asked:
         run.say(f"saved after step {run.step}: go on with training.resume=true")
-        sys.exit(INTERRUPTED)
+        sys.exit(SIGNALLED + asked)
 
 
-def start_log(run: Run) -> RunLog | Silence:
-    return RunLog(run.config, run.step, run.describe()) if run.world.leads else Silence()
+def last_good(run: Run) -> str:
+    path = Path(run.config.out_dir, "ckpt.pt")
+    return f"{path} holds step {run.saved}" if run.saved else "and there is no checkpoint"
 
 
 # --- Before the first step ----------------------------------------------------------------------
@@ -131,29 +136,22 @@ def build(config: Section, explicit: set[str], device: torch.device) -> Run:
 
     Raises `ValueError` before anything is written.
     """
-    resume, path = config.training.resume, Path(config.out_dir, "ckpt.pt")
+    wish, path = config.training.resume, Path(config.out_dir, "ckpt.pt")
+    resume = wish == "true" or wish == "auto" and path.exists()
     path = path if resume else config.training.init_from
-    start = runtime.load(path, torch.device("cpu")) if path else None
-    if resume and "optimizer" not in start.state:
-        raise ValueError(
-            f"{path} holds averaged weights only and cannot be resumed: start from them by "
-            "training.init_from="
-        )
+    start = runtime.load(path, torch.device("cpu"), resume) if path else None
     if resume:
-        config = cli.resumed(start.config, config, explicit, KEPT)
+        config = cli.resumed(start.config, config, explicit, whole=wish == "auto")
     world = parallel.world()
     check(config, world)
     with parallel.leader_first():
         corpus = runtime.load_corpus(vars(config.data), start.tokenizer if start else None)
     if corpus.name == "plays":  # the fallback was taken: a resumed run has to take it, too
         config.data.dataset = "plays"
-    if resume and start.state["corpus"]["sha256"] != corpus.sha256:
-        raise ValueError(
-            f"the interrupted run's text ({start.state['corpus']['name']}) is not what it was: "
-            "bring it back, or start a new run in another out_dir"
-        )
+    if resume:
+        runtime.require_same(corpus, start.state["corpus"])
     model = runtime.make_model(config, explicit, corpus, start).to(device)
-    return assemble(config, corpus, model, device, world, start)
+    return assemble(config, corpus, model, device, world, start if resume else None)
 
 
 def assemble(
@@ -162,53 +160,48 @@ def assemble(
     model: Transformer,
     device: torch.device,
     world: parallel.World,
-    start: runtime.Loaded | None = None,
+    resumed: runtime.Loaded | None = None,
 ) -> Run:
-    """A run of `model`, which goes on from `start` if the run is a resumed one."""
+    """A run of `model`, which goes on from the checkpoint `resumed` if there is one."""
     settings, system = config.training, config.system
     dtype = runtime.pick_dtype(system.dtype, device, training=True)
     model.recompute = settings.activation_checkpointing
     ema = copy.deepcopy(model).eval()
-    if settings.resume:
-        model.load_state_dict(start.state["model"])
-    done = start.state["step"] if settings.resume else 0
-    compiled = runtime.pays_to_compile(system.compile, device, settings.max_iters - done)
+    if resumed:
+        model.load_state_dict(resumed.state["model"])
+    state = resumed.state if resumed else {"step": 0, "best": math.inf}
+    compiled = runtime.pays_to_compile(system.compile, device, settings.max_iters - state["step"])
     if compiled:
         runtime.compile_parts(model)
     forward = parallel.distribute(system.parallel, model, ema, dtype)
     named = (settings.optimizer, settings.learning_rate, settings.weight_decay)
     optimizer = optim.build_optimizer(model, *named, parallel.whole, parallel.like)
-    run = Run(config, corpus, device, dtype, model, forward, ema, optimizer, world, compiled)
-    if settings.resume:
-        optimizer.load_state_dict(start.state["optimizer"])
-        names = ("step", "best", "loss_avg")
-        run.step, run.best, run.loss_avg = (start.state[name] for name in names)
-    return run
+    scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
+    if resumed:
+        optimizer.load_state_dict(state["optimizer"])
+    if scaler.is_enabled() and state.get("scaler"):
+        scaler.load_state_dict(state["scaler"])
+    return Run(
+        *(config, corpus, device, dtype, model, forward, ema, optimizer, scaler),
+        *(optim.Meter(device, state.get("meter", state)), world, compiled),
+        step=state["step"],
+        saved=state["step"] or None,
+        best=state["best"],
+    )
 
 
 def check(config: Section, world: parallel.World) -> None:
     """Raise `ValueError` for a value out of its range."""
-    values = vars(config.training)
-    positive = ("max_iters", "batch_size", "grad_accum", "learning_rate")
-    for name, value in values.items():
-        if not isinstance(value, str) and (value < 0 or (value == 0 and name in positive)):
-            kind = "positive" if name in positive else "0 or more"
-            raise ValueError(f"training.{name}={value} must be {kind}")
-    if values["batch_size"] % (values["grad_accum"] * world.size):
-        times = f" times {world.size} processes" if world.size > 1 else ""
-        raise ValueError(
-            f"training.batch_size={values['batch_size']} is not divisible by "
-            f"training.grad_accum={values['grad_accum']}{times}: change one of them"
-        )
-    if values["ema_decay"] >= 1:
-        raise ValueError(f"training.ema_decay={values['ema_decay']} must be less than 1")
-    if values["objective"] not in ("diffusion", "ar"):
-        raise ValueError(
-            f"training.objective={values['objective']} is unknown: choose diffusion or ar"
-        )
-    for section, name in (("logging", "interval"), ("eval", "batch_size")):
-        if (value := getattr(getattr(config, section), name)) < 1:
-            raise ValueError(f"{section}.{name}={value} must be at least 1")
+    settings = config.training
+    cli.check_numbers("training", vars(settings), POSITIVE)
+    cli.check_numbers("logging", {"interval": config.logging.interval}, ("interval",))
+    cli.check_numbers("eval", {"batch_size": config.eval.batch_size}, ("batch_size",))
+    cli.check_numbers("system", {"timeout": config.system.timeout}, ("timeout",))
+    cli.check_choice("training.objective", settings.objective, ("diffusion", "ar"))
+    cli.check_choice("training.resume", settings.resume, ("auto", "true", "false"))
+    world.check_batch(settings.batch_size, settings.grad_accum)
+    if settings.ema_decay >= 1:
+        raise ValueError(f"training.ema_decay={settings.ema_decay} must be less than 1")
     schedule(config, 0)
     parallel.check_kind(config.system.parallel)
     diffusion.check_loss(**vars(config.diffusion))
@@ -217,11 +210,16 @@ def check(config: Section, world: parallel.World) -> None:
         import_wandb()
 
 
-def keep_earlier(run: Run) -> None:
-    """What an earlier run left in the folder of a new one gets another name."""
-    if run.world.leads and not run.step:
-        for path in folders.set_aside(run.config.out_dir, FILES):
+def open_folder(run: Run) -> None:
+    """What an earlier run left there gets another name; run.json says how to repeat this one."""
+    if run.world.leads:
+        folder = Path(run.config.out_dir)
+        folders.clean(folder)
+        kept = [path.name for path in checkpoint.kept_files(folder / "ckpt.pt")]
+        for path in [] if run.step else folders.set_aside(folder, (*FILES, *kept)):
             run.say(f"an earlier run's file is kept as {path}")
+        began = {"first_step": run.step, "processes": run.world.size, "device": str(run.device)}
+        folders.record(folder, began | run.describe() | {"config": run.config.as_dict()})
 
 
 def announce(run: Run) -> None:
@@ -247,13 +245,15 @@ def optimize(run: Run) -> tuple[Tensor, Tensor]:
     settings = run.config.training
     run.optimizer.set_learning_rate(schedule(run.config, run.step))
     loss = compute_gradients(run)
+    run.scaler.unscale_(run.optimizer)
     parameters = list(run.model.parameters())
     grad_norm = torch.nn.utils.clip_grad_norm_(parameters, settings.grad_clip or math.inf)
-    run.optimizer.step()
+    grad_norm = parallel.whole(grad_norm)
+    run.optimizer.step(skip=run.meter.add(loss, grad_norm, run.step + 1))
+    run.scaler.update()
     run.optimizer.zero_grad()
     optim.update_ema(list(run.ema.parameters()), parameters, settings.ema_decay, run.step)
     run.step += 1
-    run.loss_avg = torch.lerp(run.loss_avg.to(loss.device), loss, max(1 / AVERAGED, 1 / run.step))
     return loss, grad_norm
 
 
@@ -291,7 +291,7 @@ def accumulate(run: Run) -> Tensor:
             runtime.autocast(run.device, run.dtype),
         ):
             loss = loss_of(run, runtime.move(x0, run.device), runtime.move(rows, run.device))
-        (loss / parts).backward()
+        run.scaler.scale(loss / parts).backward()
         total += loss.detach() / parts
     return parallel.mean(total)
 
@@ -317,17 +317,20 @@ def loss_of(run: Run, x0: Tensor, rows: Tensor) -> Tensor:
 
 
 def report(run: Run, log: RunLog, loss: Tensor, grad_norm: Tensor, clock: Clock) -> None:
-    average, milliseconds = run.loss_avg.item(), clock.milliseconds_per_step(run.step)
+    """Raises `RuntimeError` if too many steps in a row had to be skipped."""
+    figures, milliseconds = run.meter.read(), clock.milliseconds_per_step(run.step)
     values = {
         "train/loss": loss.item(),
-        "train/loss_avg": average,
+        **{f"train/{name}": value for name, value in figures.items()},
         "train/lr": run.optimizer.groups()[0]["lr"],
-        "train/grad_norm": parallel.whole(grad_norm).item(),
+        "train/grad_norm": grad_norm.item(),
         "train/time_ms": milliseconds,
     }
     log.metrics(run.step, values)
     speed = run.config.training.batch_size * run.model.config.block_size / milliseconds
-    log.progress(run.step, f"loss {average:.3f} | {speed:.1f}k tokens/s")
+    skipped = f" | {figures['skipped']:.0f} steps skipped" if figures["skipped"] else ""
+    log.progress(run.step, f"loss {figures['loss_avg']:.3f} | {speed:.1f}k tokens/s{skipped}")
+    run.meter.require_progress(run.config.training.max_skipped, last_good(run))
 
 
 def evaluate(run: Run, log: RunLog) -> None:
@@ -343,7 +346,7 @@ def evaluate(run: Run, log: RunLog) -> None:
             run.ema, rows, run.config.system.seed, draws=1, batch_size=batch_size, nll=nll
         )
         values[f"eval/{split}_loss"] = loss = found.bound().value
-        values[f"eval/{split}_ppl"] = math.exp(loss)
+        values[f"eval/{split}_ppl"] = math.exp(min(loss, 700.0))  # beyond, it overflows
         if len(rows) > 1 and not run.model.config.causal:
             values[f"eval/{split}_error"] = bounds.error_within(found)
     log.metrics(run.step, values)
@@ -351,8 +354,9 @@ def evaluate(run: Run, log: RunLog) -> None:
     name = "loss" if run.model.config.causal else "bound"
     log.say(f"step {run.step}: {name} {costs}, nats/token")
     if values["eval/val_loss"] < run.best:
-        run.best = values["eval/val_loss"]
-        save(run, "best.pt")
+        before, run.best = run.best, values["eval/val_loss"]
+        if not save(run, "best.pt"):
+            run.best = before  # so that the next one that is better than what is saved is tried
 
 
 def generate(run: Run) -> str:
@@ -364,10 +368,11 @@ def generate(run: Run) -> str:
     return run.corpus.tokenizer.decode(sampled.ids[0].tolist())
 
 
-def save(run: Run, name: str) -> None:
-    """ckpt.pt holds everything that a resumed run needs; best.pt the averaged weights only.
+def save(run: Run, name: str) -> bool:
+    """Whether it was written; if not, it says why, and the file of before stays.
 
-    Shards are put together, so that any number of processes can load it.
+    ckpt.pt holds everything that a resumed run needs; best.pt the averaged weights only. Shards are
+    put together, so that any number of processes can load it.
     """
     state = {
         "model_config": asdict(run.model.config),
@@ -379,11 +384,19 @@ def save(run: Run, name: str) -> None:
         "ema": run.ema.state_dict(),
     }
     if name == "ckpt.pt":
-        state["model"], state["loss_avg"] = run.model.state_dict(), run.loss_avg
-        state["optimizer"] = run.optimizer.state_dict()
-    state = parallel.gather(state, run.world.leads)
+        state["model"], state["meter"] = run.model.state_dict(), run.meter.state()
+        state["optimizer"], state["scaler"] = run.optimizer.state_dict(), run.scaler.state_dict()
+    state, failed = parallel.gather(state, run.world.leads), False
     if run.world.leads:
-        checkpoint.save(Path(run.config.out_dir, name), state)
+        try:
+            keep = run.config.training.keep if name == "ckpt.pt" else 0
+            checkpoint.save(Path(run.config.out_dir, name), state, keep)
+        except (OSError, ValueError) as error:
+            tell(f"{error}. The run goes on, and tries again at the next save", sys.stderr)
+            failed = True
+    failed = bool(parallel.largest(int(failed), run.device))
+    run.saved = run.step if name == "ckpt.pt" and not failed else run.saved
+    return not failed
 
 
 if __name__ == "__main__":

@@ -245,7 +245,7 @@ def test_what_hydra_cannot_read_is_answered_in_one_line_with_the_key(refusal, wo
 # --- Values -------------------------------------------------------------------------------------
 
 ILL_TYPED = {
-    "true or false": ["logging.wandb=yes", "logging.wandb=1", "training.resume="],
+    "true or false": ["logging.wandb=yes", "logging.wandb=1", "sampling.watch="],
     "a whole number": [
         *("model.n_layer=2.5", "model.n_layer=four", "model.n_layer=true", "model.n_layer="),
         *("model.n_layer=null", "model.n_layer=[1]", "model.n_layer.x=1", "model.n_layer=1e400"),

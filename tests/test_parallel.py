@@ -234,7 +234,7 @@ def test_each_step_is_recorded_once(folder, name):
 
 def test_nothing_but_what_one_process_writes_is_in_the_folder_of_two(folder):
     files = {path.name for path in (folder / "ddp-adamw").iterdir()}
-    assert files == {"ckpt.pt", "best.pt", "metrics.jsonl"}
+    assert files == {"ckpt.pt", "best.pt", "metrics.jsonl", "run.json"}
 
 
 def test_only_one_process_speaks(folder):

@@ -89,10 +89,10 @@ def test_a_run_records_its_steps_and_its_evaluations(trained):
     assert steps == {"train/loss": list(range(1, 13)), "eval/val_loss": [6, 12]}
 
 
-def test_a_run_records_loss_average_rate_gradient_and_time(trained):
+def test_a_run_records_losses_rate_gradients_skipped_steps_and_time(trained):
     recorded = {frozenset(entry) for entry in entries(trained)}
-    names = ("loss", "loss_avg", "lr", "grad_norm", "time_ms")
-    assert {"step", *(f"train/{name}" for name in names)} in recorded
+    names = ("loss", "loss_avg", "loss_max", "grad_norm", "grad_norm_max", "skipped", "lr")
+    assert {"step", "train/time_ms", *(f"train/{name}" for name in names)} in recorded
 
 
 def write(folder: Path, *lines: str) -> None:
@@ -218,28 +218,43 @@ def test_nothing_is_asked_before_ctrl_c():
         assert not interrupt.asked
 
 
-def test_the_first_ctrl_c_asks():
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_ctrl_c_and_sigterm_ask_and_tell_which_of_them_it_was(number):
+    with Interrupt() as interrupt:
+        signal.raise_signal(number)
+        assert interrupt.asked == number
+
+
+def test_a_second_ctrl_c_ends_nothing():
     with Interrupt() as interrupt:
         signal.raise_signal(signal.SIGINT)
-        assert interrupt.asked
+        signal.raise_signal(signal.SIGINT)
+        assert interrupt.asked == signal.SIGINT
 
 
-def test_the_second_ctrl_c_ends_at_once():
+def test_a_third_ctrl_c_ends_at_once():
     with pytest.raises(KeyboardInterrupt), Interrupt():
-        signal.raise_signal(signal.SIGINT)
-        signal.raise_signal(signal.SIGINT)
+        for _ in range(3):
+            signal.raise_signal(signal.SIGINT)
 
 
-@pytest.mark.parametrize("times", [0, 1, 2])
-def test_afterwards_ctrl_c_does_what_it_did_before(times):
-    handler = signal.getsignal(signal.SIGINT)
+def test_sigterm_never_ends_at_once():
+    with Interrupt():
+        for _ in range(9):
+            signal.raise_signal(signal.SIGTERM)
+
+
+@pytest.mark.parametrize("times", [0, 1, 2, 3])
+def test_afterwards_signals_do_what_they_did_before(times):
+    numbers = (signal.SIGINT, signal.SIGTERM)
+    handlers = [signal.getsignal(number) for number in numbers]
     try:
         with Interrupt():
             for _ in range(times):
                 signal.raise_signal(signal.SIGINT)
     except KeyboardInterrupt:
-        assert times == 2
-    assert signal.getsignal(signal.SIGINT) is handler
+        assert times == 3
+    assert [signal.getsignal(number) for number in numbers] == handlers
 
 
 def test_ctrl_c_before_the_first_step_promises_no_checkpoint_that_is_not_there(

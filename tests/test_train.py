@@ -65,7 +65,7 @@ def interrupt_at(monkeypatch, step: int) -> None:
     monkeypatch.setattr(runlog.RunLog, "metrics", logged)
 
 
-STATE = ("model", "ema", "optimizer", "step", "best", "loss_avg")
+STATE = ("model", "ema", "optimizer", "step", "best", "meter")
 
 
 @pytest.mark.parametrize("optimizer", ["muon", "adamw"])

@@ -15,7 +15,8 @@ from conftest import ROOT, TINY, environment
 import checkpoint
 import runlog
 
-TRAIN = {f"train/{name}" for name in ("loss", "loss_avg", "lr", "grad_norm", "time_ms")}
+FIGURES = ("loss", "loss_avg", "loss_max", "grad_norm", "grad_norm_max", "skipped", "lr", "time_ms")
+TRAIN = {f"train/{name}" for name in FIGURES}
 EVAL = {f"eval/{split}_{name}" for split in ("train", "val") for name in ("loss", "ppl", "error")}
 
 SHORT = ("training.max_iters=1", "training.eval_interval=0", "training.sample_interval=0")
