@@ -1,0 +1,213 @@
+"""Training runs as a picture: loss, bound, learning rate and speed, from their metrics.jsonl.
+
+python -m tools.plot out
+python -m tools.plot out-control/* x=seconds output=control
+"""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+
+import cli
+import report
+from cli import Section
+
+COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000")
+STYLE = {  # the colours above are Okabe's and Ito's, which the colour-blind can tell apart
+    "font.size": 9,
+    "axes.titlesize": 10,
+    "axes.titlelocation": "left",
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.edgecolor": "#888888",
+    "axes.grid": True,
+    "grid.color": "#e6e6e6",
+    "legend.frameon": False,
+    "svg.fonttype": "none",  # text stays text
+    "svg.hashsalt": "nanomdm",  # the same runs give the same bytes
+}
+X = {"steps": "steps", "seconds": "seconds of training"}
+
+
+# --- What the runs wrote ------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run's log: its figures by name, for each step that has any."""
+
+    label: str
+    entries: dict[int, dict[str, float]]
+
+    def series(self, name: str) -> tuple[np.ndarray, np.ndarray]:
+        """The steps at which `name` was logged, and its values there."""
+        found = [(step, entry[name]) for step, entry in self.entries.items() if name in entry]
+        steps, values = zip(*found, strict=True) if found else ((), ())
+        return np.array(steps, float), np.array(values, float)
+
+    @cached_property
+    def clock(self) -> tuple[np.ndarray, np.ndarray]:
+        """Steps, from 0 on, and the seconds of training until then."""
+        steps, milliseconds = self.series("train/time_ms")
+        seconds = np.cumsum(np.diff(steps, prepend=0) * np.nan_to_num(milliseconds) / 1e3)
+        return np.insert(steps, 0, 0), np.insert(seconds, 0, 0)
+
+    def at(self, steps: np.ndarray, x: str) -> np.ndarray:
+        """The steps on the axis `x`."""
+        return np.interp(steps, *self.clock) if x == "seconds" else steps
+
+    def summary(self) -> str:
+        """The label, and the last bound with its error."""
+        steps, bounds = self.series("eval/val_loss")
+        if not len(steps):
+            return self.label
+        error = self.entries[int(steps[-1])].get("eval/val_error")
+        error = f" ± {error:.3f}" if error else ""
+        return f"{self.label}: {bounds[-1]:.3f}{error} after {steps[-1]:,.0f} steps"
+
+
+def read_runs(paths: Sequence[str]) -> list[Run]:
+    """The runs in these folders or files, each labelled by what sets its path apart.
+
+    Raises `ValueError`.
+    """
+    if not paths:
+        raise ValueError("no runs: name their out_dirs, as in `python -m tools.plot out`")
+    files = [Path(path, "metrics.jsonl") if Path(path).is_dir() else Path(path) for path in paths]
+    return [Run(*each) for each in zip(labels(paths), map(read_metrics, files), strict=True)]
+
+
+def read_metrics(path: Path) -> dict[int, dict[str, float]]:
+    """The figures in a metrics.jsonl by step, in rising order. Raises `ValueError`.
+
+    Where a run was resumed from an earlier step, what it did anew replaces what was there. A last
+    line without its end is one that is being written, or that a kill has cut: it is left out.
+    """
+    if not path.is_file() or path.suffix != ".jsonl":
+        raise ValueError(f"{path} is no metrics.jsonl: name the out_dir of a run that has begun")
+    entries, last = {}, -1
+    for number, line in enumerate(path.read_bytes().split(b"\n")[:-1], start=1):
+        try:
+            entry = {name: float(value) for name, value in json.loads(line).items()}
+            step = int(entry.pop("step"))
+        except (ValueError, TypeError, KeyError, AttributeError, OverflowError, RecursionError):
+            raise ValueError(
+                f"{path}, line {number} is damaged: expected a JSON object of numbers with a step; "
+                "remove the line"
+            ) from None
+        if step < last:
+            entries = {before: entry for before, entry in entries.items() if before < step}
+        last = step
+        entries[step] = entries.get(step, {}) | entry
+    if not entries:
+        raise ValueError(f"{path} is empty: wait for the run's first entry (logging.interval)")
+    return entries
+
+
+def labels(paths: Sequence[str]) -> list[str]:
+    """The paths without the folders that they begin and end with alike."""
+    parts = [Path(path).parts for path in paths]
+    if len(set(parts)) < 2:
+        return [str(Path(path)) for path in paths]
+    while all(each[0] == parts[0][0] for each in parts) and min(map(len, parts)) > 1:
+        parts = [each[1:] for each in parts]
+    while all(each[-1] == parts[0][-1] for each in parts) and min(map(len, parts)) > 1:
+        parts = [each[:-1] for each in parts]
+    return [str(Path(*each)) for each in parts]
+
+
+# --- The picture --------------------------------------------------------------------------------
+
+
+def draw(runs: Sequence[Run], x: str, pyplot):
+    """A figure of four panels: loss, bound, learning rate and speed."""
+    figure, axes = pyplot.subplots(
+        2, 2, figsize=(10, 6.4), sharex=True, height_ratios=(5, 3), layout="constrained"
+    )
+    many = pyplot.get_cmap("viridis")(np.linspace(0, 0.9, len(runs)))
+    colours = COLOURS if len(runs) <= len(COLOURS) else many
+    for axis, (title, panel) in zip(axes.flat, PANELS.items(), strict=True):
+        axis.set_title(title)
+        for run, colour in zip(runs, colours, strict=False):
+            panel(axis, run, x, colour)
+        if not any(len(line.get_xdata()) for line in axis.lines):
+            axis.text(0.5, 0.5, "none yet", transform=axis.transAxes, ha="center", color="#888888")
+            axis.set_yticks([])
+    for axis in axes[1]:
+        axis.set_ylim(bottom=0)
+        axis.set_xlabel(X[x])
+    axes[0, 0].set_xlim(left=0)
+    axes[1, 0].xaxis.set_major_formatter("{x:,.0f}")
+    axes[1, 0].yaxis.set_major_formatter("{x:g}")
+    handles = [
+        pyplot.Line2D([], [], color=colour, lw=3, label=run.summary())
+        for run, colour in zip(runs, colours, strict=False)
+    ]
+    figure.legend(handles=handles, loc="outside upper left", ncols=2 if len(runs) > 3 else 1)
+    return figure
+
+
+def draw_loss(axis, run: Run, x: str, colour) -> None:
+    """The running mean, and each batch faintly behind it; a spike beyond the top is marked."""
+    steps, means = run.series("train/loss_avg")
+    axis.plot(run.at(steps, x), means, color=colour, lw=1.6, zorder=3)
+    axis.margins(y=0.1)
+    axis.autoscale_view()
+    low, high = axis.get_ylim()
+    steps, losses = run.series("train/loss")
+    axis.plot(run.at(steps, x), losses, color=colour, lw=0.7, alpha=0.35)
+    axis.set_ylim(min(low, np.nanmin(losses, initial=low) - 0.02 * (high - low)), high)
+    if (beyond := losses > high).any():
+        axis.plot(run.at(steps[beyond], x), np.full(beyond.sum(), high), "^", color=colour)
+
+
+def draw_bound(axis, run: Run, x: str, colour) -> None:
+    """On the validation split, with its band; dashed, on the training split."""
+    for split, line in (("train", "--"), ("val", "o-")):
+        steps, bounds = run.series(f"eval/{split}_loss")
+        axis.plot(run.at(steps, x), bounds, line, color=colour, lw=1.6, ms=4)
+    errors = [2 * run.entries[int(step)].get("eval/val_error", 0) for step in steps]
+    band = bounds - errors, bounds + errors
+    axis.fill_between(run.at(steps, x), *band, color=colour, alpha=0.2, lw=0)
+
+
+def draw_rate(axis, run: Run, x: str, colour) -> None:
+    steps, rates = run.series("train/lr")
+    axis.plot(run.at(steps, x), rates, color=colour, lw=1.6)
+
+
+def draw_speed(axis, run: Run, x: str, colour) -> None:
+    steps, milliseconds = run.series("train/time_ms")
+    axis.plot(run.at(steps, x), 1e3 / milliseconds, color=colour, lw=1.2)
+
+
+PANELS = {
+    "training loss, nats per token\n(faint: each batch; line: running mean)": draw_loss,
+    "bound on val, nats per token\n(band: ± 2 standard errors; dashed: on train)": draw_bound,
+    "learning rate": draw_rate,
+    "steps per second": draw_speed,
+}
+
+
+def main(config: Section, explicit: set[str]) -> None:
+    if config.x not in X:
+        raise ValueError(f"x={config.x} is unknown: choose steps or seconds")
+    pyplot, runs = report.import_pyplot(), read_runs(config.runs)
+    first = Path(config.runs[0])
+    beside = (first if first.is_dir() else first.parent) / "metrics"
+    output = config.output.removesuffix(".png").removesuffix(".svg") or str(beside)
+    Path(output).parent.mkdir(parents=True, exist_ok=True)
+    with pyplot.rc_context(STYLE):
+        figure = draw(runs, config.x, pyplot)
+        figure.savefig(f"{output}.png", dpi=150)
+        figure.savefig(f"{output}.svg", metadata={"Date": None})
+    pyplot.close(figure)
+    print(f"written: {output}.png and {output}.svg")
+
+
+if __name__ == "__main__":
+    cli.main(main, "tools/plot")
