@@ -6,6 +6,7 @@ import io
 import json
 import os
 import pickle
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,6 +15,7 @@ import torch
 from torch import Generator, Tensor
 
 SPLITS = ("train", "val")
+EOT = "<|endoftext|>"  # the special token that ends a document, where a BPE has one
 SCANNED = 2**27  # tokens of a .bin that are checked when it is opened; batches are, when drawn
 
 
@@ -105,7 +107,8 @@ class BPETokenizer(ByteLevel):
 
     def __init__(self, serialized: str):
         self.tokenizer = _optional("tokenizers").Tokenizer.from_str(serialized)
-        self.vocab_size = self.tokenizer.get_vocab_size()
+        self.tokenizer.encode_special_tokens = True  # a text that spells one is text
+        self.vocab_size, self.eos = self.tokenizer.get_vocab_size(), self.tokenizer.token_to_id(EOT)
         # Byte-level BPEs write each byte as a printable character: GPT-2's table, inverted.
         printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
         others = [b for b in range(256) if b not in printable]
@@ -114,7 +117,7 @@ class BPETokenizer(ByteLevel):
         }
 
     @classmethod
-    def train(cls, text: str, vocab_size: int) -> "BPETokenizer":
+    def train(cls, text: str, vocab_size: int, special: Sequence[str] = ()) -> "BPETokenizer":
         if vocab_size < 256:
             raise ValueError(f"data.vocab_size={vocab_size} must be at least 256: any byte is one")
         lib = _optional("tokenizers")
@@ -122,6 +125,7 @@ class BPETokenizer(ByteLevel):
         tokenizer.pre_tokenizer = lib.pre_tokenizers.ByteLevel(add_prefix_space=False)
         trainer = lib.trainers.BpeTrainer(
             vocab_size=vocab_size,
+            special_tokens=list(special),
             initial_alphabet=sorted(lib.pre_tokenizers.ByteLevel.alphabet()),  # so any text works
             show_progress=False,
         )
@@ -275,12 +279,16 @@ def prepare(
 
 def write_bins(folder: Path, splits: dict[str, np.ndarray], tokenizer, about: dict) -> None:
     """Write split.bin for each split, uint16 or, for a large vocabulary, uint32; meta.json last."""
-    dtype = "uint16" if tokenizer.vocab_size <= 2**16 else "uint32"
+    dtype = dtype_of(tokenizer.vocab_size)
     for split, ids in splits.items():
         write_atomically(folder / f"{split}.bin", ids.astype(dtype).tobytes())
     counts = {split: len(ids) for split, ids in splits.items()}
     meta = about | {"dtype": dtype, "tokens": counts, "tokenizer": tokenizer.state()}
     write_atomically(folder / "meta.json", json.dumps(meta, indent=1).encode())
+
+
+def dtype_of(vocab_size: int) -> str:
+    return "uint16" if vocab_size <= 2**16 else "uint32"
 
 
 def open_bins(folder: Path, tokenizer: str = "char", trained: object | None = None) -> Corpus:

@@ -1,0 +1,245 @@
+"""A data set of any size into the shards that train.py reads by data.dir; docs/data.md.
+
+python -m tools.prepare dataset=Skylion007/openwebtext
+python -m tools.prepare dataset=FOLDER tokenizer=bpe out=prepared/mine
+
+One process reads documents in their order, others tokenize them, and the first writes what comes
+back in that order: the result does not depend on how many there are. A journal says how far the
+shards are whole; whatever a kill leaves beyond it is cut off when the same command is given again.
+"""
+
+import errno
+import json
+import os
+import shutil
+import signal
+import sys
+import threading
+import time
+from collections import deque
+from collections.abc import Iterable, Iterator
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import closing, contextmanager
+from multiprocessing import get_context
+from pathlib import Path
+
+import numpy as np
+
+import cli
+import data
+import folders
+import runlog
+from cli import Section
+from tools import sources
+from tools.shards import AGAIN, Job, ShardWriter, refuse_other, sha256_of
+
+SAVED = 5.0  # seconds between two entries of the journal, at the least
+NO_RECIPE = ("out", "processes")  # settings that do not change the result
+
+
+# --- Tokens -------------------------------------------------------------------------------------
+
+
+def make_tokenizer(config: Section, source: sources.Source, dataset):
+    """The tokenizer that the settings name. Raises `ValueError`."""
+    kind = config.tokenizer
+    if kind in ("gpt2", "byte"):
+        return data.TOKENIZERS[kind]()
+    if kind.endswith(".json"):
+        return read_tokenizer(Path(kind))
+    if kind not in data.TOKENIZERS:
+        choices = ", ".join(data.TOKENIZERS)
+        raise ValueError(f"tokenizer={kind} is unknown: choose {choices} or a .json file")
+    pieces = (piece for batch in source.read(dataset) for piece in batch.pieces)
+    if kind == "bpe":
+        sample = head((piece.text for piece in pieces if not piece.held), config.sample)
+        return data.BPETokenizer.train(sample, config.vocab_size, [data.EOT])
+    return data.CharTokenizer("".join(sorted(set("\n").union(*(piece.text for piece in pieces)))))
+
+
+def head(texts: Iterable[str], characters: int) -> str:
+    """The first texts, so many characters of them."""
+    found, size = [], 0
+    for text in texts:
+        found.append(text)
+        size += len(text)
+        if size >= characters:
+            break
+    return "\n".join(found)
+
+
+def read_tokenizer(path: Path):
+    """That of a meta.json, or of a tokenizer.json of Hugging Face's. Raises `ValueError`."""
+    try:
+        content = path.read_text()
+        found = json.loads(content)
+        own = found.get("tokenizer")  # a tokenizer.json has no such key
+    except (OSError, ValueError, AttributeError) as error:
+        raise ValueError(f"cannot read tokenizer={path} ({error}): check the name") from None
+    return data.load_tokenizer(own or {"kind": "bpe", "serialized": content})
+
+
+def encode(tokenizer, pieces: list[sources.Piece]) -> dict[str, np.ndarray]:
+    """The ids of each split; the end of a document is the tokenizer's own, or else a newline."""
+    end = tokenizer.encode("\n") if tokenizer.eos is None else np.array([tokenizer.eos])
+    dtype, found = data.dtype_of(tokenizer.vocab_size), {split: [] for split in data.SPLITS}
+    for piece in pieces:
+        ids = found["val" if piece.held else "train"]
+        ids.append(tokenizer.encode(piece.text).astype(dtype))
+        if piece.ends:
+            ids.append(end.astype(dtype))
+    return {split: np.concatenate(ids or [end[:0].astype(dtype)]) for split, ids in found.items()}
+
+
+class Workers:
+    """Processes that tokenize; they end with this one, however it ends."""
+
+    def __init__(self, count: int, tokenizer):
+        context = get_context("fork" if sys.platform == "linux" else "spawn")
+        state = tokenizer.state()
+        self.window, self.tokenizer = 2 * count, tokenizer  # batches that are under way
+        self.pool = ProcessPoolExecutor(count, context, _start, (state,)) if count > 1 else None
+
+    def map(self, batches: Iterable[sources.Batch]) -> Iterator[tuple[sources.Batch, dict]]:
+        """(batch, its ids by split) in the order of the batches."""
+        if self.pool is None:
+            yield from ((batch, encode(self.tokenizer, batch.pieces)) for batch in batches)
+            return
+        waiting: deque[tuple[sources.Batch, Future]] = deque()
+        try:
+            for batch in batches:
+                waiting.append((batch, self.pool.submit(_encode, batch.pieces)))
+                if len(waiting) == self.window:
+                    batch, future = waiting.popleft()
+                    yield batch, future.result()
+            for batch, future in waiting:
+                yield batch, future.result()
+        except BrokenProcessPool:
+            raise RuntimeError(
+                f"a tokenizing process died: take fewer processes; {AGAIN}"
+            ) from None
+
+    def close(self) -> None:
+        if self.pool is not None:
+            self.pool.shutdown(cancel_futures=True)
+
+
+def _start(state: dict) -> None:
+    global _tokenizer
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent hears it, and ends the pool
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
+    _tokenizer = data.load_tokenizer(state)
+
+
+def _end_with(parent: int) -> None:
+    while os.getppid() == parent:
+        time.sleep(0.2)
+    os._exit(1)
+
+
+def _encode(pieces: list[sources.Piece]) -> dict[str, np.ndarray]:
+    return encode(_tokenizer, pieces)
+
+
+# --- The whole ----------------------------------------------------------------------------------
+
+
+def run(job: Job, source: sources.Source, config: Section) -> None:
+    """Read, tokenize and write everything that the journal does not have yet."""
+    dataset, journal = source.load(), job.journal
+    if "tokenizer" not in journal:
+        tokenizer = make_tokenizer(config, source, dataset)
+        job.save(tokenizer=tokenizer.state(), dtype=data.dtype_of(tokenizer.vocab_size))
+    tokenizer, documents = data.load_tokenizer(journal["tokenizer"]), dict(journal["documents"])
+    if "state" in journal:
+        dataset.load_state_dict(journal["state"])
+    size = min(config.shard_tokens, source.bytes() or config.shard_tokens)
+    shards = ShardWriter(job.folder, journal["dtype"], config.shard_tokens, journal["tokens"], size)
+    batches, saved = source.read(dataset, sum(documents.values())), time.monotonic()
+    with closing(Workers(processes(config), tokenizer)) as workers, counted(shards.tokens) as count:
+        for batch, ids in workers.map(batches):
+            for split in data.SPLITS:
+                shards.write(split, ids[split])
+                documents[split] += batch.documents(held=split == "val")
+            count(sum(map(len, ids.values())))
+            if batch.state and time.monotonic() - saved >= SAVED:
+                shards.sync()
+                job.save(tokens=shards.tokens, documents=documents, state=batch.state)
+                saved = time.monotonic()
+    shards.sync()
+    check_documents(documents, source)
+    hashes = {path.name: sha256_of(path) for path in sorted(job.folder.glob("*.bin"))}
+    job.save(tokens=shards.tokens, documents=documents, shards=hashes)
+
+
+def check_documents(documents: dict[str, int], source: sources.Source) -> None:
+    if not sum(documents.values()):
+        raise ValueError(f"{source.dataset} holds no text: check dataset, split and column")
+    for split, other in zip(data.SPLITS, ("lower", "raise"), strict=True):
+        if not documents[split]:
+            raise ValueError(
+                f"none of {sum(documents.values())} documents of {source.dataset} is for {split}: "
+                f"{other} val={source.val}, or divide the text (separator, begins)"
+            )
+
+
+def processes(config: Section) -> int:
+    if config.processes < 0:
+        raise ValueError(f"processes={config.processes} must be 0 (one for each core) or more")
+    return config.processes or os.cpu_count() or 1
+
+
+@contextmanager
+def counted(done: dict[str, int]):
+    """A function to be told of more tokens: a bar, or a line on stderr every ten seconds."""
+    total, start = sum(done.values()), time.monotonic()
+    bar, first, last = runlog.progress_bar(None, total, "token"), total, start
+
+    def told(more: int) -> None:
+        nonlocal total, last
+        total += more
+        if bar is not None:
+            bar.update(more)
+        elif time.monotonic() - last > 10:
+            last = time.monotonic()
+            speed = (total - first) / (last - start)
+            print(f"{total:,} tokens, {speed:,.0f} tokens/s", file=sys.stderr, flush=True)
+
+    yield told
+    if bar is not None:
+        bar.close()
+
+
+def main(config: Section, explicit: set[str]) -> None:
+    if config.shard_tokens < 1:
+        raise ValueError(f"shard_tokens={config.shard_tokens} must be at least 1")
+    where = (config.dataset, config.name, config.revision, config.split, config.column)
+    cut = (config.begins, config.separator, config.limit, config.val)
+    source = sources.Source(*where, *cut)
+    recipe = {k: v for k, v in config.as_dict().items() if k not in NO_RECIPE}
+    recipe["files"] = source.fingerprint()
+    out = Path(config.out or Path("prepared", Path(config.dataset).resolve().name))
+    with folders.locked(out, "out"):
+        if (out / "meta.json").is_file():
+            refuse_other(recipe, json.loads((out / "meta.json").read_bytes()).get("recipe"), out)
+            shutil.rmtree(out / "unfinished", ignore_errors=True)  # a kill came before the last act
+            print(f"{out} is prepared: python train.py data.dir={out}")
+            return
+        job = Job(out, recipe)
+        try:
+            if "shards" not in job.journal:
+                run(job, source, config)
+            meta = job.finish()
+        except OSError as error:
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+                raise
+            raise ValueError(f"the disk of {out} is full: free some space and {AGAIN}") from error
+    for split in data.SPLITS:
+        print(f"{split}: {meta['documents'][split]:,} documents, {meta['tokens'][split]:,} tokens")
+    print(f"{out} is prepared: python train.py data.dir={out}")
+
+
+if __name__ == "__main__":
+    cli.main(main, "tools/prepare")

@@ -1,0 +1,118 @@
+"""Shards that are being written, and a journal of how far they are whole: a kill loses nothing."""
+
+import hashlib
+import json
+import os
+import shutil
+from pathlib import Path
+
+import numpy as np
+
+import data
+
+AGAIN = "give the same command again, and it goes on from here"
+
+
+class ShardWriter:
+    """Streams of tokens, one for each split, in files of `size` tokens; `tokens` are in them."""
+
+    def __init__(self, folder: Path, dtype: str, size: int, tokens: dict[str, int], likely: int):
+        self.folder, self.size, self.tokens, self.files = folder, size, dict(tokens), {}
+        self.width = np.dtype(dtype).itemsize
+        self.need = likely * self.width  # bytes that have to be free for a shard
+        for split in data.SPLITS:
+            self._cut_back(split)
+
+    def _cut_back(self, split: str) -> None:
+        """Leave `tokens` of a split, and nothing of what an interrupted process wrote later."""
+        full, rest = divmod(self.tokens[split], self.size)
+        for path in self.folder.glob(f"{split}_*.bin"):
+            if path.name >= shard_name(split, full + (rest > 0)):
+                path.unlink()
+        for number in range(full + (rest > 0)):
+            path, length = (
+                self.folder / shard_name(split, number),
+                self.size if number < full else rest,
+            )
+            if not path.is_file() or path.stat().st_size < length * self.width:
+                raise ValueError(f"{path} is cut: remove {self.folder} and begin anew")
+            os.truncate(path, length * self.width)
+
+    def write(self, split: str, ids: np.ndarray) -> None:
+        while len(ids):
+            number, offset = divmod(self.tokens[split], self.size)
+            part, ids = ids[: self.size - offset], ids[self.size - offset :]
+            if not offset or split not in self.files:
+                self._open(split, number)
+            self.files[split].write(part.tobytes())
+            self.tokens[split] += len(part)
+
+    def _open(self, split: str, number: int) -> None:
+        self.close(split)
+        path, free = self.folder / shard_name(split, number), shutil.disk_usage(self.folder).free
+        if free < self.need:
+            raise ValueError(
+                f"{free / 1e6:,.0f} MB are free for {path}, which may need {self.need / 1e6:,.0f}: "
+                f"free some space and {AGAIN}"
+            )
+        self.files[split] = path.open("ab")
+
+    def sync(self) -> None:
+        for file in self.files.values():
+            file.flush()
+            os.fsync(file.fileno())
+
+    def close(self, split: str) -> None:
+        if split in self.files:
+            self.sync()
+            self.files.pop(split).close()
+
+
+def shard_name(split: str, number: int) -> str:
+    return f"{split}_{number:06d}.bin"
+
+
+# --- The journal --------------------------------------------------------------------------------
+
+
+class Job:
+    """A preparation under way in out/unfinished: its journal, and the end, where it moves up."""
+
+    def __init__(self, out: Path, recipe: dict):
+        self.out, self.folder = out, out / "unfinished"
+        self.path, none = self.folder / "journal.json", dict.fromkeys(data.SPLITS, 0)
+        self.journal = {"recipe": recipe, "tokens": none, "documents": none}
+        if self.path.is_file():
+            self.journal = json.loads(self.path.read_bytes())
+            refuse_other(recipe, self.journal["recipe"], self.folder)
+
+    def save(self, **entries) -> None:
+        self.journal |= entries
+        data.write_atomically(self.path, json.dumps(self.journal).encode())
+
+    def finish(self) -> dict:
+        """Move the shards up, meta.json last: from then on data.dir can read the folder."""
+        for path in self.folder.glob("*.bin"):
+            os.replace(path, self.out / path.name)
+        sha256 = data.sha256_of("".join(self.journal["shards"].values()).encode())
+        names = ("dtype", "tokens", "documents", "shards", "recipe", "tokenizer")
+        meta = {"corpus": Path(self.journal["recipe"]["dataset"]).resolve().name, "sha256": sha256}
+        meta |= {name: self.journal[name] for name in names}
+        data.write_atomically(self.out / "meta.json", json.dumps(meta, indent=1).encode())
+        shutil.rmtree(self.folder)
+        return meta
+
+
+def sha256_of(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def refuse_other(recipe: dict, given: dict | None, folder: Path) -> None:
+    """Raise `ValueError` for a folder whose preparation is not this one."""
+    for key, value in recipe.items():
+        if given is None or given.get(key) != value:
+            raise ValueError(
+                f"{folder} holds another preparation ({key} differs): choose another out, or "
+                "remove it"
+            )
