@@ -19,8 +19,14 @@ def write(folder: Path, entries: list[dict], end: str = "\n") -> Path:
     return folder
 
 
-def training(step: int, loss: float = 2.0, **more: float) -> dict:
-    names = {"loss": loss, "loss_avg": loss + 0.5, "lr": 1e-3, "grad_norm": 1.0, "time_ms": 100.0}
+def training(step: int, loss: float | None = 2.0, **more: float) -> dict:
+    names = {
+        "loss": loss,
+        "loss_avg": (loss or 0.0) + 0.5,
+        "lr": 1e-3,
+        "grad_norm": 1.0,
+        "time_ms": 100.0,
+    }
     return {"step": step} | {f"train/{name}": value for name, value in (names | more).items()}
 
 
@@ -98,6 +104,28 @@ def test_runs_are_labelled_by_what_sets_their_paths_apart(paths, labels):
     assert plot.labels(paths) == labels
 
 
+def test_settings_that_differ_are_told_and_the_speed_is_in_tokens(tmp_path):
+    for name, seed, rate in (("a", 1, 1e-3), ("b", 2, 1e-3)):
+        training_ = {"learning_rate": rate, "batch_size": 8}
+        config = {"out_dir": name, "training": training_, "system": {"seed": seed}}
+        write(tmp_path / name, [training(10, time_ms=50.0)])
+        runs = [{"config": {}}, {"config": config | {"model": {"block_size": 32}}}]
+        (tmp_path / name / "run.json").write_text(json.dumps(runs))
+    runs = plot.read_runs([str(tmp_path / "a"), str(tmp_path / "b")])
+    assert [run.label for run in runs] == ["a (seed=1)", "b (seed=2)"]
+    figure = plot.draw(runs, "steps", pyplot)
+    assert points(figure.axes[3].lines[0]) == [(10, 8 * 32 * 20.0)]
+    assert figure.axes[3].get_title(loc="left") == "tokens per second"
+    pyplot.close(figure)
+
+
+def test_a_run_json_that_is_damaged_is_named(tmp_path):
+    write(tmp_path, [training(10)])
+    (tmp_path / "run.json").write_text("[]")
+    with pytest.raises(ValueError, match="run.json is damaged"):
+        plot.read_runs([str(tmp_path)])
+
+
 # --- What is drawn ------------------------------------------------------------------------------
 
 
@@ -115,8 +143,13 @@ def test_a_spike_beyond_the_means_is_marked_at_the_top(panels):
     assert points(loss.lines[2]) == [(20, loss.get_ylim()[1])]
 
 
+def test_a_spike_between_two_entries_is_marked_at_the_later_one(panels):
+    loss = panels([training(10, loss_max=2.0), training(20, loss_max=80.0)])[0]
+    assert points(loss.lines[2]) == [(20, loss.get_ylim()[1])]
+
+
 def test_a_loss_that_is_no_number_leaves_a_gap(panels):
-    loss = panels([training(10), training(20, loss=math.nan), training(30)])[0]
+    loss = panels([training(10), training(20, loss=None, loss_avg=2.0), training(30)])[0]
     assert np.isfinite(loss.get_ylim()).all()
     assert math.isnan(points(loss.lines[1])[1][1])
 
@@ -162,7 +195,7 @@ def test_plain_words_are_runs_and_the_picture_lies_beside_the_first(run, tmp_pat
 
 def test_a_real_run_has_all_that_is_drawn(trained):
     [run] = plot.read_runs([str(trained)])
-    for name in ("train/loss", "train/loss_avg", "train/lr", "train/time_ms"):
+    for name in ("train/loss", "train/loss_avg", "train/lr", "train/time_ms", "train/loss_max"):
         assert run.series(name)[0].tolist() == list(range(1, 13))
     for name in ("eval/train_loss", "eval/val_loss", "eval/val_error"):
         assert run.series(name)[0].tolist() == [6, 12]

@@ -3,6 +3,8 @@
 import json
 import multiprocessing
 import os
+import re
+import shlex
 import signal
 import sys
 import time
@@ -10,7 +12,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from conftest import TINY
+from conftest import ROOT, TINY
 from hydra._internal.hydra import Hydra
 
 import cli
@@ -21,6 +23,7 @@ datasets = pytest.importorskip("datasets")
 
 from tools import prepare, shards, sources  # noqa: E402
 
+DOCS = (ROOT / "docs" / "data.md").read_text()
 DOCUMENTS = [
     f"Document {n} of the house of {n % 7}.\n" + "It was told, and is told again. " * (n % 13 + 1)
     for n in range(300)
@@ -310,6 +313,21 @@ def test_another_preparation_in_the_same_folder_is_refused_with_what_differs(fol
     assert (other.code, other.err.count("\n")) == (2, 1) and "val differs" in other.err
 
 
+def test_a_folder_with_other_bins_is_refused(folder, run, tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "train.bin").write_bytes(b"1234")
+    result = run("tools.prepare", f"dataset={folder}", *SMALL)
+    assert (result.code, result.err.count("\n")) == (2, 1) and "other .bin files" in result.err
+
+
+@pytest.mark.parametrize("name", ["meta.json", "unfinished/journal.json"])
+def test_a_damaged_journal_or_meta_file_is_refused_by_its_name(name, folder, run, tmp_path):
+    (tmp_path / "out" / name).parent.mkdir(parents=True)
+    (tmp_path / "out" / name).write_text("{")
+    result = run("tools.prepare", f"dataset={folder}", *SMALL)
+    assert (result.code, result.err.count("\n")) == (2, 1) and f"{name} is damaged" in result.err
+
+
 def test_a_second_preparation_of_a_folder_at_once_is_refused_with_the_firsts_pid(folder, run):
     with folders.locked("out", "out"):
         result = run("tools.prepare", f"dataset={folder}", *SMALL)
@@ -348,6 +366,14 @@ def ended(pid: int) -> bool:
             return True
         time.sleep(0.1)
     return False
+
+
+@pytest.mark.parametrize("words", re.findall(r"^\| .* \| `(dataset=.*)` \|$", DOCS, re.M))
+def test_the_settings_in_the_documentation_exist(words, run, monkeypatch):
+    received = []
+    monkeypatch.setattr(prepare, "main", lambda config, explicit: received.append(explicit))
+    assert run("tools.prepare", *shlex.split(words.replace("\\|", "|"))).code == 0
+    assert received == [{word.split("=")[0] for word in shlex.split(words)}]
 
 
 # --- Bad input ----------------------------------------------------------------------------------

@@ -93,7 +93,8 @@ def test_a_bench_or_tool_takes_the_settings_that_are_shown(command, run, monkeyp
         importlib.import_module(module), "main", lambda config, explicit: received.append(explicit)
     )
     assert run(module, *words).code == 0
-    assert received == [{word.split("=")[0] for word in words}]
+    first = next(iter(cli.load_defaults(module.replace(".", "/"))))  # plain words are its items
+    assert received == [{word.split("=")[0] if "=" in word else first for word in words}]
 
 
 @pytest.fixture

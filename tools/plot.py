@@ -5,6 +5,7 @@ python -m tools.plot out-control/* x=seconds output=control
 """
 
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -20,7 +21,6 @@ COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#0
 STYLE = {  # the colours above are Okabe's and Ito's, which the colour-blind can tell apart
     "font.size": 9,
     "axes.titlesize": 10,
-    "axes.titlelocation": "left",
     "axes.spines.top": False,
     "axes.spines.right": False,
     "axes.edgecolor": "#888888",
@@ -42,6 +42,13 @@ class Run:
 
     label: str
     entries: dict[int, dict[str, float]]
+    config: dict  # its settings by dotted name; none for a run without run.json
+
+    @property
+    def tokens(self) -> int:
+        """In a step; 1 if that is not known."""
+        names = ("training.batch_size", "model.block_size")
+        return math.prod(self.config.get(name, 1) for name in names)
 
     def series(self, name: str) -> tuple[np.ndarray, np.ndarray]:
         """The steps at which `name` was logged, and its values there."""
@@ -78,7 +85,11 @@ def read_runs(paths: Sequence[str]) -> list[Run]:
     if not paths:
         raise ValueError("no runs: name their out_dirs, as in `python -m tools.plot out`")
     files = [Path(path, "metrics.jsonl") if Path(path).is_dir() else Path(path) for path in paths]
-    return [Run(*each) for each in zip(labels(paths), map(read_metrics, files), strict=True)]
+    entries = [read_metrics(file) for file in files]
+    configs = [read_config(file.with_name("run.json")) for file in files]
+    configs = configs if all(configs) else [{} for _ in files]
+    names = zip(labels(paths), differences(configs), strict=True)
+    return [Run(" ".join(n).strip(), *run) for n, *run in zip(names, entries, configs, strict=True)]
 
 
 def read_metrics(path: Path) -> dict[int, dict[str, float]]:
@@ -92,7 +103,8 @@ def read_metrics(path: Path) -> dict[int, dict[str, float]]:
     entries, last = {}, -1
     for number, line in enumerate(path.read_bytes().split(b"\n")[:-1], start=1):
         try:
-            entry = {name: float(value) for name, value in json.loads(line).items()}
+            entry = json.loads(line)  # what is not finite is null
+            entry = {k: math.nan if v is None else float(v) for k, v in entry.items()}
             step = int(entry.pop("step"))
         except (ValueError, TypeError, KeyError, AttributeError, OverflowError, RecursionError):
             raise ValueError(
@@ -106,6 +118,28 @@ def read_metrics(path: Path) -> dict[int, dict[str, float]]:
     if not entries:
         raise ValueError(f"{path} is empty: wait for the run's first entry (logging.interval)")
     return entries
+
+
+def read_config(path: Path) -> dict:
+    """The settings in a run.json, by dotted name; none if there is no such file."""
+    if not path.is_file():
+        return {}
+    try:
+        sections = json.loads(path.read_bytes())[-1]["config"]
+        found = {k: v if isinstance(v, dict) else {"": v} for k, v in sections.items()}
+        return {f"{a}.{b}".strip("."): v for a, values in found.items() for b, v in values.items()}
+    except (ValueError, TypeError, KeyError, IndexError, AttributeError, RecursionError):
+        raise ValueError(f"{path} is damaged: remove it, and the runs are told by path") from None
+
+
+def differences(configs: Sequence[dict]) -> list[str]:
+    """For each run what sets its settings apart, if that is no more than three of them."""
+    keys = [key for key in configs[0] if len({repr(each.get(key)) for each in configs}) > 1]
+    keys = [key for key in keys if key != "out_dir" and not key.startswith("logging.")]
+    if not 0 < len(keys) <= 3:
+        return ["" for _ in configs]
+    short = [", ".join(f"{key.split('.')[-1]}={each.get(key)}" for key in keys) for each in configs]
+    return [f"({text})" for text in short]
 
 
 def labels(paths: Sequence[str]) -> list[str]:
@@ -130,8 +164,9 @@ def draw(runs: Sequence[Run], x: str, pyplot):
     )
     many = pyplot.get_cmap("viridis")(np.linspace(0, 0.9, len(runs)))
     colours = COLOURS if len(runs) <= len(COLOURS) else many
+    unit = "tokens" if runs[0].config else "steps"
     for axis, (title, panel) in zip(axes.flat, PANELS.items(), strict=True):
-        axis.set_title(title)
+        axis.set_title(title.format(unit=unit), loc="left")
         for run, colour in zip(runs, colours, strict=False):
             panel(axis, run, x, colour)
         if not any(len(line.get_xdata()) for line in axis.lines):
@@ -143,6 +178,7 @@ def draw(runs: Sequence[Run], x: str, pyplot):
     axes[0, 0].set_xlim(left=0)
     axes[1, 0].xaxis.set_major_formatter("{x:,.0f}")
     axes[1, 0].yaxis.set_major_formatter("{x:g}")
+    axes[1, 1].yaxis.set_major_formatter("{x:,g}")
     handles = [
         pyplot.Line2D([], [], color=colour, lw=3, label=run.summary())
         for run, colour in zip(runs, colours, strict=False)
@@ -161,6 +197,8 @@ def draw_loss(axis, run: Run, x: str, colour) -> None:
     steps, losses = run.series("train/loss")
     axis.plot(run.at(steps, x), losses, color=colour, lw=0.7, alpha=0.35)
     axis.set_ylim(min(low, np.nanmin(losses, initial=low) - 0.02 * (high - low)), high)
+    peaks, largest = run.series("train/loss_max")  # of all batches since the entry before
+    steps, losses = (peaks, largest) if len(peaks) else (steps, losses)
     if (beyond := losses > high).any():
         axis.plot(run.at(steps[beyond], x), np.full(beyond.sum(), high), "^", color=colour)
 
@@ -182,14 +220,14 @@ def draw_rate(axis, run: Run, x: str, colour) -> None:
 
 def draw_speed(axis, run: Run, x: str, colour) -> None:
     steps, milliseconds = run.series("train/time_ms")
-    axis.plot(run.at(steps, x), 1e3 / milliseconds, color=colour, lw=1.2)
+    axis.plot(run.at(steps, x), 1e3 * run.tokens / milliseconds, color=colour, lw=1.2)
 
 
 PANELS = {
     "training loss, nats per token\n(faint: each batch; line: running mean)": draw_loss,
     "bound on val, nats per token\n(band: ± 2 standard errors; dashed: on train)": draw_bound,
     "learning rate": draw_rate,
-    "steps per second": draw_speed,
+    "{unit} per second": draw_speed,
 }
 
 

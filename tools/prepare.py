@@ -32,7 +32,7 @@ import folders
 import runlog
 from cli import Section
 from tools import sources
-from tools.shards import AGAIN, Job, ShardWriter, refuse_other, sha256_of
+from tools.shards import AGAIN, Job, ShardWriter, read_json, refuse_other, sha256_of
 
 SAVED = 5.0  # seconds between two entries of the journal, at the least
 NO_RECIPE = ("out", "processes")  # settings that do not change the result
@@ -223,7 +223,7 @@ def main(config: Section, explicit: set[str]) -> None:
     out = Path(config.out or Path("prepared", Path(config.dataset).resolve().name))
     with folders.locked(out, "out"):
         if (out / "meta.json").is_file():
-            refuse_other(recipe, json.loads((out / "meta.json").read_bytes()).get("recipe"), out)
+            refuse_other(recipe, read_json(out / "meta.json"), out)
             shutil.rmtree(out / "unfinished", ignore_errors=True)  # a kill came before the last act
             print(f"{out} is prepared: python train.py data.dir={out}")
             return

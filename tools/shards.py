@@ -44,7 +44,9 @@ class ShardWriter:
             part, ids = ids[: self.size - offset], ids[self.size - offset :]
             if not offset or split not in self.files:
                 self._open(split, number)
-            self.files[split].write(part.tobytes())
+            rest = memoryview(part).cast("B")
+            while rest:  # a full disk takes a part, and refuses the next
+                rest = rest[self.files[split].write(rest) :]
             self.tokens[split] += len(part)
 
     def _open(self, split: str, number: int) -> None:
@@ -55,11 +57,10 @@ class ShardWriter:
                 f"{free / 1e6:,.0f} MB are free for {path}, which may need {self.need / 1e6:,.0f}: "
                 f"free some space and {AGAIN}"
             )
-        self.files[split] = path.open("ab")
+        self.files[split] = path.open("ab", buffering=0)
 
     def sync(self) -> None:
         for file in self.files.values():
-            file.flush()
             os.fsync(file.fileno())
 
     def close(self, split: str) -> None:
@@ -83,8 +84,10 @@ class Job:
         self.path, none = self.folder / "journal.json", dict.fromkeys(data.SPLITS, 0)
         self.journal = {"recipe": recipe, "tokens": none, "documents": none}
         if self.path.is_file():
-            self.journal = json.loads(self.path.read_bytes())
-            refuse_other(recipe, self.journal["recipe"], self.folder)
+            self.journal = read_json(self.path)
+            refuse_other(recipe, self.journal, self.folder)
+        elif any(out.glob("*.bin")):
+            raise ValueError(f"{out} holds other .bin files: choose another out")
 
     def save(self, **entries) -> None:
         self.journal |= entries
@@ -108,10 +111,17 @@ def sha256_of(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def refuse_other(recipe: dict, given: dict | None, folder: Path) -> None:
-    """Raise `ValueError` for a folder whose preparation is not this one."""
+def read_json(path: Path) -> dict:
+    try:
+        return dict(json.loads(path.read_bytes()))
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{path} is damaged: remove {path.parent} and begin anew") from error
+
+
+def refuse_other(recipe: dict, found: dict, folder: Path) -> None:
+    """Raise `ValueError` for a folder whose preparation, as its JSON says, is not this one."""
     for key, value in recipe.items():
-        if given is None or given.get(key) != value:
+        if (found.get("recipe") or {}).get(key) != value:
             raise ValueError(
                 f"{folder} holds another preparation ({key} differs): choose another out, or "
                 "remove it"
