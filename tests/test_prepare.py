@@ -429,6 +429,11 @@ def test_a_mistake_is_one_line_that_names_the_remedy(refusal, words, named):
     assert named in refusal(*words)
 
 
+def test_a_preparation_that_cannot_succeed_leaves_nothing(refusal, tmp_path):
+    refusal("dataset=one.jsonl")
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_data_set_that_the_hub_does_not_give_is_one_line(refusal, monkeypatch):
     def fail(*names, **settings):
         assert (names, settings["split"], settings["revision"]) == (

@@ -169,7 +169,11 @@ def run(job: Job, source: sources.Source, config: Section) -> None:
                 job.save(tokens=shards.tokens, documents=documents, state=batch.state)
                 saved = time.monotonic()
     shards.sync()
-    check_documents(documents, source)
+    try:
+        check_documents(documents, source)
+    except ValueError:  # the same settings would come to the same end
+        shutil.rmtree(job.folder)
+        raise
     hashes = {path.name: sha256_of(path) for path in sorted(job.folder.glob("*.bin"))}
     job.save(tokens=shards.tokens, documents=documents, shards=hashes)
 
