@@ -429,6 +429,14 @@ def test_a_mistake_is_one_line_that_names_the_remedy(refusal, words, named):
     assert named in refusal(*words)
 
 
+@pytest.mark.parametrize("processes", [1, 2])
+def test_a_text_that_the_tokenizer_lacks_symbols_for_is_one_line(refusal, tmp_path, processes):
+    state = {"kind": "char", "characters": "abc"}
+    (tmp_path / "meta.json").write_text(json.dumps({"tokenizer": state}))
+    line = refusal("tokenizer=meta.json", f"processes={processes}")
+    assert "has no character 'D'" in line
+
+
 def test_a_preparation_that_cannot_succeed_leaves_nothing(refusal, tmp_path):
     refusal("dataset=one.jsonl")
     assert not (tmp_path / "out").exists()

@@ -116,9 +116,10 @@ class Workers:
             for batch, future in waiting:
                 yield batch, future.result()
         except BrokenProcessPool:
-            raise RuntimeError(
-                f"a tokenizing process died: take fewer processes; {AGAIN}"
-            ) from None
+            dead = f"a tokenizing process died: take fewer processes; {AGAIN}"
+            raise RuntimeError(dead) from None
+        except ValueError as error:  # of a tokenizer; raised again here, for cli.main to know it
+            raise ValueError(str(error)) from error
 
     def close(self) -> None:
         if self.pool is not None:
@@ -158,12 +159,13 @@ def run(job: Job, source: sources.Source, config: Section) -> None:
     size = min(config.shard_tokens, source.bytes() or config.shard_tokens)
     shards = ShardWriter(job.folder, journal["dtype"], config.shard_tokens, journal["tokens"], size)
     batches, saved = source.read(dataset, sum(documents.values())), time.monotonic()
-    with closing(Workers(processes(config), tokenizer)) as workers, counted(shards.tokens) as count:
+    count = config.processes or os.cpu_count() or 1
+    with closing(Workers(count, tokenizer)) as workers, counted(shards.tokens) as told:
         for batch, ids in workers.map(batches):
             for split in data.SPLITS:
                 shards.write(split, ids[split])
                 documents[split] += batch.documents(held=split == "val")
-            count(sum(map(len, ids.values())))
+            told(sum(map(len, ids.values())))
             if batch.state and time.monotonic() - saved >= SAVED:
                 shards.sync()
                 job.save(tokens=shards.tokens, documents=documents, state=batch.state)
@@ -187,12 +189,6 @@ def check_documents(documents: dict[str, int], source: sources.Source) -> None:
                 f"none of {sum(documents.values())} documents of {source.dataset} is for {split}: "
                 f"{other} val={source.val}, or divide the text (separator, begins)"
             )
-
-
-def processes(config: Section) -> int:
-    if config.processes < 0:
-        raise ValueError(f"processes={config.processes} must be 0 (one for each core) or more")
-    return config.processes or os.cpu_count() or 1
 
 
 @contextmanager
@@ -219,6 +215,8 @@ def counted(done: dict[str, int]):
 def main(config: Section, explicit: set[str]) -> None:
     if config.shard_tokens < 1:
         raise ValueError(f"shard_tokens={config.shard_tokens} must be at least 1")
+    if config.processes < 0:
+        raise ValueError(f"processes={config.processes} must be 0 (one for each core) or more")
     where = (config.dataset, config.name, config.revision, config.split, config.column)
     cut = (config.begins, config.separator, config.limit, config.val)
     source = sources.Source(*where, *cut)
