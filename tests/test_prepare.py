@@ -431,7 +431,7 @@ def test_a_mistake_is_one_line_that_names_the_remedy(refusal, words, named):
 
 @pytest.mark.parametrize("processes", [1, 2])
 def test_a_text_that_the_tokenizer_lacks_symbols_for_is_one_line(refusal, tmp_path, processes):
-    state = {"kind": "char", "characters": "abc"}
+    state = {"kind": "char", "characters": "\nabc"}
     (tmp_path / "meta.json").write_text(json.dumps({"tokenizer": state}))
     line = refusal("tokenizer=meta.json", f"processes={processes}")
     assert "has no character 'D'" in line
