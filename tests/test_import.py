@@ -147,6 +147,7 @@ def llada_tokenizer():
     made = tokenizers.Tokenizer.from_str(trained.state()["serialized"])
     special = ["<|endoftext|>", *(f"<|reserved_{i}|>" for i in range(9)), "<|mdm_mask|>", "<|eot|>"]
     made.add_special_tokens(special)
+    made.decoder = tokenizers.decoders.ByteLevel()
     assert made.token_to_id("<|mdm_mask|>") == MASK
     return made
 
@@ -281,6 +282,7 @@ def test_weights_keep_their_precision_and_the_context_may_be_another(smdm, impor
         ({"lm_head.weight": None}, "no tensor lm_head.weight"),
         ({"transformer.h.1.norm_2.weight": None}, "no tensor transformer.h.1.norm_2.weight"),
         ({"transformer.wte.weight": None}, "no tensor transformer.wte.weight"),
+        ({"transformer.wte.weight": (VOCAB,)}, "of shape (300,), which is no matrix"),
         ({"lm_head.bias": (VOCAB,)}, "a tensor lm_head.bias, which SMDM has not"),
         ({"transformer.wte.weight": (VOCAB, WIDTH)}, "lm_head.weight of shape (300, 32), not (299"),
         ({"transformer.h.0.attn.attn.weight": (48, WIDTH)}, "of shape (48, 32), not (96, 32)"),
@@ -303,7 +305,9 @@ def test_a_tensor_that_is_missing_surplus_or_of_another_shape_is_named(
     [
         ("activation_type", "gelu", "activation_type=gelu"),
         ("scale_logits", True, "scale_logits=True"),
-        ("n_heads", None, "has no 'n_heads'"),
+        ("n_heads", None, "KeyError('n_heads')"),
+        ("n_layers", "two", "config.json is not LLaDA's"),
+        ("mask_token_id", VOCAB, "mask_token_id=300 in config.json is none of 300 ids"),
         ("n_layers", 1, "blocks.1.attn_norm.weight, which LLaDA has not"),
     ],
 )

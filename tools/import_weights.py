@@ -84,10 +84,8 @@ def configuration(network: ModelConfig) -> dict:
 
 def smdm(tensors: Tensors, about: dict, n_head: int) -> Layout:
     """TinyLlama's names; queries, keys and values of a head lie together; the mask is id V."""
-    (rows, width), (mlp, _) = (
-        shape_of(tensors, name)
-        for name in ("transformer.wte.weight", "transformer.h.0.mlp.swiglu.w1.weight")
-    )
+    rows, width = matrix_of(tensors, "transformer.wte.weight")
+    mlp, _ = matrix_of(tensors, "transformer.h.0.mlp.swiglu.w1.weight")
     heads = n_head or (8 if (width, mlp) == (640, 1600) else SMDM_HEADS.get(width))
     if heads is None:
         raise ValueError(f"SMDM has published no width of {width}: say n_head=")
@@ -131,8 +129,9 @@ def llada(tensors: Tensors, about: dict, n_head: int) -> Layout:
             raise ValueError(f"{key}={about[key]} in its config.json is not LLaDA's {value}")
     try:
         mask, tied = about["mask_token_id"], about.get("weight_tying", False)
+        rows, _ = matrix_of(tensors, "model.transformer.wte.weight")
         network = ModelConfig(
-            vocab_size=shape_of(tensors, "model.transformer.wte.weight")[0] - 1,
+            vocab_size=rows - 1,
             block_size=about["max_sequence_length"],
             n_layer=about["n_layers"],
             n_head=about["n_heads"],
@@ -143,8 +142,10 @@ def llada(tensors: Tensors, about: dict, n_head: int) -> Layout:
             norm_eps=about.get("rms_norm_eps", 1e-5),
             rope_base=about.get("rope_theta", 10000.0),
         )
-    except KeyError as error:
-        raise ValueError(f"config.json has no {error}: fetch that of LLaDA") from None
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"config.json is not LLaDA's ({error!r}): fetch it again") from None
+    if mask not in range(rows):
+        raise ValueError(f"mask_token_id={mask} in config.json is none of {rows} ids")
     outside = {"embedding": ["wte"], "norm": ["ln_f"]} | ({} if tied else {"head": ["ff_out"]})
     inside = {
         "attention_norm": ["attn_norm"],
@@ -168,7 +169,10 @@ def mask_last(rows: Tensor, mask: int) -> Tensor:
 
 def own(tensors: Tensors, about: dict, n_head: int) -> Layout:
     """What tools.export writes."""
-    network = ModelConfig(**about["network"])
+    try:
+        network = ModelConfig(**about["network"])
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"config.json is none of tools.export ({error!r})") from None
     sources = {name: [f"transformer.{name}"] for name in shapes_of(network)}
     return Layout("nanoMDM", network, sources, {}, {}, network.mask_id)
 
@@ -196,6 +200,13 @@ def shape_of(tensors: Tensors, name: str) -> tuple[int, ...]:
             f"{tensors.source} has no tensor {name}: no known layout, or a part of one"
         )
     return tensors.shapes[name]
+
+
+def matrix_of(tensors: Tensors, name: str) -> tuple[int, int]:
+    shape = shape_of(tensors, name)
+    if len(shape) != 2:
+        raise ValueError(f"{tensors.source} has {name} of shape {shape}, which is no matrix")
+    return shape
 
 
 def shapes_of(network: ModelConfig) -> dict[str, torch.Size]:

@@ -48,33 +48,49 @@ def open_tensors(source: str, path: Path) -> tuple[Path, Tensors]:
         raise ValueError(f"no .safetensors, .pth or .bin in {source}: name a folder with weights")
     tensors, found = Tensors(source, {}, {}), {}
     for file in files:
-        opened = (open_safetensors if file.suffix == ".safetensors" else open_torch)(file)
-        for name, (shape, read) in opened.items():
+        for name, (shape, read) in tensors_of(file).items():
             if name in found:
                 raise ValueError(f"{file.name} and {found[name]} both have {name}: name one file")
             found[name], tensors.shapes[name], tensors.read[name] = file.name, shape, read
     return (path if path.is_dir() else path.parent), tensors
 
 
-def open_safetensors(file: Path) -> dict:
+def open_safetensors(file: Path):
     library = data.optional("safetensors")
     try:
-        opened = library.safe_open(file, framework="pt")
+        return library.safe_open(file, framework="pt")
     except Exception as error:  # the library raises one of its own
         raise ValueError(f"{file} is damaged ({error}): fetch it again") from error
-    names = opened.keys()
-    shapes = {name: tuple(opened.get_slice(name).get_shape()) for name in names}
-    return {name: (shapes[name], partial(opened.get_tensor, name)) for name in names}
 
 
-def open_torch(file: Path) -> dict:
+def open_torch(file: Path) -> dict[str, Tensor]:
     try:
         state = torch.load(file, mmap=True, map_location="cpu", weights_only=True)
+        state = state.get("model", state)
+        if not all(isinstance(tensor, Tensor) for tensor in state.values()):
+            raise ValueError("not only tensors")
     except Exception as error:  # a damaged or hostile pickle can fail in any way
         reason = str(error).splitlines()[0][:80]
         raise ValueError(f"{file} is damaged or more than plain data ({reason})") from error
-    state = state.get("model", state)
-    return {name: (tuple(t.shape), lambda t=t: t) for name, t in state.items()}
+    return state
+
+
+def tensors_of(file: Path) -> dict[str, tuple[tuple[int, ...], Callable[[], Tensor]]]:
+    """The shape of each tensor, and a function that reads it.
+
+    Each opens the file anew: a map that stays would keep in memory all that was read through it.
+    """
+    if file.suffix == ".safetensors":
+        opened = open_safetensors(file)
+        names, shape_of, read = opened.keys(), lambda n: opened.get_slice(n).get_shape(), read_one
+    else:
+        opened = open_torch(file)
+        names, shape_of, read = opened, lambda n: opened[n].shape, lambda f, n: open_torch(f)[n]
+    return {name: (tuple(shape_of(name)), partial(read, file, name)) for name in names}
+
+
+def read_one(file: Path, name: str) -> Tensor:
+    return open_safetensors(file).get_tensor(name)
 
 
 def read_json(path: Path) -> dict:
