@@ -84,7 +84,7 @@ class GPT2Tokenizer(ByteLevel):
 
     def __init__(self):
         try:
-            self.encoding = _optional("tiktoken").get_encoding("gpt2")
+            self.encoding = optional("tiktoken").get_encoding("gpt2")
         except OSError as error:
             raise ValueError(
                 f"tiktoken cannot fetch its GPT-2 tables ({type(error).__name__}): go online once, "
@@ -102,25 +102,27 @@ class GPT2Tokenizer(ByteLevel):
         return {"kind": "gpt2"}
 
 
+def byte_of_character() -> dict[str, int]:
+    """How byte-level BPEs write each byte as a printable character: GPT-2's table, inverted."""
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    others = [b for b in range(256) if b not in printable]
+    return {chr(b): b for b in printable} | {chr(256 + i): b for i, b in enumerate(others)}
+
+
 class BPETokenizer(ByteLevel):
     """A byte-level BPE trained on the user's own text, by the `tokenizers` library."""
 
     def __init__(self, serialized: str):
-        self.tokenizer = _optional("tokenizers").Tokenizer.from_str(serialized)
+        self.tokenizer = optional("tokenizers").Tokenizer.from_str(serialized)
         self.tokenizer.encode_special_tokens = True  # a text that spells one is text
         self.vocab_size, self.eos = self.tokenizer.get_vocab_size(), self.tokenizer.token_to_id(EOT)
-        # Byte-level BPEs write each byte as a printable character: GPT-2's table, inverted.
-        printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
-        others = [b for b in range(256) if b not in printable]
-        self.bytes = {chr(b): b for b in printable} | {
-            chr(256 + i): b for i, b in enumerate(others)
-        }
+        self.bytes = byte_of_character()
 
     @classmethod
     def train(cls, text: str, vocab_size: int, special: Sequence[str] = ()) -> "BPETokenizer":
         if vocab_size < 256:
             raise ValueError(f"data.vocab_size={vocab_size} must be at least 256: any byte is one")
-        lib = _optional("tokenizers")
+        lib = optional("tokenizers")
         tokenizer = lib.Tokenizer(lib.models.BPE())
         tokenizer.pre_tokenizer = lib.pre_tokenizers.ByteLevel(add_prefix_space=False)
         trainer = lib.trainers.BpeTrainer(
@@ -142,11 +144,63 @@ class BPETokenizer(ByteLevel):
         return {"kind": "bpe", "serialized": self.tokenizer.to_str()}
 
 
+class HFTokenizer(ByteLevel):
+    """A tokenizer.json that came with imported weights, for a network of `vocab_size` tokens.
+
+    `mask` is the id that it has for the mask. Where that lies inside the vocabulary, the last token
+    stands in its place, as the network's row does; all other ids are those of the file.
+    """
+
+    def __init__(self, serialized: str, vocab_size: int, mask: int, eos: int | None = None):
+        self.tokenizer = optional("tokenizers").Tokenizer.from_str(serialized)
+        self.serialized, self.vocab_size, self.mask, self.eos = serialized, vocab_size, mask, eos
+        self.bytes = byte_of_character() if '"ByteLevel"' in serialized else {}
+        self.special = self.tokenizer.get_added_tokens_decoder()
+        if self.tokenizer.get_vocab_size() > vocab_size + 1:
+            raise ValueError(
+                f"the tokenizer has {self.tokenizer.get_vocab_size()} tokens, the network "
+                f"{vocab_size} and the mask: take the tokenizer that belongs to it"
+            )
+
+    def id_of(self, token: str | None) -> int | None:
+        found = None if token is None else self.tokenizer.token_to_id(token)
+        return self.mask if found == self.vocab_size else found
+
+    def encode(self, text: str) -> np.ndarray:
+        found = self.tokenizer.encode(text, add_special_tokens=False).ids
+        ids = np.array(found, dtype=np.int64)
+        if (ids == self.mask).any():
+            raise ValueError(
+                f"the text holds {self.tokenizer.id_to_token(self.mask)}, which is this model's "
+                "mask: leave it out"
+            )
+        return np.where(ids == self.vocab_size, self.mask, ids)
+
+    def decode_bytes(self, ids) -> bytes:
+        return b"".join(map(self._bytes, ids))
+
+    def _bytes(self, i: int) -> bytes:
+        i = self.vocab_size if i == self.mask else int(i)
+        token = self.tokenizer.id_to_token(i)
+        if token is None:  # rows that only fill the network up
+            return "\ufffd".encode()
+        if self.bytes and i not in self.special:
+            return bytes(self.bytes[c] for c in token)
+        if token.startswith("<0x") and len(token) == 6:
+            return bytes.fromhex(token[3:5])
+        return token.replace("\u2581", " ").encode()  # SentencePiece's sign for a space
+
+    def state(self) -> dict:
+        names = ("serialized", "vocab_size", "mask", "eos")
+        return {"kind": "hf"} | {name: getattr(self, name) for name in names}
+
+
 TOKENIZERS = {
     "char": CharTokenizer,
     "byte": ByteTokenizer,
     "gpt2": GPT2Tokenizer,
     "bpe": BPETokenizer,
+    "hf": HFTokenizer,
 }
 
 
@@ -171,12 +225,12 @@ def train_tokenizer(kind: str, text: str, split: int, vocab_size: int):
     return BPETokenizer.train(text[:split], vocab_size) if kind == "bpe" else TOKENIZERS[kind]()
 
 
-def _optional(module: str):
+def optional(module: str):
     try:
         return importlib.import_module(module)
     except ImportError:
         raise ValueError(
-            f"this tokenizer needs a package that is missing: pip install {module}"
+            f"this needs a package that is missing: pip install {module.split('.')[0]}"
         ) from None
 
 
@@ -261,8 +315,9 @@ def prepare(
     The tokenizer is made as `kind` and `vocab_size` (bpe) say, unless a `trained` one is given.
     Raises `ValueError` for an unknown kind, and for text that the tokenizer lacks symbols for.
     """
-    if kind not in TOKENIZERS:
-        raise ValueError(f"data.tokenizer={kind} is unknown: choose one of {', '.join(TOKENIZERS)}")
+    known = [name for name in TOKENIZERS if name != "hf"]  # which weights bring along
+    if kind not in known and not (trained and trained.state()["kind"] == kind):
+        raise ValueError(f"data.tokenizer={kind} is unknown: choose one of {', '.join(known)}")
     sha256 = sha256_of(text.encode())
     made = [kind, vocab_size if kind == "bpe" else 0]
     recipe = json.dumps([sha256, trained.state() if trained else made])

@@ -158,8 +158,15 @@ def encode(tokenizer, name: str, content: str) -> np.ndarray:
 
 def validation_split(config: Section, explicit: set[str], loaded: Loaded) -> tuple[str, np.ndarray]:
     named = "data.dataset" in explicit or config.data.dir
-    settings = vars(config.data) if named else loaded.config["data"]
-    corpus, trained_on = runtime.load_corpus(settings, loaded.tokenizer), loaded.state["corpus"]
+    settings, trained_on = vars(config.data), loaded.state["corpus"]
+    if not named:
+        settings = loaded.config["data"]
+        if not trained_on["sha256"]:
+            raise ValueError(
+                f"{config.checkpoint} was imported, and its text is not known: name one by "
+                "data.path="
+            )
+    corpus = runtime.load_corpus(settings, loaded.tokenizer)
     if not named and corpus.sha256 != trained_on["sha256"]:
         raise ValueError(
             f"the text that {config.checkpoint} was trained on ({trained_on['name']}) is not what "

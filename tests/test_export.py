@@ -1,0 +1,277 @@
+"""A folder for transformers: the same network, the same ids, and a card that claims nothing."""
+
+import json
+import random
+import re
+import shlex
+import sys
+
+import pytest
+import torch
+from conftest import ROOT
+from test_data import gpt2 as gpt2_tokenizer  # noqa: F401
+from test_readme import commands
+
+import checkpoint
+import cli
+import data
+import runtime
+from model import ModelConfig, Transformer
+from tools import export, hf_tokenizer
+
+transformers = pytest.importorskip("transformers")
+pytest.importorskip("safetensors")
+POEM = "The owl and the pussycat went to sea in a beautiful pea-green boat.\n" * 20
+SHAPE = {"block_size": 32, "n_layer": 2, "n_head": 2, "n_embd": 32}
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory, trained):
+    """(checkpoint, folder, model, tokenizer): a trained model, exported and loaded again."""
+    folder = tmp_path_factory.mktemp("hub") / "kings"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+        modules = str(tmp_path_factory.mktemp("modules"))
+        for module in (transformers.dynamic_module_utils, transformers.utils.hub):
+            patch.setattr(module, "HF_MODULES_CACHE", modules, raising=False)
+        patch.setattr("sys.path", [modules, *sys.path])
+        settings = vars(cli.section(cli.load_defaults("tools/export")))
+        settings |= {"checkpoint": f"{trained}/ckpt.pt", "to": str(folder)}
+        export.main(cli.section(settings), set())
+        model = transformers.AutoModelForMaskedLM.from_pretrained(folder, trust_remote_code=True)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    return trained / "ckpt.pt", folder, model.eval(), tokenizer
+
+
+@pytest.fixture(scope="module")
+def ours(exported):
+    return runtime.load(exported[0], torch.device("cpu"))
+
+
+def drawn_ids(network: ModelConfig) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(0)
+    return torch.randint(0, network.vocab_size + 1, (3, network.block_size), generator=generator)
+
+
+# --- The network --------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def test_the_logits_are_those_of_the_averaged_weights_in_every_bit(exported, ours):
+    ids = drawn_ids(ours.model.config)
+    assert torch.equal(exported[2](ids).logits, ours.model(ids))
+    raw = Transformer(ours.model.config).eval()
+    raw.load_state_dict(ours.state["model"])
+    assert not torch.equal(exported[2](ids).logits, raw(ids))
+
+
+@torch.no_grad()
+def test_the_loss_is_the_mean_cross_entropy_where_there_are_labels(exported, ours):
+    ids, V = drawn_ids(ours.model.config), ours.model.config.vocab_size
+    is_masked = ids == V
+    labels = torch.where(is_masked, 3, -100)
+    loss = exported[2](ids, attention_mask=torch.ones_like(ids), labels=labels).loss
+    expected = -ours.model(ids)[is_masked].log_softmax(dim=-1)[:, 3].mean()
+    torch.testing.assert_close(loss, expected)
+
+
+def test_padding_is_refused(exported):
+    ids = torch.zeros(1, 8, dtype=torch.long)
+    with pytest.raises(ValueError, match="attention_mask has zeros"):
+        exported[2](ids, attention_mask=torch.arange(8)[None] < 5)
+
+
+def test_masks_are_filled_as_our_own_sampler_fills_them(exported, ours):
+    from diffusion import sample
+
+    ids, V = drawn_ids(ours.model.config), ours.model.config.vocab_size
+    generator = torch.Generator().manual_seed(5)
+    filled = sample(ours.model, ids, is_masked=ids == V, mask_id=V, generator=generator, steps=4)
+    assert torch.equal(exported[2].fill(ids, seed=5, steps=4), filled.ids)
+
+
+def test_the_code_in_the_folder_is_the_code_of_the_repository(exported):
+    for name in ("model.py", "diffusion.py", "LICENSE"):
+        assert (exported[1] / name).read_bytes() == (ROOT / name).read_bytes()
+
+
+def test_the_rope_tables_of_a_rounded_network_are_made_again_rounded(tmp_path):
+    code = {}
+    source = (ROOT / "tools" / "modeling_nanomdm.py").read_text()
+    source = source.replace("from .diffusion", "from diffusion").replace(
+        "from .model", "from model"
+    )
+    exec(compile(source, "modeling_nanomdm.py", "exec"), code)
+    network = SHAPE | {"vocab_size": 5, "rope_base": 50.0, "rope_rounded": True}
+    wrapper = code["NanoMDMForMaskedLM"](code["NanoMDMConfig"](network=network))
+    expected = wrapper.transformer.cos.clone()
+    wrapper.transformer.cos.zero_()
+    wrapper._init_weights(wrapper.transformer)
+    assert torch.equal(wrapper.transformer.cos, expected) and expected.any()
+
+
+# --- Tokenizers ---------------------------------------------------------------------------------
+
+
+def any_text(kind: str, rng: random.Random) -> str:
+    if kind == "char":
+        return "".join(rng.choices("\nañ€😀 The", k=rng.randrange(30)))
+    ranges = [(32, 127), (0, 0xD800), (0x10000, 0x110000), (9, 14)]
+    return "".join(chr(rng.randrange(*rng.choice(ranges))) for _ in range(rng.randrange(30)))
+
+
+@pytest.mark.parametrize("kind", ["char", "byte", "bpe", "gpt2"])
+def test_any_text_has_our_ids_and_comes_back(kind, request, tmp_path):
+    ours = {
+        "char": lambda: data.CharTokenizer("\nañ€😀 The"),
+        "byte": data.ByteTokenizer,
+        "bpe": lambda: data.BPETokenizer.train(POEM, 280),
+        "gpt2": lambda: request.getfixturevalue("gpt2_tokenizer"),
+    }[kind]()
+    converted = hf_tokenizer.convert(ours, ours.vocab_size)
+    converted.save(str(tmp_path / "tokenizer.json"))
+    about = hf_tokenizer.settings(converted, ours, 32)
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(about))
+    theirs, rng = transformers.AutoTokenizer.from_pretrained(tmp_path), random.Random(7)
+    for _ in range(200):
+        text = any_text(kind, rng)
+        ids = ours.encode(text).tolist()
+        assert theirs(text)["input_ids"] == ids
+        assert theirs.decode(ids) == text
+    given = ours.encode("The").tolist()
+    V = theirs.mask_token_id
+    assert V == ours.vocab_size
+    assert theirs("The[MASK][MASK]The")["input_ids"] == [*given, V, V, *given]
+    assert theirs.eos_token_id == ours.eos
+
+
+def test_a_character_that_is_unknown_is_refused_as_by_ours(exported):
+    with pytest.raises(Exception, match="Missing"):
+        exported[3]("€")
+
+
+# --- The card -----------------------------------------------------------------------------------
+
+
+def words(trained, folder, *more: str) -> list[str]:
+    return [f"checkpoint={trained}/best.pt", f"to={folder}", *more]
+
+
+def test_the_card_has_the_bound_with_its_error_where_it_was_measured(run, trained, tmp_path):
+    of_best = f"checkpoint={trained}/best.pt"
+    assert run("eval.py", of_best, "eval.draws=2", "eval.output=f.json").code == 0
+    assert (
+        run("tools.export", *words(trained, "kings", "figures=f.json", "licence=cc0-1.0")).code == 0
+    )
+    card, loss = (
+        (tmp_path / "kings/README.md").read_text(),
+        json.loads((tmp_path / "f.json").read_text())["loss"],
+    )
+    assert f"{loss['value']:.4f} ± {loss['standard_error']:.4f} nats per token" in card
+    assert "license: cc0-1.0\n" in card and "weights: cc0-1.0; code: MIT" in card
+    refused = run("tools.export", f"checkpoint={trained}/ckpt.pt", "to=other", "figures=f.json")
+    assert refused.code == 2 and "are of" in refused.err
+
+
+def test_the_card_says_how_to_measure_what_is_not_known(exported):
+    path, folder, *_ = exported
+    card, best = (folder / "README.md").read_text(), checkpoint.load(path)["best"]
+    assert f"{best:.4f} nats per token is the lowest of its run" in card
+    assert f"`python eval.py checkpoint={path} eval.output=figures.json` measures it" in card
+    assert "±" not in card and not re.search(r"\{[A-Z]+\}", card)
+
+
+def test_the_card_has_corpus_and_command_but_no_path_of_this_machine(exported):
+    card = (exported[1] / "README.md").read_text()
+    assert "| corpus | kings.txt (sha256 `" in card
+    assert "`python train.py model.n_layer=2" in card and " data.path=kings.txt " in card
+    assert "cache_dir" not in card and "logging" not in card
+
+
+def test_the_example_of_the_card_runs(exported, monkeypatch, capsys):
+    code = re.search(r"```python\n(.*?)```", (exported[1] / "README.md").read_text(), re.S)[1]
+    code = code.replace('"the [MASK][MASK][MASK]" + "[MASK]" * 40', '"The [MASK][MASK]"')
+    _, _, model, tokenizer = exported
+    monkeypatch.setattr(
+        transformers.AutoModelForMaskedLM, "from_pretrained", lambda *_, **__: model
+    )
+    monkeypatch.setattr(transformers.AutoTokenizer, "from_pretrained", lambda *_, **__: tokenizer)
+    exec(code, {})
+    assert re.fullmatch(r"The ..\n", capsys.readouterr().out, re.S)
+
+
+def test_the_example_of_the_page_runs(exported, monkeypatch, capsys):
+    page = (ROOT / "docs" / "interchange.md").read_text()
+    code = re.search(r"```python\n(.*?)```", page, re.S)[1].replace("the king", "The king")
+    _, _, model, tokenizer = exported
+    for name, what in (("AutoModelForMaskedLM", model), ("AutoTokenizer", tokenizer)):
+        monkeypatch.setattr(
+            getattr(transformers, name), "from_pretrained", lambda *_, w=what, **__: w
+        )
+    exec(code, {})
+    assert re.fullmatch(r"The king...\n", capsys.readouterr().out, re.S)
+
+
+@pytest.mark.parametrize("command", commands((ROOT / "docs" / "interchange.md").read_text()))
+def test_a_command_of_the_page_takes_the_settings_that_are_shown(command, monkeypatch):
+    """Up to where it would begin: every key exists, every value is of its type."""
+    module, *words = shlex.split(command.replace("python -m", "python").replace(".py", ""))[1:]
+    received = []
+    config = module.replace(".", "/") if module.startswith("tools") else "config"
+    monkeypatch.setattr("sys.argv", [module, *words])
+    cli.main(lambda config, explicit: received.append(explicit), config)
+    assert received == [{word.split("=")[0] for word in words}]
+
+
+# --- What is refused, and the hub ---------------------------------------------------------------
+
+
+def test_a_folder_that_is_not_empty_is_left_alone(run, trained, tmp_path):
+    (tmp_path / "kings").mkdir()
+    (tmp_path / "kings" / "mine").write_text("dear")
+    result = run("tools.export", *words(trained, "kings"))
+    assert result.code == 2 and "to=kings is there and not empty: name another" in result.err
+    assert [path.name for path in (tmp_path / "kings").iterdir()] == ["mine"]
+
+
+def test_a_failure_leaves_no_folder(run, trained, tmp_path, monkeypatch):
+    monkeypatch.setattr(export, "card", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        run("tools.export", *words(trained, "kings"))
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_autoregressive_model_is_no_masked_one(run, trained, tmp_path):
+    state = checkpoint.load(trained / "best.pt")
+    state["model_config"] = state["model_config"] | {"causal": True}
+    checkpoint.save(tmp_path / "ar.pt", state)
+    result = run("tools.export", "checkpoint=ar.pt", "to=kings")
+    assert result.code == 2 and "ar.pt is autoregressive" in result.err
+
+
+@pytest.mark.parametrize("word", ["push=kings", "push=a/b/c"])
+def test_a_name_that_is_no_repository_is_refused_before_anything_is_done(word, run, trained):
+    result = run("tools.export", *words(trained, "kings", word))
+    assert result.code == 2 and "write OWNER/NAME" in result.err
+
+
+def test_a_push_makes_a_private_repository_and_uploads_the_folder(run, trained, monkeypatch):
+    calls = []
+
+    class Hub:
+        def create_repo(self, *args, **kwargs):
+            calls.append(("create", args, kwargs))
+
+        def upload_folder(self, **kwargs):
+            calls.append(("upload", kwargs))
+
+    import huggingface_hub
+
+    monkeypatch.setattr(huggingface_hub, "HfApi", Hub)
+    assert run("tools.export", *words(trained, "kings")).code == 0
+    assert not calls
+    assert run("tools.export", *words(trained, "pushed", "push=me/kings")).code == 0
+    assert calls == [
+        ("create", ("me/kings",), {"private": True, "exist_ok": True}),
+        ("upload", {"folder_path": "pushed", "repo_id": "me/kings"}),
+    ]

@@ -1,0 +1,129 @@
+"""Other people's weights and tokenizers: found, fetched, memory-mapped, and never executed."""
+
+import json
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+import data
+
+# Steps of a tokenizer.json, and what each is called within a sequence of them.
+PARTS = {"normalizer": "normalizers", "pre_tokenizer": "pretokenizers", "decoder": "decoders"}
+
+
+class Tensors(NamedTuple):
+    """Tensors of memory-mapped files: their shapes, and functions that read them."""
+
+    source: str
+    shapes: dict[str, tuple[int, ...]]
+    read: dict[str, Callable[[], Tensor]]
+
+
+def fetch(source: str, patterns: tuple[str, ...]) -> Path:
+    """The file or folder that `source` is, downloaded if it is the name of a repository."""
+    if Path(source).exists():
+        return Path(source)
+    parts = source.split("/")
+    if len(parts) < 2 or not all(parts):
+        raise ValueError(f"no file or folder {source}: check the name")
+    hub, repository, inside = data.optional("huggingface_hub"), "/".join(parts[:2]), parts[2:]
+    try:
+        if inside:
+            return Path(hub.hf_hub_download(repository, "/".join(inside)))
+        return Path(hub.snapshot_download(repository, allow_patterns=list(patterns)))
+    except Exception as error:  # of the network, the hub or the name
+        reason = str(error).splitlines()[0][:80]
+        raise ValueError(f"{source} is not here, and the hub says: {reason}") from error
+
+
+def open_tensors(source: str, path: Path) -> tuple[Path, Tensors]:
+    """The folder, and the tensors of the file or of all files in it. Raises `ValueError`."""
+    files = [path] if path.is_file() else sorted(path.glob("*.safetensors"))
+    files = files or sorted([*path.glob("*.pth"), *path.glob("*.bin")])
+    if not files:
+        raise ValueError(f"no .safetensors, .pth or .bin in {source}: name a folder with weights")
+    tensors, found = Tensors(source, {}, {}), {}
+    for file in files:
+        for name, (shape, read) in tensors_of(file).items():
+            if name in found:
+                raise ValueError(f"{file.name} and {found[name]} both have {name}: name one file")
+            found[name], tensors.shapes[name], tensors.read[name] = file.name, shape, read
+    return (path if path.is_dir() else path.parent), tensors
+
+
+def open_safetensors(file: Path):
+    library = data.optional("safetensors")
+    try:
+        return library.safe_open(file, framework="pt")
+    except Exception as error:  # the library raises one of its own
+        raise ValueError(f"{file} is damaged ({error}): fetch it again") from error
+
+
+def open_torch(file: Path) -> dict[str, Tensor]:
+    try:
+        state = torch.load(file, mmap=True, map_location="cpu", weights_only=True)
+        state = state.get("model", state)
+        if not all(isinstance(tensor, Tensor) for tensor in state.values()):
+            raise ValueError("not only tensors")
+    except Exception as error:  # a damaged or hostile pickle can fail in any way
+        reason = str(error).splitlines()[0][:80]
+        raise ValueError(f"{file} is damaged or more than plain data ({reason})") from error
+    return state
+
+
+def tensors_of(file: Path) -> dict[str, tuple[tuple[int, ...], Callable[[], Tensor]]]:
+    """The shape of each tensor, and a function that reads it.
+
+    Each opens the file anew: a map that stays would keep in memory all that was read through it.
+    """
+    if file.suffix == ".safetensors":
+        opened = open_safetensors(file)
+        names, shape_of, read = opened.keys(), lambda n: opened.get_slice(n).get_shape(), read_one
+    else:
+        opened = open_torch(file)
+        names, shape_of, read = opened, lambda n: opened[n].shape, lambda f, n: open_torch(f)[n]
+    return {name: (tuple(shape_of(name)), partial(read, file, name)) for name in names}
+
+
+def read_one(file: Path, name: str) -> Tensor:
+    return open_safetensors(file).get_tensor(name)
+
+
+def read_json(path: Path) -> dict:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"cannot read {path} ({error}): fetch the weights again") from error
+
+
+# --- Tokenizers ---------------------------------------------------------------------------------
+
+
+def read_tokenizer(path: Path, vocab_size: int, mask: int) -> dict:
+    """The state of the tokenizer.json in a folder, for a network of so many tokens.
+
+    `mask` is the id that the file has for the mask.
+
+    Llama's puts a space before every text; that is left out, so that pieces of a text can be put
+    together, and a text comes back as it was.
+    """
+    file = path / "tokenizer.json" if path.is_dir() else path
+    if not file.is_file():
+        raise ValueError(f"no tokenizer.json in {path}: name a folder that has one by tokenizer=")
+    spec, beside = read_json(file), file.with_name("tokenizer_config.json")
+    for key, inner in PARTS.items():
+        whole = spec.get(key)
+        parts = whole.get(inner, [whole]) if whole else []
+        parts = [part for part in parts if part["type"] not in ("Prepend", "Strip")]
+        for part in parts:
+            if part["type"] == "Metaspace":
+                part["prepend_scheme"] = "never"
+        spec[key] = {"type": "Sequence", inner: parts} if parts else None
+    eos = (read_json(beside) if beside.is_file() else {}).get("eos_token")
+    eos = eos.get("content") if isinstance(eos, dict) else eos
+    tokenizer = data.HFTokenizer(json.dumps(spec), vocab_size, mask)
+    return tokenizer.state() | {"eos": tokenizer.id_of(eos)}
