@@ -13,13 +13,18 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import hydra
+import yaml
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException, OverrideParseException
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from text import visible
+
 ROOT = Path(__file__).resolve().parent
 CONFIGS = ROOT / "configs"
+LINE = 500  # characters, twice: the longest error
+VALUES = 10**4  # in a file of settings
 FREE_TEXT = {
     *("checkpoint", "prompt", "prompt_file", "out_dir", "data.path", "data.dir", "data.cache_dir"),
     *("training.init_from", "sampling.output", "logging.project", "logging.name"),
@@ -125,7 +130,9 @@ def stop(message: str, code: int) -> None:
     """
     if code == 2 and os.environ.get("RANK", "0") != "0":
         time.sleep(10)
-    print("error: " + " ".join(message.split()), file=sys.stderr)
+    line = visible(" ".join(message.split()))  # a damaged file may be quoted in it
+    cut = f"{line[:LINE]} ... {line[-LINE:]}" if len(line) > 2 * LINE else line
+    print(f"error: {cut}", file=sys.stderr)
     sys.exit(code)
 
 
@@ -244,11 +251,29 @@ def experiments(value: str) -> list[str]:
     for name in names:
         if name not in known:
             raise ValueError(f"no experiment {name!r}: choose one of {', '.join(known)}")
+        for key in ("hydra", "defaults"):  # with which Hydra would call what they name
+            if key in _load_experiment(name):
+                raise ValueError(f"experiment {name} sets {key}: an experiment has settings only")
     return names
 
 
 def _load_experiment(name: str) -> dict:
-    return OmegaConf.to_container(OmegaConf.load(CONFIGS / "experiment" / f"{name}.yaml"))
+    return load_yaml(CONFIGS / "experiment" / f"{name}.yaml")
+
+
+def load_yaml(path: Path) -> dict:
+    """The settings in a file, interpolations and all. Raises `ValueError` for one that has none."""
+    try:
+        parts, count = [yaml.safe_load(path.read_bytes())], 0
+        while parts:  # OmegaConf would make copies of what repeats itself by aliases
+            part, count = parts.pop(), count + 1
+            if count > VALUES:
+                raise ValueError("it holds too many values")
+            parts += part.values() if isinstance(part, dict) else ()
+            parts += part if isinstance(part, list) else ()
+        return dict(OmegaConf.to_container(OmegaConf.load(path)))
+    except Exception as error:  # of YAML, of its encoding or of OmegaConf
+        raise ValueError(f"{path} is damaged ({error}): bring it back") from error
 
 
 def quote(text: str) -> str:
@@ -277,7 +302,7 @@ def check_types(values: dict, name: str = "config") -> dict:
 
 
 def load_defaults(name: str = "config") -> dict:
-    defaults = OmegaConf.to_container(OmegaConf.load(CONFIGS / f"{name}.yaml"), resolve=False)
+    defaults = load_yaml(CONFIGS / f"{name}.yaml")
     return {k: v for k, v in defaults.items() if k not in ("hydra", "defaults")}
 
 

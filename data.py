@@ -6,6 +6,7 @@ import io
 import json
 import os
 import pickle
+import pickletools
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,7 +15,8 @@ import torch
 from torch import Generator, Tensor
 
 SPLITS = ("train", "val")
-SCANNED = 2**27  # tokens of a .bin that are checked when it is opened; batches are, when drawn
+META = {"dtype": str, "tokenizer": dict, "tokens": dict, "corpus": str, "sha256": str}
+SCANNED = 2**27  # tokens of train that are checked when it is opened; batches are, when drawn
 
 
 # --- Tokenizers ---------------------------------------------------------------------------------
@@ -29,6 +31,8 @@ class CharTokenizer:
     eos = None
 
     def __init__(self, characters: str):
+        if len(set(characters)) != len(characters) or not characters or not _is_text(characters):
+            raise ValueError("its characters are none, or not all different")
         self.characters, self.vocab_size = characters, len(characters)
         self.ids = {c: i for i, c in enumerate(characters)}
 
@@ -104,6 +108,7 @@ class BPETokenizer(ByteLevel):
     """A byte-level BPE trained on the user's own text, by the `tokenizers` library."""
 
     def __init__(self, serialized: str):
+        check_bpe(serialized)
         self.tokenizer = _optional("tokenizers").Tokenizer.from_str(serialized)
         self.vocab_size = self.tokenizer.get_vocab_size()
         # Byte-level BPEs write each byte as a printable character: GPT-2's table, inverted.
@@ -138,6 +143,28 @@ class BPETokenizer(ByteLevel):
         return {"kind": "bpe", "serialized": self.tokenizer.to_str()}
 
 
+def check_bpe(serialized: str) -> None:
+    """Raise `ValueError` for what is no plain byte-level BPE with the ids 0 ... V - 1.
+
+    The library would also take a regular expression that never ends, or ids without a limit.
+    """
+    spec = json.loads(serialized)
+    before = spec["pre_tokenizer"]
+    others = ("normalizer", "post_processor", "truncation", "padding")
+    plain = before["type"] == "ByteLevel" and not before["add_prefix_space"]
+    if spec["model"]["type"] != "BPE" or not plain or any(spec.get(name) for name in others):
+        raise ValueError("it is no plain byte-level BPE")
+    added = {token["content"]: token["id"] for token in spec["added_tokens"]}
+    ids = (spec["model"]["vocab"] | added).values()
+    if set(map(type, ids)) != {int} or sorted(ids) != list(range(len(ids))):
+        raise ValueError("the ids of its tokens are not 0, 1, 2 and so on")
+
+
+def _is_text(characters: str) -> bool:
+    """Whether it could be written to a file: half a character could not."""
+    return not any("\ud800" <= c <= "\udfff" for c in characters)
+
+
 TOKENIZERS = {
     "char": CharTokenizer,
     "byte": ByteTokenizer,
@@ -151,9 +178,9 @@ def load_tokenizer(state: dict):
     try:
         kind, values = state["kind"], {k: v for k, v in state.items() if k != "kind"}
         return TOKENIZERS[kind](**values)
-    except ValueError:
-        raise
     except Exception as error:  # the tokenizers library raises bare ones
+        if type(error) is ValueError:
+            raise
         raise ValueError(f"no tokenizer of this project ({error!r})") from error
 
 
@@ -308,11 +335,16 @@ def _read_meta(folder: Path, tokenizer: str) -> dict:
     try:
         if (folder / "meta.json").is_file():
             meta = json.loads((folder / "meta.json").read_bytes())
+            for key, kind in META.items():
+                if not isinstance(meta.get(key, kind()), kind):
+                    raise ValueError(f"its {key} is not of type {kind.__name__}")
             if meta["dtype"] not in ("uint16", "uint32"):
                 raise ValueError("no dtype uint16 or uint32")
-            return meta | {"tokenizer": dict(meta["tokenizer"])}
+            if not (meta.get("corpus", "") + meta.get("sha256", "")).isprintable():
+                raise ValueError("its names hold control characters")
+            return meta | {"tokenizer": meta["tokenizer"]}
         if (folder / "meta.pkl").is_file():
-            itos = PlainUnpickler(io.BytesIO((folder / "meta.pkl").read_bytes())).load()["itos"]
+            itos = read_plain_pickle((folder / "meta.pkl").read_bytes())["itos"]
             characters = "".join(itos[i] for i in range(len(itos)))
             return {"dtype": "uint16", "tokenizer": {"kind": "char", "characters": characters}}
     except Exception as error:  # a damaged pickle or JSON can fail in any way
@@ -327,8 +359,16 @@ def _read_meta(folder: Path, tokenizer: str) -> dict:
     return {"dtype": "uint16", "tokenizer": {"kind": tokenizer}}
 
 
+def read_plain_pickle(content: bytes):
+    """What nanoGPT's meta.pkl holds: dicts, strings and numbers. Raises for anything else."""
+    for opcode, value, _ in pickletools.genops(content):
+        if "PUT" in opcode.name and value > len(content):  # pickle makes a table of this size
+            raise pickle.UnpicklingError("it counts more values than it has")
+    return PlainUnpickler(io.BytesIO(content)).load()
+
+
 class PlainUnpickler(pickle.Unpickler):
-    """Reads nanoGPT's meta.pkl: dicts, strings and numbers. Refuses whatever could run code."""
+    """Refuses whatever could run code."""
 
     def find_class(self, module: str, name: str):
         raise pickle.UnpicklingError(f"it wants to load {module}.{name}")
@@ -339,7 +379,8 @@ def _open_split(folder: Path, split: str, meta: dict, vocab_size: int) -> np.nda
     if whole.is_file() and shards:
         raise ValueError(f"{folder} has both {whole.name} and {shards[0].name}: remove one of them")
     paths = shards or [whole]
-    parts = [_open_bin(path, meta["dtype"], vocab_size, SCANNED // len(paths)) for path in paths]
+    scanned = SCANNED // len(paths) if split == "train" else None  # all of val, which is read whole
+    parts = [_open_bin(path, meta["dtype"], vocab_size, scanned) for path in paths]
     tokens = Shards(parts) if shards else parts[0]
     if len(tokens) != meta.get("tokens", {}).get(split, len(tokens)):
         name = f"{split}_*.bin" if shards else whole.name
@@ -350,7 +391,7 @@ def _open_split(folder: Path, split: str, meta: dict, vocab_size: int) -> np.nda
     return tokens
 
 
-def _open_bin(path: Path, dtype: str, vocab_size: int, scanned: int) -> np.ndarray:
+def _open_bin(path: Path, dtype: str, vocab_size: int, scanned: int | None) -> np.ndarray:
     if not path.is_file():
         raise ValueError(f"{path} is missing: prepare the data again, or check data.dir")
     tokens, rest = divmod(path.stat().st_size, np.dtype(dtype).itemsize)
