@@ -15,7 +15,10 @@ import torch
 from torch import Generator, Tensor
 
 SPLITS = ("train", "val")
-META = {"dtype": str, "tokenizer": dict, "tokens": dict, "corpus": str, "sha256": str}
+META = {  # of meta.json; a hash of each split (below SCANNED tokens) and of the rest may be missing
+    **{"dtype": str, "tokenizer": dict, "tokens": dict, "corpus": str, "sha256": str},
+    **{"bins": dict, "check": str},
+}
 SCANNED = 2**27  # tokens of train that are checked when it is opened; batches are, when drawn
 
 
@@ -307,7 +310,15 @@ def write_bins(folder: Path, splits: dict[str, np.ndarray], tokenizer, about: di
         write_atomically(folder / f"{split}.bin", ids.astype(dtype).tobytes())
     counts = {split: len(ids) for split, ids in splits.items()}
     meta = about | {"dtype": dtype, "tokens": counts, "tokenizer": tokenizer.state()}
+    meta["bins"] = {split: sha256_of(ids.astype(dtype)) for split, ids in splits.items()}
+    meta["check"] = digest(meta)
     write_atomically(folder / "meta.json", json.dumps(meta, indent=1).encode())
+
+
+def digest(meta: dict) -> str:
+    """A hash of a meta.json but for its own `check`, whatever the order of the keys."""
+    rest = {key: value for key, value in meta.items() if key != "check"}
+    return sha256_of(json.dumps(rest, sort_keys=True).encode())
 
 
 def open_bins(folder: Path, tokenizer: str = "char", trained: object | None = None) -> Corpus:
@@ -340,6 +351,8 @@ def _read_meta(folder: Path, tokenizer: str) -> dict:
                     raise ValueError(f"its {key} is not of type {kind.__name__}")
             if meta["dtype"] not in ("uint16", "uint32"):
                 raise ValueError("no dtype uint16 or uint32")
+            if meta.get("check", expected := digest(meta)) != expected:
+                raise ValueError("its checksum is wrong")
             if not (meta.get("corpus", "") + meta.get("sha256", "")).isprintable():
                 raise ValueError("its names hold control characters")
             return meta | {"tokenizer": meta["tokenizer"]}
@@ -388,6 +401,13 @@ def _open_split(folder: Path, split: str, meta: dict, vocab_size: int) -> np.nda
             f"{folder / name} is cut: {len(tokens)} tokens, not the {meta['tokens'][split]} of the "
             "meta file: prepare the data again"
         )
+    expected = meta.get("bins", {}).get(split)
+    if (
+        expected
+        and len(tokens) <= SCANNED
+        and sha256_of(np.ascontiguousarray(tokens[:])) != expected
+    ):
+        raise ValueError(f"{folder}: the checksum of {split} is wrong: prepare the data again")
     return tokens
 
 
@@ -413,5 +433,5 @@ def write_atomically(path: Path, content: bytes) -> None:
         part.unlink(missing_ok=True)
 
 
-def sha256_of(content: bytes) -> str:
+def sha256_of(content: bytes | np.ndarray) -> str:
     return hashlib.sha256(content).hexdigest()
