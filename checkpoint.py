@@ -152,7 +152,7 @@ OPCODES = {  # of plain values and their containers, as torch.save writes them
     *("TUPLE1", "TUPLE2", "TUPLE3", "APPEND", "APPENDS", "SETITEM", "SETITEMS", "BINPUT"),
     *("LONG_BINPUT", "BINGET", "LONG_BINGET", "GLOBAL", "REDUCE", "BUILD", "BINPERSID"),
 }
-DEPTH, VALUES = 50, 10**6  # of nested containers and what they hold, at most
+DEPTH, VALUES = 50, 2 * 10**5  # of nested containers and what they hold, at most
 
 
 class Stored(NamedTuple):

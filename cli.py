@@ -264,14 +264,16 @@ def _load_experiment(name: str) -> dict:
 def load_yaml(path: Path) -> dict:
     """The settings in a file, interpolations and all. Raises `ValueError` for one that has none."""
     try:
-        parts, count = [yaml.safe_load(path.read_bytes())], 0
+        parts, count = [values := yaml.safe_load(path.read_bytes())], 0
+        if not isinstance(values, dict):
+            raise ValueError("it holds no settings")
         while parts:  # OmegaConf would make copies of what repeats itself by aliases
             part, count = parts.pop(), count + 1
             if count > VALUES:
                 raise ValueError("it holds too many values")
             parts += part.values() if isinstance(part, dict) else ()
             parts += part if isinstance(part, list) else ()
-        return dict(OmegaConf.to_container(OmegaConf.load(path)))
+        return OmegaConf.to_container(OmegaConf.load(path))
     except Exception as error:  # of YAML, of its encoding or of OmegaConf
         raise ValueError(f"{path} is damaged ({error}): bring it back") from error
 

@@ -146,19 +146,27 @@ class BPETokenizer(ByteLevel):
         return {"kind": "bpe", "serialized": self.tokenizer.to_str()}
 
 
+AROUND_BPE = ("normalizer", "post_processor", "truncation", "padding")
+WITHIN_BPE = (
+    *("dropout", "unk_token", "fuse_unk", "continuing_subword_prefix", "end_of_word_suffix"),
+    *("byte_fallback", "ignore_merges"),
+)
+
+
 def check_bpe(serialized: str) -> None:
     """Raise `ValueError` for what is no plain byte-level BPE with the ids 0 ... V - 1.
 
-    The library would also take a regular expression that never ends, or ids without a limit.
+    The library would also take a regular expression that never ends or ids without a limit, and
+    ends the process for a prefix that is longer than a token.
     """
     spec = json.loads(serialized)
-    before = spec["pre_tokenizer"]
-    others = ("normalizer", "post_processor", "truncation", "padding")
-    plain = before["type"] == "ByteLevel" and not before["add_prefix_space"]
-    if spec["model"]["type"] != "BPE" or not plain or any(spec.get(name) for name in others):
+    model, before = spec["model"], spec["pre_tokenizer"]
+    plain = model["type"] == "BPE" and before["type"] == "ByteLevel"
+    others = [before["add_prefix_space"], *(spec.get(name) for name in AROUND_BPE)]
+    if not plain or any(others + [model.get(name) for name in WITHIN_BPE]):
         raise ValueError("it is no plain byte-level BPE")
     added = {token["content"]: token["id"] for token in spec["added_tokens"]}
-    ids = (spec["model"]["vocab"] | added).values()
+    ids = (model["vocab"] | added).values()
     if set(map(type, ids)) != {int} or sorted(ids) != list(range(len(ids))):
         raise ValueError("the ids of its tokens are not 0, 1, 2 and so on")
 

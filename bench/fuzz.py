@@ -332,7 +332,7 @@ KINDS = {
     "meta values": Kind(4, partial(spoil_json, "bins/meta.json"), partial(use_bins, "bins")),
     "nanogpt bytes": Kind(3, partial(spoil_bytes, NANOGPT), partial(use_bins, "nanogpt")),
     "bpe bytes": Kind(2, partial(spoil_bytes, ["bpe.json"]), use_bpe),
-    "bpe values": Kind(2, partial(spoil_json, "bpe.json"), use_bpe),
+    "bpe values": Kind(3, partial(spoil_json, "bpe.json"), use_bpe),
     "settings bytes": Kind(1, partial(spoil_bytes, SETTINGS), use_settings),
     "settings values": Kind(1, spoil_settings, use_settings),
     "metrics bytes": Kind(2, partial(spoil_bytes, ["metrics.jsonl"]), use_metrics),
