@@ -20,6 +20,7 @@ import diffusion
 import text
 from model import ModelConfig, Transformer
 
+PARTS = ("model_config", "tokenizer", "config", "corpus", "ema")  # of a checkpoint
 DATA = dict.fromkeys(("dir", "path", "dataset", "tokenizer", "cache_dir"), str) | {
     "vocab_size": int
 }
@@ -127,6 +128,8 @@ def load(path: str | Path, device: torch.device, resume: bool = False) -> Loaded
             "training.init_from="
         )
     try:
+        if not {type(state[part]) for part in PARTS} == {dict}:
+            raise TypeError(f"{', '.join(PARTS)} are not all there")
         model, tokenizer = build(state), data.load_tokenizer(state["tokenizer"])
         symbols = {tokenizer.vocab_size, model.config.vocab_size}
         printable = (state["corpus"]["name"] + state["corpus"]["sha256"]).isprintable()
