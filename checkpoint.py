@@ -125,9 +125,10 @@ def load(path: str | Path) -> dict:
         raise ValueError(
             f"{path} is not a checkpoint of this project: train one with `python train.py`"
         )
-    if state.get("version") != VERSION:
+    version = state.get("version")
+    if type(version) is not int or version != VERSION:
         raise ValueError(
-            f"{path} has format version {state.get('version')}, this code reads {VERSION}: use the "
+            f"{path} has format version {version}, this code reads {VERSION}: use the "
             "code that wrote it"
         )
     return state
@@ -172,7 +173,7 @@ class Reader(pickle.Unpickler):
     """What torch.save wrote into an archive: tensors, plain values, dicts, lists and tuples."""
 
     def __init__(self, archive: zipfile.ZipFile, limit: int):
-        self.archive, self.entries, self.values = archive, {}, 0
+        self.archive, self.limit, self.entries, self.values, self.copied = archive, limit, {}, 0, 0
         infos = archive.infolist()
         if sum(info.file_size for info in infos) > limit or any(i.compress_type for i in infos):
             raise ValueError("it is larger in memory than on the disk")
@@ -232,7 +233,12 @@ class Reader(pickle.Unpickler):
         count = math.prod(size)
         if count > len(content) or (count and last >= len(content)):
             raise ValueError("a tensor is larger than what is stored of it")
-        return content.as_strided(size, stride, stored.offset)
+        tensor = content.as_strided(size, stride, stored.offset)
+        if not tensor.is_contiguous():
+            self.copied += tensor.nbytes
+            if self.copied > self.limit:
+                raise ValueError("it is larger in memory than on the disk")
+        return tensor.contiguous()
 
     def content(self, entry: tuple) -> Tensor:
         """The elements (N,) of an entry of the archive, read once, finite, their checksum right."""

@@ -168,7 +168,7 @@ def resumed(stored: dict, config: Section, explicit: set[str], whole: bool) -> S
     Raises `ValueError` where one of them would make it another run; with `whole`, also where a
     setting that is not among them is not what it was.
     """
-    result, fixed = section(_over(stored, config.as_dict())), FIXED
+    result, fixed = section(check_types(_over(stored, config.as_dict()))), FIXED
     if whole:
         explicit, fixed = explicit | set(REPEATED), FIXED + REPEATED
     for key in sorted(explicit):
@@ -189,6 +189,8 @@ def resumed(stored: dict, config: Section, explicit: set[str], whole: bool) -> S
 
 def _over(stored: dict, values: dict) -> dict:
     """The stored settings; those that an older version had not, from `values`."""
+    if not isinstance(stored, dict):
+        raise ValueError(f"the checkpoint's settings are damaged: {stored!r} is no section")
     return {
         key: _over(stored.get(key, {}), new) if isinstance(new, dict) else stored.get(key, new)
         for key, new in values.items()

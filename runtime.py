@@ -94,6 +94,12 @@ def compile_parts(model: Transformer) -> None:
         model.cross_entropy = torch.compile(model.cross_entropy, fullgraph=True, dynamic=False)
 
 
+def failed_to_compile(error: RuntimeError) -> bool:
+    from torch._dynamo.exc import TorchDynamoException  # a second, which few commands need
+
+    return isinstance(error, TorchDynamoException)
+
+
 def move(ids: Tensor, device: torch.device) -> Tensor:
     """ids on the device, by a copy that a GPU's queue need not be empty for."""
     return (
@@ -136,6 +142,8 @@ def load(path: str | Path, device: torch.device, resume: bool = False) -> Loaded
         kinds = [type(state["config"]["data"]), type(state["step"])]
         if len(symbols) > 1 or not printable or kinds != [dict, int]:
             raise TypeError("its parts do not fit each other")
+        if resume:
+            check_resumable(state)
         return Loaded(model.to(device).eval(), tokenizer, state["config"], state)
     except ValueError as error:
         raise ValueError(f"{path} cannot be used: {error}") from error
@@ -144,6 +152,14 @@ def load(path: str | Path, device: torch.device, resume: bool = False) -> Loaded
         raise ValueError(
             f"{path} holds no model of this version ({reason}): train again"
         ) from error
+
+
+def check_resumable(state: dict) -> None:
+    """Raise for what train.py could not go on from, beside moments, which `optim` looks at."""
+    shapes = [{k: v.shape for k, v in state[name].items()} for name in ("ema", "model")]
+    numbers = [state["best"], *state.get("meter", {}).values()]
+    if shapes[0] != shapes[1] or not all(type(number) in (int, float) for number in numbers):
+        raise TypeError("its weights, or the figures so far, are not what they were")
 
 
 def build(state: dict) -> Transformer:

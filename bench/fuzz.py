@@ -41,6 +41,7 @@ from model import ModelConfig, Transformer
 
 TEXT = "To be, or not to be: that is the question.\n" * 8
 CPU = torch.device("cpu")
+CHARACTERS = data.CharTokenizer("".join(sorted(set(TEXT))))
 
 
 # --- Damage --------------------------------------------------------------------------------------
@@ -126,10 +127,9 @@ def any_value_or_tensor(random: Random):
 # --- Sound files ---------------------------------------------------------------------------------
 
 
-def sound_state() -> dict:
+def sound_state(tokenizer: data.CharTokenizer | data.ByteTokenizer = CHARACTERS) -> dict:
     """What train.py saves, of a network as small as they come, after one step of its optimizer."""
     torch.manual_seed(0)
-    tokenizer = data.CharTokenizer("".join(sorted(set(TEXT))))
     config = ModelConfig(tokenizer.vocab_size, block_size=16, n_layer=1, n_head=2, n_embd=8)
     model = Transformer(config)
     optimizer = stepped(model)
@@ -142,7 +142,7 @@ def sound_state() -> dict:
         "best": 4.2,
         "ema": model.state_dict(),
         "model": model.state_dict(),
-        "loss_avg": torch.tensor(4.2),
+        "meter": optim.Meter(CPU).state(),
         "optimizer": optimizer.state_dict(),
     }
 
@@ -161,7 +161,7 @@ def stepped(model: Transformer, state: list | None = None) -> optim.Optimizers:
 def write_sound(folder: Path) -> None:
     """Every file that is damaged, as it should be."""
     checkpoint.save(folder / "ckpt.pt", sound_state())
-    tokenizer = data.CharTokenizer("".join(sorted(set(TEXT))))
+    tokenizer = CHARACTERS
     splits = {"train": tokenizer.encode(TEXT[:300]), "val": tokenizer.encode(TEXT[300:])}
     data.write_bins(folder / "bins", splits, tokenizer, {"corpus": "question", "sha256": "0" * 64})
     (folder / "nanogpt").mkdir()
@@ -197,11 +197,12 @@ def use_checkpoint(folder: Path):
 
 
 def use_run(folder: Path):
-    """What a resumed run takes from the checkpoint beside the weights."""
-    loaded = runtime.load(folder / "ckpt.pt", CPU)
+    """What a resumed run takes from the checkpoint beside the averaged weights."""
+    loaded = runtime.load(folder / "ckpt.pt", CPU, resume=True)
     config = cli.section(cli.load_defaults())
-    resumed = cli.resumed(loaded.config, config, {"training.max_iters"}, ("model.",))
-    return resumed.as_dict(), stepped(loaded.model, loaded.state.get("optimizer")).state_dict()
+    resumed = cli.resumed(loaded.config, config, {"training.max_iters"}, whole=False)
+    loaded.model.load_state_dict(loaded.state["model"])
+    return resumed.as_dict(), stepped(loaded.model, loaded.state["optimizer"]).state_dict()
 
 
 def use_bins(name: str, folder: Path):
@@ -321,7 +322,7 @@ BINS = ["bins/train.bin", "bins/val.bin", "bins/meta.json"]
 NANOGPT = ["nanogpt/train.bin", "nanogpt/val.bin", "nanogpt/meta.pkl"]
 SETTINGS = ["configs/config.yaml", "configs/experiment/medium.yaml"]
 STATE = ["model_config", "tokenizer", "config", "corpus", "step", "ema"]
-RUN = ["optimizer", "config", "model_config"]
+RUN = ["optimizer", "optimizer", "config", "model", "best", "meter"]
 KINDS = {
     "checkpoint bytes": Kind(8, partial(spoil_bytes, ["ckpt.pt"]), use_checkpoint, checked=True),
     "checkpoint values": Kind(4, partial(spoil_state, STATE), use_checkpoint),

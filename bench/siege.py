@@ -17,7 +17,7 @@ import threading
 import time
 from collections import Counter, defaultdict
 from collections.abc import Callable
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from random import Random
 from tempfile import TemporaryDirectory
@@ -25,6 +25,7 @@ from typing import NamedTuple
 
 import checkpoint
 import cli
+import data
 import report
 from bench.fuzz import sound_state
 from cli import Section
@@ -59,7 +60,8 @@ class Target(NamedTuple):
         """Send bytes and read to the end of the connection."""
         try:
             with self.connection() as connection:
-                connection.sendall(request)
+                with suppress(ConnectionError):  # it may be refused before all of it is sent
+                    connection.sendall(request)
                 return read_answer(connection)
         except TimeoutError:
             return Answer("hung")
@@ -67,18 +69,18 @@ class Target(NamedTuple):
             return Answer("cut off")
 
     def drip(self, request: bytes, more: bytes) -> Answer:
-        """Send bytes, and then `more` of them, one each half second, until it is cut off."""
+        """Send bytes, and then `more` of them each half second, until it is cut off."""
         try:
             with self.connection() as connection:
                 connection.sendall(request)
                 connection.settimeout(0.5)
-                for number in range(int(2 * HUNG)):
+                for _ in range(int(2 * HUNG)):
                     if time.monotonic() > self.until:
                         return Answer("left")
                     try:
                         return read_answer(connection)
                     except TimeoutError:
-                        connection.sendall(more[number % len(more) :][:1])
+                        connection.sendall(more)
             return Answer("hung")
         except OSError:
             return Answer("cut off")
@@ -328,6 +330,8 @@ def attack(target: Target, log: Log, random: Random, names: list[str]) -> None:
             answer = ATTACKS[name].run(target, random)
         except OSError:  # of its own sockets, refused or reset
             answer = Answer("cut off")
+        except Exception as error:  # of the siege itself, or an answer that is no HTTP
+            answer = Answer(f"unsafe ({error!r})")
         log.add(name, answer, time.perf_counter() - start)
 
 
@@ -335,7 +339,7 @@ def attack(target: Target, log: Log, random: Random, names: list[str]) -> None:
 def demo():
     """A demo of a tiny model on a free port, as a process: (process, port)."""
     with TemporaryDirectory() as folder:
-        checkpoint.save(Path(folder, "ckpt.pt"), sound_state())
+        checkpoint.save(Path(folder, "ckpt.pt"), sound_state(data.ByteTokenizer()))
         words = [f"checkpoint={folder}/ckpt.pt", "port=0", "device=cpu", "seconds=10"]
         command = [sys.executable, "-m", "tools.demo", *words]
         process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
