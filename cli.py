@@ -83,6 +83,7 @@ def main(script: Callable[[Section, set[str]], None], config: str = "config") ->
     text, and no sweeps.
     """
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra passes errors on, instead of printing five lines
+    sys.stdout.reconfigure(errors="backslashreplace")  # for terminals that lack a letter
     path = CONFIGS / f"{config}.yaml"
     decorate = hydra.main(version_base="1.3", config_path=str(path.parent), config_name=path.stem)
 

@@ -2,6 +2,7 @@
 
 import ast
 import importlib
+import io
 import json
 import os
 import pickle
@@ -54,6 +55,7 @@ ALLOWED = {  # tests that show that a payload is live, and shells that a user's 
     ("test_checkpoint.py", "torch.load"),
     ("test_hostile.py", "torch.load"),
     ("test_cli.py", "shell=True"),
+    ("test_export.py", "trust_remote_code=True"),  # of a folder that the test has made
 }
 
 
@@ -77,7 +79,8 @@ def dangers(path: Path) -> set[str]:
         if trusting not in ("False", "config.trust_remote_code"):
             found.add("trust_remote_code=True")
         told = "trust_remote_code" in options or None in options  # as a keyword, or within **
-        if name.startswith("Auto") and name.endswith(".from_pretrained") and not told:
+        automatic = re.search(r"\bAuto\w+\.from_pretrained$", name)
+        if automatic and not told and not path.name.startswith("test_"):
             found.add(f"{name} without trust_remote_code=False")
     return {what for what in found if (path.name, what) not in ALLOWED}
 
@@ -290,6 +293,17 @@ def test_a_sample_with_control_characters_reaches_files_but_no_terminal(
     words = ("checkpoint=ckpt.pt", "prompt=\x1bING", "sampling.steps=2", "system.device=cpu")
     out = run("sample.py", *words).out
     assert ("\x1bING" in out, r"\x1bING" in out) == (not terminal, terminal)
+
+
+def test_a_letter_that_the_terminal_lacks_is_written_out(run, trained, tmp_path, monkeypatch):
+    state = checkpoint.load(trained / "ckpt.pt")
+    letters = state["tokenizer"]["characters"]
+    state["tokenizer"]["characters"] = letters.replace("K", "é")
+    checkpoint.save(tmp_path / "ckpt.pt", state)
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(buffer := io.BytesIO(), encoding="ascii"))
+    words = ("checkpoint=ckpt.pt", "prompt=éING", "sampling.steps=2", "system.device=cpu")
+    assert run("sample.py", *words).code == 0
+    assert rb"\xe9ING" in buffer.getvalue()
 
 
 @pytest.mark.parametrize("key", ["corpus", "sha256"])
