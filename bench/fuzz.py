@@ -18,7 +18,7 @@ import zipfile
 from collections import Counter
 from collections.abc import Callable
 from contextlib import contextmanager
-from functools import partial
+from functools import cache, partial
 from hashlib import sha256
 from pathlib import Path
 from random import Random
@@ -116,6 +116,11 @@ def _many(value) -> bool:
     return isinstance(value, list | tuple)
 
 
+@cache
+def defaults() -> dict:
+    return cli.load_defaults()
+
+
 def any_value(random: Random):
     return random.choice(HOSTILE)
 
@@ -136,7 +141,7 @@ def sound_state(tokenizer: data.CharTokenizer | data.ByteTokenizer = CHARACTERS)
     return {
         "model_config": vars(config),
         "tokenizer": tokenizer.state(),
-        "config": cli.load_defaults(),
+        "config": defaults(),
         "corpus": {"name": "question", "sha256": data.sha256_of(TEXT.encode())},
         "step": 1,
         "best": 4.2,
@@ -190,7 +195,7 @@ def use_checkpoint(folder: Path):
     prompt = torch.from_numpy(loaded.tokenizer.encode(loaded.tokenizer.decode([0])))[None]
     length = min(loaded.model.config.block_size, 16)
     canvas = torch.nn.functional.pad(prompt, (0, length - 1))[:, :length]
-    settings = runtime.sampling(cli.section(cli.load_defaults()["sampling"]), loaded.model)
+    settings = runtime.sampling(cli.section(defaults()["sampling"]), loaded.model)
     is_masked = torch.arange(length)[None] > 0
     filled = runtime.fill(loaded.model, canvas, is_masked, settings, runtime.generator(1, "sample"))
     return loaded.state, loaded.tokenizer.decode(filled.ids[0].tolist())
@@ -199,7 +204,7 @@ def use_checkpoint(folder: Path):
 def use_run(folder: Path):
     """What a resumed run takes from the checkpoint beside the averaged weights."""
     loaded = runtime.load(folder / "ckpt.pt", CPU, resume=True)
-    config = cli.section(cli.load_defaults())
+    config = cli.section(defaults())
     resumed = cli.resumed(loaded.config, config, {"training.max_iters"}, whole=False)
     loaded.model.load_state_dict(loaded.state["model"])
     return resumed.as_dict(), stepped(loaded.model, loaded.state["optimizer"]).state_dict()
