@@ -13,13 +13,18 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import hydra
+import yaml
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException, OverrideParseException
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from text import visible
+
 ROOT = Path(__file__).resolve().parent
 CONFIGS = ROOT / "configs"
+LINE = 500  # characters, twice: the longest error
+VALUES = 10**4  # in a file of settings
 FREE_TEXT = {
     *("checkpoint", "prompt", "prompt_file", "out_dir", "data.path", "data.dir", "data.cache_dir"),
     *("training.init_from", "sampling.output", "logging.project", "logging.name"),
@@ -78,6 +83,7 @@ def main(script: Callable[[Section, set[str]], None], config: str = "config") ->
     text, and no sweeps.
     """
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra passes errors on, instead of printing five lines
+    sys.stdout.reconfigure(errors="backslashreplace")  # for terminals that lack a letter
     path = CONFIGS / f"{config}.yaml"
     decorate = hydra.main(version_base="1.3", config_path=str(path.parent), config_name=path.stem)
 
@@ -125,7 +131,9 @@ def stop(message: str, code: int) -> None:
     """
     if code == 2 and os.environ.get("RANK", "0") != "0":
         time.sleep(10)
-    print("error: " + " ".join(message.split()), file=sys.stderr)
+    line = visible(" ".join(message.split()))  # a damaged file may be quoted in it
+    cut = f"{line[:LINE]} ... {line[-LINE:]}" if len(line) > 2 * LINE else line
+    print(f"error: {cut}", file=sys.stderr)
     sys.exit(code)
 
 
@@ -161,7 +169,7 @@ def resumed(stored: dict, config: Section, explicit: set[str], whole: bool) -> S
     Raises `ValueError` where one of them would make it another run; with `whole`, also where a
     setting that is not among them is not what it was.
     """
-    result, fixed = section(_over(stored, config.as_dict())), FIXED
+    result, fixed = section(check_types(_over(stored, config.as_dict()))), FIXED
     if whole:
         explicit, fixed = explicit | set(REPEATED), FIXED + REPEATED
     for key in sorted(explicit):
@@ -182,6 +190,8 @@ def resumed(stored: dict, config: Section, explicit: set[str], whole: bool) -> S
 
 def _over(stored: dict, values: dict) -> dict:
     """The stored settings; those that an older version had not, from `values`."""
+    if not isinstance(stored, dict):
+        raise ValueError(f"the checkpoint's settings are damaged: {stored!r} is no section")
     return {
         key: _over(stored.get(key, {}), new) if isinstance(new, dict) else stored.get(key, new)
         for key, new in values.items()
@@ -244,11 +254,31 @@ def experiments(value: str) -> list[str]:
     for name in names:
         if name not in known:
             raise ValueError(f"no experiment {name!r}: choose one of {', '.join(known)}")
+        for key in ("hydra", "defaults"):  # with which Hydra would call what they name
+            if key in _load_experiment(name):
+                raise ValueError(f"experiment {name} sets {key}: an experiment has settings only")
     return names
 
 
 def _load_experiment(name: str) -> dict:
-    return OmegaConf.to_container(OmegaConf.load(CONFIGS / "experiment" / f"{name}.yaml"))
+    return load_yaml(CONFIGS / "experiment" / f"{name}.yaml")
+
+
+def load_yaml(path: Path) -> dict:
+    """The settings in a file, interpolations and all. Raises `ValueError` for one that has none."""
+    try:
+        parts, count = [values := yaml.safe_load(path.read_bytes())], 0
+        if not isinstance(values, dict):
+            raise ValueError("it holds no settings")
+        while parts:  # OmegaConf would make copies of what repeats itself by aliases
+            part, count = parts.pop(), count + 1
+            if count > VALUES:
+                raise ValueError("it holds too many values")
+            parts += part.values() if isinstance(part, dict) else ()
+            parts += part if isinstance(part, list) else ()
+        return OmegaConf.to_container(OmegaConf.load(path))
+    except Exception as error:  # of YAML, of its encoding or of OmegaConf
+        raise ValueError(f"{path} is damaged ({error}): bring it back") from error
 
 
 def quote(text: str) -> str:
@@ -277,7 +307,7 @@ def check_types(values: dict, name: str = "config") -> dict:
 
 
 def load_defaults(name: str = "config") -> dict:
-    defaults = OmegaConf.to_container(OmegaConf.load(CONFIGS / f"{name}.yaml"), resolve=False)
+    defaults = load_yaml(CONFIGS / f"{name}.yaml")
     return {k: v for k, v in defaults.items() if k not in ("hydra", "defaults")}
 
 

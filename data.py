@@ -6,6 +6,7 @@ import io
 import json
 import os
 import pickle
+import pickletools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +17,11 @@ from torch import Generator, Tensor
 
 SPLITS = ("train", "val")
 EOT = "<|endoftext|>"  # the special token that ends a document, where a BPE has one
-SCANNED = 2**27  # tokens of a .bin that are checked when it is opened; batches are, when drawn
+META = {  # of meta.json; a hash of each split (below SCANNED tokens) and of the rest may be missing
+    **{"dtype": str, "tokenizer": dict, "tokens": dict, "corpus": str, "sha256": str},
+    **{"bins": dict, "check": str},
+}
+SCANNED = 2**27  # tokens of train that are checked when it is opened; batches are, when drawn
 
 
 # --- Tokenizers ---------------------------------------------------------------------------------
@@ -31,6 +36,8 @@ class CharTokenizer:
     eos = None
 
     def __init__(self, characters: str):
+        if len(set(characters)) != len(characters) or not characters or not _is_text(characters):
+            raise ValueError("its characters are none, or not all different")
         self.characters, self.vocab_size = characters, len(characters)
         self.ids = {c: i for i, c in enumerate(characters)}
 
@@ -113,6 +120,7 @@ class BPETokenizer(ByteLevel):
     """A byte-level BPE trained on the user's own text, by the `tokenizers` library."""
 
     def __init__(self, serialized: str):
+        check_bpe(serialized)
         self.tokenizer = optional("tokenizers").Tokenizer.from_str(serialized)
         self.tokenizer.encode_special_tokens = True  # a text that spells one is text
         self.vocab_size, self.eos = self.tokenizer.get_vocab_size(), self.tokenizer.token_to_id(EOT)
@@ -195,6 +203,36 @@ class HFTokenizer(ByteLevel):
         return {"kind": "hf"} | {name: getattr(self, name) for name in names}
 
 
+AROUND_BPE = ("normalizer", "post_processor", "truncation", "padding")
+WITHIN_BPE = (
+    *("dropout", "unk_token", "fuse_unk", "continuing_subword_prefix", "end_of_word_suffix"),
+    *("byte_fallback", "ignore_merges"),
+)
+
+
+def check_bpe(serialized: str) -> None:
+    """Raise `ValueError` for what is no plain byte-level BPE with the ids 0 ... V - 1.
+
+    The library would also take a regular expression that never ends or ids without a limit, and
+    ends the process for a prefix that is longer than a token.
+    """
+    spec = json.loads(serialized)
+    model, before = spec["model"], spec["pre_tokenizer"]
+    plain = model["type"] == "BPE" and before["type"] == "ByteLevel"
+    others = [before["add_prefix_space"], *(spec.get(name) for name in AROUND_BPE)]
+    if not plain or any(others + [model.get(name) for name in WITHIN_BPE]):
+        raise ValueError("it is no plain byte-level BPE")
+    added = {token["content"]: token["id"] for token in spec["added_tokens"]}
+    ids = (model["vocab"] | added).values()
+    if set(map(type, ids)) != {int} or sorted(ids) != list(range(len(ids))):
+        raise ValueError("the ids of its tokens are not 0, 1, 2 and so on")
+
+
+def _is_text(characters: str) -> bool:
+    """Whether it could be written to a file: half a character could not."""
+    return not any("\ud800" <= c <= "\udfff" for c in characters)
+
+
 TOKENIZERS = {
     "char": CharTokenizer,
     "byte": ByteTokenizer,
@@ -209,9 +247,9 @@ def load_tokenizer(state: dict):
     try:
         kind, values = state["kind"], {k: v for k, v in state.items() if k != "kind"}
         return TOKENIZERS[kind](**values)
-    except ValueError:
-        raise
     except Exception as error:  # the tokenizers library raises bare ones
+        if type(error) is ValueError:
+            raise
         raise ValueError(f"no tokenizer of this project ({error!r})") from error
 
 
@@ -339,11 +377,19 @@ def write_bins(folder: Path, splits: dict[str, np.ndarray], tokenizer, about: di
         write_atomically(folder / f"{split}.bin", ids.astype(dtype).tobytes())
     counts = {split: len(ids) for split, ids in splits.items()}
     meta = about | {"dtype": dtype, "tokens": counts, "tokenizer": tokenizer.state()}
+    meta["bins"] = {split: sha256_of(ids.astype(dtype)) for split, ids in splits.items()}
+    meta["check"] = digest(meta)
     write_atomically(folder / "meta.json", json.dumps(meta, indent=1).encode())
 
 
 def dtype_of(vocab_size: int) -> str:
     return "uint16" if vocab_size <= 2**16 else "uint32"
+
+
+def digest(meta: dict) -> str:
+    """A hash of a meta.json but for its own `check`, whatever the order of the keys."""
+    rest = {key: value for key, value in meta.items() if key != "check"}
+    return sha256_of(json.dumps(rest, sort_keys=True).encode())
 
 
 def open_bins(folder: Path, tokenizer: str = "char", trained: object | None = None) -> Corpus:
@@ -371,11 +417,18 @@ def _read_meta(folder: Path, tokenizer: str) -> dict:
     try:
         if (folder / "meta.json").is_file():
             meta = json.loads((folder / "meta.json").read_bytes())
+            for key, kind in META.items():
+                if not isinstance(meta.get(key, kind()), kind):
+                    raise ValueError(f"its {key} is not of type {kind.__name__}")
             if meta["dtype"] not in ("uint16", "uint32"):
                 raise ValueError("no dtype uint16 or uint32")
-            return meta | {"tokenizer": dict(meta["tokenizer"])}
+            if meta.get("check", expected := digest(meta)) != expected:
+                raise ValueError("its checksum is wrong")
+            if not (meta.get("corpus", "") + meta.get("sha256", "")).isprintable():
+                raise ValueError("its names hold control characters")
+            return meta | {"tokenizer": meta["tokenizer"]}
         if (folder / "meta.pkl").is_file():
-            itos = PlainUnpickler(io.BytesIO((folder / "meta.pkl").read_bytes())).load()["itos"]
+            itos = read_plain_pickle((folder / "meta.pkl").read_bytes())["itos"]
             characters = "".join(itos[i] for i in range(len(itos)))
             return {"dtype": "uint16", "tokenizer": {"kind": "char", "characters": characters}}
     except Exception as error:  # a damaged pickle or JSON can fail in any way
@@ -390,8 +443,16 @@ def _read_meta(folder: Path, tokenizer: str) -> dict:
     return {"dtype": "uint16", "tokenizer": {"kind": tokenizer}}
 
 
+def read_plain_pickle(content: bytes):
+    """What nanoGPT's meta.pkl holds: dicts, strings and numbers. Raises for anything else."""
+    for opcode, value, _ in pickletools.genops(content):
+        if "PUT" in opcode.name and value > len(content):  # pickle makes a table of this size
+            raise pickle.UnpicklingError("it counts more values than it has")
+    return PlainUnpickler(io.BytesIO(content)).load()
+
+
 class PlainUnpickler(pickle.Unpickler):
-    """Reads nanoGPT's meta.pkl: dicts, strings and numbers. Refuses whatever could run code."""
+    """Refuses whatever could run code."""
 
     def find_class(self, module: str, name: str):
         raise pickle.UnpicklingError(f"it wants to load {module}.{name}")
@@ -402,7 +463,8 @@ def _open_split(folder: Path, split: str, meta: dict, vocab_size: int) -> np.nda
     if whole.is_file() and shards:
         raise ValueError(f"{folder} has both {whole.name} and {shards[0].name}: remove one of them")
     paths = shards or [whole]
-    parts = [_open_bin(path, meta["dtype"], vocab_size, SCANNED // len(paths)) for path in paths]
+    scanned = SCANNED // len(paths) if split == "train" else None  # all of val, which is read whole
+    parts = [_open_bin(path, meta["dtype"], vocab_size, scanned) for path in paths]
     tokens = Shards(parts) if shards else parts[0]
     if len(tokens) != meta.get("tokens", {}).get(split, len(tokens)):
         name = f"{split}_*.bin" if shards else whole.name
@@ -410,10 +472,17 @@ def _open_split(folder: Path, split: str, meta: dict, vocab_size: int) -> np.nda
             f"{folder / name} is cut: {len(tokens)} tokens, not the {meta['tokens'][split]} of the "
             "meta file: prepare the data again"
         )
+    expected = meta.get("bins", {}).get(split)
+    if (
+        expected
+        and len(tokens) <= SCANNED
+        and sha256_of(np.ascontiguousarray(tokens[:])) != expected
+    ):
+        raise ValueError(f"{folder}: the checksum of {split} is wrong: prepare the data again")
     return tokens
 
 
-def _open_bin(path: Path, dtype: str, vocab_size: int, scanned: int) -> np.ndarray:
+def _open_bin(path: Path, dtype: str, vocab_size: int, scanned: int | None) -> np.ndarray:
     if not path.is_file():
         raise ValueError(f"{path} is missing: prepare the data again, or check data.dir")
     tokens, rest = divmod(path.stat().st_size, np.dtype(dtype).itemsize)
@@ -435,5 +504,5 @@ def write_atomically(path: Path, content: bytes) -> None:
         part.unlink(missing_ok=True)
 
 
-def sha256_of(content: bytes) -> str:
+def sha256_of(content: bytes | np.ndarray) -> str:
     return hashlib.sha256(content).hexdigest()

@@ -1,7 +1,8 @@
 """The denoiser: a transformer that sees the whole sequence and predicts every position of it."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from functools import partial
 
 import torch
 import torch.nn as nn
@@ -12,6 +13,7 @@ from torch.utils.checkpoint import checkpoint
 # On a CPU, PyTorch's fused attention loses to softmax(QK^T)V written out up to this length
 # (docs/LOG.md).
 WRITTEN_OUT_UP_TO = 512
+LONGEST = 2**25  # block_size times the width of a head: the tables of positions take half a GiB
 LOGITS_AT_ONCE = 2**27  # of cross-entropies: half a GiB in float32
 TILES = {"cuda": 64}  # matrix products want their sizes in multiples of it
 
@@ -41,6 +43,10 @@ class ModelConfig:
     causal: bool = False  # the autoregressive control: position i is predicted from those before it
 
     def __post_init__(self):
+        for field in fields(self):
+            value, kind = getattr(self, field.name), field.type
+            if type(value) is not kind and (type(value), kind) != (int, float):
+                raise ValueError(f"model.{field.name}={value!r} is not of type {kind.__name__}")
         for name in ("vocab_size", "block_size", "n_layer", "n_head", "n_embd"):
             if getattr(self, name) < 1:
                 raise ValueError(f"model.{name}={getattr(self, name)} must be at least 1")
@@ -53,6 +59,11 @@ class ModelConfig:
             raise ValueError(
                 f"model.n_embd / model.n_head = {self.head_size} is odd, but rotary embeddings "
                 "turn pairs: choose an even head width"
+            )
+        if self.block_size * self.head_size > LONGEST:
+            raise ValueError(
+                f"model.block_size={self.block_size} is too long: choose at most "
+                f"{LONGEST // self.head_size} for heads of width {self.head_size}"
             )
         if self.conv_width < 0 or (self.conv_width and self.conv_width % 2 == 0):
             raise ValueError(
@@ -87,8 +98,8 @@ def rope_tables(
     Always float32: in bfloat16 the angles of neighbouring positions collapse. `rounded` takes the
     nearest that bfloat16 can say of each cosine and sine, for networks that were trained so.
     """
-    frequencies = base ** (-torch.arange(0, head_size, 2, dtype=torch.float64) / head_size)
-    angles = torch.outer(torch.arange(length, dtype=torch.float64), frequencies)
+    count = partial(torch.arange, dtype=torch.float64, device="cpu")  # even for a meta model
+    angles = torch.outer(count(length), base ** (-count(0, head_size, 2) / head_size))
     cos, sin = angles.cos().float(), angles.sin().float()
     return (cos.bfloat16().float(), sin.bfloat16().float()) if rounded else (cos, sin)
 

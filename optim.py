@@ -11,6 +11,7 @@ from torch import Tensor, nn
 # learning_rate scales both.
 MUON_RATE = 4.0
 AVERAGED = 50  # steps, about, in the running average of the training loss
+MOMENTS = {"AdamW": {"step", "exp_avg", "exp_avg_sq"}, "Muon": {"momentum"}}
 STACKED = {"qkv": 3, "gate_up": 2}  # maps that one matrix of a block holds
 
 
@@ -52,17 +53,33 @@ class Optimizers:
         return [part.state_dict() for part in self.parts]
 
     def load_state_dict(self, states: list[dict]) -> None:
-        """Restore the moments; rates and decay stay as built, for a resumed run may change them."""
-        for part, state in zip(self.parts, states, strict=True):
-            groups = [{k: v for k, v in g.items() if k != "params"} for g in part.param_groups]
-            parameters = [p for group in part.param_groups for p in group["params"]]
-            moments = {
-                i: {k: self.like(v, parameters[i]) for k, v in values.items()}
-                for i, values in state["state"].items()
-            }
-            part.load_state_dict(state | {"state": moments})
-            for group, built in zip(part.param_groups, groups, strict=True):
-                group.update(built)
+        """Restore the moments; rates and decay stay as built, for a resumed run may change them.
+
+        Raises `ValueError` for moments that are not of these optimizers and parameters.
+        """
+        try:
+            for part, state in zip(self.parts, states, strict=True):
+                self._load_part(part, state)
+        except Exception as error:  # a stranger's state can be anything
+            raise ValueError(
+                f"the optimizer's state does not fit the network ({error!r}): start from the "
+                "weights alone by training.init_from="
+            ) from error
+
+    def _load_part(self, part: torch.optim.Optimizer, state: dict) -> None:
+        """PyTorch's fused kernels trust shapes and types: what does not fit breaks the memory."""
+        parameters = [p for group in part.param_groups for p in group["params"]]
+        moments = {}
+        if not isinstance(state, dict):
+            raise ValueError("it is no dict")
+        for i, values in dict(state["state"]).items():
+            p = parameters[i]
+            expected = {k: ((), p.dtype) for k in MOMENTS[type(part).__name__] & {"step"}}
+            expected |= {k: (p.shape, p.dtype) for k in MOMENTS[type(part).__name__] - {"step"}}
+            if i < 0 or {k: (v.shape, v.dtype) for k, v in values.items()} != expected:
+                raise ValueError(f"the moments of parameter {i} are of another")
+            moments[i] = {k: self.like(v, p) for k, v in values.items()}
+        part.load_state_dict(part.state_dict() | {"state": moments})
 
 
 class Muon(torch.optim.Optimizer):

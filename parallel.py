@@ -13,8 +13,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
 KINDS = ("auto", "ddp", "fsdp")
@@ -136,6 +134,8 @@ def shard(model: nn.Module, dtype: torch.dtype) -> nn.Module:
     The weights of a block are gathered while it computes, in `dtype`; what is outside the blocks,
     what flows between them and the sums of gradients are float32, as without shards.
     """
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard  # here: it takes a second
+
     mesh = init_device_mesh(model.device.type, (dist.get_world_size(),))
     policy = MixedPrecisionPolicy(
         param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False
@@ -148,7 +148,7 @@ def shard(model: nn.Module, dtype: torch.dtype) -> nn.Module:
 
 def synchronising(model: nn.Module, last: bool):
     """The context of a micro-batch: gradients are averaged after the `last` of a step only."""
-    if isinstance(model, FSDPModule):
+    if hasattr(model, "set_requires_gradient_sync"):  # it is sharded
         model.set_requires_gradient_sync(last)
     elif isinstance(model, DistributedDataParallel) and not last:
         return model.no_sync()
@@ -195,13 +195,19 @@ def share_rows(nll: Callable) -> Callable:
 
 def whole(tensor: Tensor) -> Tensor:
     """A tensor, gathered if it is sharded. All processes have to ask for it together."""
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+    return tensor.full_tensor() if is_sharded(tensor) else tensor
+
+
+def is_sharded(tensor: Tensor) -> bool:
+    return hasattr(tensor, "full_tensor")  # a DTensor, whose module takes a second to import
 
 
 def like(tensor: Tensor, other: Tensor) -> Tensor:
     """A tensor that all processes have whole, cut as `other` of the same shape is."""
-    if not isinstance(other, DTensor) or tensor.shape != other.shape:
+    if not is_sharded(other) or tensor.shape != other.shape:
         return tensor
+    from torch.distributed.tensor import distribute_tensor
+
     tensor = tensor.to(other.device)
     return distribute_tensor(tensor, other.device_mesh, other.placements, src_data_rank=None)
 

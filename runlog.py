@@ -14,6 +14,8 @@ from types import SimpleNamespace
 from typing import TextIO
 from urllib.parse import urlsplit
 
+from text import visible
+
 
 class RunLog:
     """A training run's log: a progress bar or lines, metrics.jsonl in its folder and W&B if asked.
@@ -65,7 +67,7 @@ class RunLog:
     def samples(self, step: int, texts: list[str]) -> None:
         """Show generated texts, and send them to W&B as a table."""
         for text in texts:
-            self.say(f"--- sample after {step} steps ---\n{text}\n---")
+            self.say(f"--- sample after {step} steps ---\n{visible(text, sys.stdout)}\n---")
         if self.wandb is not None:
             table = import_wandb().Table(["step", "text"], [[step, text] for text in texts])
             self.wandb.log({"samples": table}, step=step)

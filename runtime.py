@@ -20,6 +20,10 @@ import diffusion
 import text
 from model import ModelConfig, Transformer
 
+PARTS = ("model_config", "tokenizer", "config", "corpus", "ema")  # of a checkpoint
+DATA = dict.fromkeys(("dir", "path", "dataset", "tokenizer", "cache_dir"), str) | {
+    "vocab_size": int
+}
 WORTH_COMPILING = 500  # steps on a CPU after which the start-up has been earned back (docs/LOG.md)
 
 
@@ -90,6 +94,12 @@ def compile_parts(model: Transformer) -> None:
         model.cross_entropy = torch.compile(model.cross_entropy, fullgraph=True, dynamic=False)
 
 
+def failed_to_compile(error: RuntimeError) -> bool:
+    from torch._dynamo.exc import TorchDynamoException  # a second, which few commands need
+
+    return isinstance(error, TorchDynamoException)
+
+
 def move(ids: Tensor, device: torch.device) -> Tensor:
     """ids on the device, by a copy that a GPU's queue need not be empty for."""
     return (
@@ -124,23 +134,65 @@ def load(path: str | Path, device: torch.device, resume: bool = False) -> Loaded
             "training.init_from="
         )
     try:
-        model = Transformer(ModelConfig(**state["model_config"]))
-        model.load_state_dict(state["ema"])
-        tokenizer = data.load_tokenizer(state["tokenizer"])
+        if not {type(state[part]) for part in PARTS} == {dict}:
+            raise TypeError(f"{', '.join(PARTS)} are not all there")
+        model, tokenizer = build(state), data.load_tokenizer(state["tokenizer"])
+        symbols = {tokenizer.vocab_size, model.config.vocab_size}
+        printable = (state["corpus"]["name"] + state["corpus"]["sha256"]).isprintable()
+        kinds = [type(state["config"]["data"]), type(state["step"])]
+        if len(symbols) > 1 or not printable or kinds != [dict, int]:
+            raise TypeError("its parts do not fit each other")
+        if resume:
+            check_resumable(state)
         return Loaded(model.to(device).eval(), tokenizer, state["config"], state)
-    except (KeyError, TypeError, RuntimeError) as error:
-        raise ValueError(f"{path} holds no model of this version ({error}): train again") from error
+    except ValueError as error:
+        raise ValueError(f"{path} cannot be used: {error}") from error
+    except Exception as error:  # a checkpoint may come from anywhere and hold anything
+        reason = f"{type(error).__name__}: {error}"[:200]
+        raise ValueError(
+            f"{path} holds no model of this version ({reason}): train again"
+        ) from error
 
 
-def load_corpus(settings: dict, trained: object | None = None) -> data.Corpus:
+def check_resumable(state: dict) -> None:
+    """Raise for what train.py could not go on from, beside moments, which `optim` looks at."""
+    shapes = [{k: v.shape for k, v in state[name].items()} for name in ("ema", "model")]
+    numbers = [state["best"], *state.get("meter", {}).values()]
+    if shapes[0] != shapes[1] or not all(type(number) in (int, float) for number in numbers):
+        raise TypeError("its weights, or the figures so far, are not what they were")
+
+
+def build(state: dict) -> Transformer:
+    """The network of a checkpoint with its averaged weights, of which it takes no second copy.
+
+    It is built without memory of its own, so that a size that is claimed costs nothing.
+    """
+    config, weights = ModelConfig(**state["model_config"]), state["ema"]
+    if config.n_layer > len(weights):
+        raise ValueError(f"it has no weights for model.n_layer={config.n_layer}: train again")
+    with torch.device("meta"):
+        model = Transformer(config)
+    model.load_state_dict(weights, assign=True)
+    return model.float()
+
+
+def load_corpus(settings: dict, trained: object | None = None, sha256: str = "") -> data.Corpus:
     """The corpus that the `data` section names, fit for the tokenizer `trained` of a checkpoint.
 
-    `dir` (bins) goes before `path`, and `path` before `dataset`. Raises `ValueError`.
+    `dir` (bins) goes before `path`, and `path` before `dataset`. Raises `ValueError`; also, before
+    anything is written, for another text than the one with this `sha256`.
     """
+    for name, kind in DATA.items():
+        if type(settings.get(name)) is not kind:
+            raise ValueError(f"data.{name}={settings.get(name)!r} is not of type {kind.__name__}")
     settings = SimpleNamespace(**settings)
     if settings.dir:
-        return data.open_bins(Path(settings.dir), settings.tokenizer, trained)
+        corpus = data.open_bins(Path(settings.dir), settings.tokenizer, trained)
+        check_hash(corpus.name, corpus.sha256, sha256)
+        return corpus
     name, content = text.find_text(settings.dataset, settings.path, settings.cache_dir)
+    if sha256:
+        check_hash(name, data.sha256_of(content.encode()), sha256)
     return data.prepare(
         content, name, settings.tokenizer, settings.vocab_size, Path(settings.cache_dir), trained
     )
@@ -152,6 +204,14 @@ def require_same(corpus: data.Corpus, trained_on: dict) -> None:
         raise ValueError(
             f"the interrupted run's text ({trained_on['name']}) is not what it was: bring it back, "
             "or start a new run in another out_dir"
+        )
+
+
+def check_hash(name: str, found: str, sha256: str) -> None:
+    if sha256 and found != sha256:
+        raise ValueError(
+            f"the text that the checkpoint was trained on ({name}) is not what it was: bring it "
+            "back, or name a text by data.path="
         )
 
 

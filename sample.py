@@ -23,6 +23,7 @@ import runtime
 from cli import Section
 from diffusion import Sampling
 from runtime import Loaded
+from text import visible
 
 HOLE = re.compile(r"(\\*)\[MASK(?:\*(\d+))?\]")
 FRAME = 1 / 24  # seconds that a state stays on the screen, at least
@@ -67,7 +68,7 @@ def main(config: Section, explicit: set[str]) -> None:
     with opened as output, runtime.autocast(device, dtype):
         for number, sample in enumerate(generate(loaded, canvases, settings, config)):
             title = f"--- sample {number + 1} ---\n" if len(canvases) > 1 else ""
-            print(title + sample.text, flush=True)
+            print(title + visible(sample.text, sys.stdout), flush=True)
             if output:
                 record = {"sample": number + 1, "prompt": prompts[number], **sample._asdict()}
                 record |= {"seed": config.system.seed, "strategy": settings.strategy}

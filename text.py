@@ -4,7 +4,10 @@ import hashlib
 import http.client
 import json
 import os
+import queue
+import re
 import sys
+import threading
 import time
 import urllib.request
 from pathlib import Path
@@ -15,6 +18,22 @@ SHAKESPEARE_URL = (
 SHAKESPEARE_SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
 PLAYS = Path(__file__).parent / "corpora" / "plays.txt"
 SUFFIXES = (".txt", ".md", ".jsonl")
+
+
+# What a terminal takes for a command, or shows in another order than it stands in the text.
+CONTROL = re.compile(
+    r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069\ud800-\udfff]"
+)
+
+
+def visible(text: str, stream=None) -> str:
+    """A text, perhaps from a stranger, with control characters written out: ESC becomes \\x1b.
+
+    With a `stream` only where that is a terminal: a file or a program gets every character.
+    """
+    if stream is not None and not stream.isatty():
+        return text
+    return CONTROL.sub(lambda match: ascii(match[0])[1:-1], text)
 
 
 def find_text(dataset: str, path: str, cache_dir: str) -> tuple[str, str]:
@@ -84,18 +103,19 @@ def _jsonl_text(path: Path, lines: str) -> str:
 def download(url: str, path: Path, sha256: str, timeout: float = 10.0, limit: int = 2**26) -> None:
     """Fetch `url` to `path`, which appears only once it is whole and has the right hash.
 
-    `timeout` seconds bound each wait, six times as much the body's, `limit` bytes its size. Raises
+    `timeout` seconds bound each wait, six times as much the whole, `limit` bytes the size. Raises
     `OSError`.
     """
-    deadline, body = time.monotonic() + 6 * timeout, bytearray()
+    answer = queue.SimpleQueue()
+    arguments = (url, timeout, time.monotonic() + 6 * timeout, limit, answer)
+    # Nothing else bounds a name that takes forever to resolve, or a header that drips.
+    threading.Thread(target=_fetch, args=arguments, daemon=True).start()
     try:
-        with urllib.request.urlopen(url, timeout=timeout) as response:
-            while chunk := response.read1(2**16):
-                body += chunk
-                if len(body) > limit or time.monotonic() > deadline:
-                    raise OSError("too large or too slow")
-    except http.client.HTTPException as error:
-        raise OSError(f"broken answer: {error!r}") from error
+        body = answer.get(timeout=6 * timeout)
+    except queue.Empty:
+        raise OSError("too slow") from None
+    if isinstance(body, Exception):
+        raise OSError(f"{body}") from body
     if hashlib.sha256(body).hexdigest() != sha256:
         raise OSError(f"the {len(body)} bytes that came have not the pinned sha256")
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -105,6 +125,22 @@ def download(url: str, path: Path, sha256: str, timeout: float = 10.0, limit: in
         os.replace(part, path)
     finally:
         part.unlink(missing_ok=True)
+
+
+def _fetch(url: str, timeout: float, deadline: float, limit: int, answer: queue.SimpleQueue):
+    """Put into `answer` what `url` holds, or the exception that is the reason why not."""
+    body = bytearray()
+    try:
+        with urllib.request.urlopen(url, timeout=timeout) as response:
+            while chunk := response.read1(2**16):
+                body += chunk
+                if len(body) > limit or time.monotonic() > deadline:
+                    raise OSError("too large or too slow")
+        answer.put(body)
+    except http.client.HTTPException as error:
+        answer.put(OSError(f"broken answer: {error!r}"))
+    except Exception as error:  # of whatever kind: it is raised where somebody waits for it
+        answer.put(error)
 
 
 def shakespeare(cache: Path, url: str = SHAKESPEARE_URL) -> tuple[str, str]:

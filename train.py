@@ -10,7 +10,6 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from torch._dynamo.exc import TorchDynamoException
 
 import bounds
 import checkpoint
@@ -267,8 +266,8 @@ def compute_gradients(run: Run) -> Tensor:
     """The gradients of a global batch; if torch.compile fails, without it from here on."""
     try:
         return accumulate(run)
-    except TorchDynamoException as error:
-        if not run.compiled:
+    except RuntimeError as error:
+        if not (run.compiled and runtime.failed_to_compile(error)):
             raise
         print(f"torch.compile failed ({type(error).__name__}): going on without", file=sys.stderr)
         torch.compiler.set_stance("force_eager")

@@ -104,8 +104,9 @@ class HuggingFaceJudge(Judge):
                 "pip install transformers"
             ) from None
         try:
-            self.tokenizer = AutoTokenizer.from_pretrained(name)
-            self.model = AutoModelForCausalLM.from_pretrained(name).to(device).eval()
+            trusted = {"trust_remote_code": False}  # else it asks, at a terminal
+            self.tokenizer = AutoTokenizer.from_pretrained(name, **trusted)
+            self.model = AutoModelForCausalLM.from_pretrained(name, **trusted).to(device).eval()
         except Exception as error:  # whatever a hub, a folder or a configuration can fail with
             reason = str(error).strip().splitlines()[0] if str(error) else type(error).__name__
             raise ValueError(

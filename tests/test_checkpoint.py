@@ -1,8 +1,11 @@
 """Checkpoints that are whole, and every way in which one can be something else."""
 
+import itertools
 import os
 import pickle
 import stat
+import struct
+import time
 import zipfile
 from pathlib import Path
 
@@ -235,3 +238,104 @@ def test_no_flipped_bit_of_a_tensors_directory_entry_changes_what_is_loaded(path
 
 def test_the_stamp_of_these_tests_is_the_codes():
     assert {"format": checkpoint.FORMAT, "version": checkpoint.VERSION} == STAMP
+
+
+# --- Made by a stranger -------------------------------------------------------------------------
+# Sound archives, their checksums right, of what no honest run would save.
+
+STRANGE = {
+    "a tensor of terabytes that repeats one number": lambda: torch.zeros(1).expand(2**40),
+    "a buffer": lambda: bytearray(9),
+    "a sparse tensor": lambda: torch.eye(3).to_sparse(),
+    "a parameter": lambda: torch.nn.Parameter(torch.ones(2)),
+    "a complex number": lambda: 1j,
+    "a set": lambda: {1},
+    "a key that is a tuple": lambda: {(1, 2): 3},
+    "a tensor with NaN": lambda: torch.tensor([1.0, torch.nan]),
+    "a tensor with infinity": lambda: torch.tensor([1.0, torch.inf]),
+    "NaN": lambda: float("nan"),
+    "half a character": lambda: "\ud800",
+    "a deep list": lambda: deep(60),
+    "a list that unfolds to 3 ** 30 values": lambda: tripled(30),
+}
+
+
+def deep(depth: int) -> list:
+    return [deep(depth - 1)] if depth else []
+
+
+def tripled(times: int) -> list:
+    return [part := tripled(times - 1), part, part] if times else []
+
+
+@pytest.mark.parametrize("kind", STRANGE)
+def test_what_no_run_would_save_is_refused_at_once(kind, path):
+    torch.save(STAMP | {"x": STRANGE[kind]()}, path)
+    start = time.perf_counter()
+    assert "is damaged or no checkpoint" in refusal(path)
+    assert time.perf_counter() - start < 5
+
+
+def rewritten(path: Path, change) -> None:
+    """Make the archive again; change(name, content) gives name, content and compression."""
+    with zipfile.ZipFile(path) as old:
+        entries = [(info.filename, old.read(info)) for info in old.infolist()]
+    with zipfile.ZipFile(path, "w") as new:
+        for name, content, kind in itertools.starmap(change, entries):
+            new.writestr(zipfile.ZipInfo(name), content, kind)
+
+
+def test_an_archive_that_inflates_is_refused_before_it_does(path):
+    rewritten(path, lambda name, content: (name, bytes(10**7), zipfile.ZIP_DEFLATED))
+    start = time.perf_counter()
+    assert "larger in memory than on the disk" in refusal(path)
+    assert time.perf_counter() - start < 1
+
+
+def test_names_in_an_archive_lead_nowhere(path):
+    rewritten(path, lambda name, content: (f"../../{name.split('/')[-1]}", content, 0))
+    refusal(path)
+    assert [file.name for file in path.parent.parent.rglob("*")] == ["out", "ckpt.pt"]
+
+
+@pytest.mark.parametrize(("claimed", "size"), [(10**9, 6), (6, 10**9), (10**9, 10**9)])
+def test_a_tensor_that_claims_more_than_its_entry_is_refused(claimed, size, path):
+    """The number of stored elements, and that of the tensor, in place of the true 6."""
+    torch.save(STAMP | {"x": torch.arange(6.0)}, path)
+    stored, shape = b"K\x06t", b"K\x00K\x06\x85"
+    big = {6: b"K\x06", 10**9: b"J" + struct.pack("<i", 10**9)}
+
+    def change(name: str, content: bytes) -> tuple[str, bytes, int]:
+        assert not name.endswith("data.pkl") or (content.count(stored), content.count(shape)) == (
+            1,
+            1,
+        )
+        content = content.replace(shape, b"K\x00" + big[size] + b"\x85")
+        return name, content.replace(stored, big[claimed] + b"t"), 0
+
+    rewritten(path, change)
+    assert "tensor" in refusal(path)
+
+
+def test_a_pickle_that_counts_to_a_billion_is_refused_before_it_takes_memory(path):
+    bomb = b"\x80\x02}r" + struct.pack("<I", 2**30) + b"."
+    rewritten(path, lambda name, content: (name, bomb if "data.pkl" in name else content, 0))
+    assert "counts more values" in refusal(path)
+
+
+def test_tensors_that_share_their_memory_share_it_again(path):
+    whole = torch.arange(6.0)
+    save(path, {"whole": whole, "part": whole[2:4], "turned": whole.view(2, 3).T})
+    state = load(path)
+    assert torch.equal(state["turned"], whole.view(2, 3).T)
+    assert state["part"].data_ptr() == state["whole"].data_ptr() + 8
+
+
+def test_torch_load_without_code_reads_the_same(path):
+    assert same(torch.load(path, weights_only=True), load(path))
+
+
+@pytest.mark.parametrize("value", [torch.zeros(0), torch.zeros(2, 0, 3), torch.tensor(5), {}, ()])
+def test_what_is_empty_or_a_number_comes_back(value, path):
+    save(path, {"x": value})
+    assert same(load(path)["x"], value)

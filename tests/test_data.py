@@ -288,6 +288,12 @@ def test_uint32_bins_are_read_back_whole(tmp_path, monkeypatch):
 def test_the_meta_file_says_what_the_bins_hold(tmp_path):
     prepare(tmp_path, "ab" * 50)
     meta = json.loads((folder_in(tmp_path) / "meta.json").read_text())
+    assert meta.pop("check")
+    hashes = {
+        split: hashlib.sha256((folder_in(tmp_path) / f"{split}.bin").read_bytes()).hexdigest()
+        for split in data.SPLITS
+    }
+    assert meta.pop("bins") == hashes
     assert meta == {
         "corpus": "poem",
         "sha256": hashlib.sha256(b"ab" * 50).hexdigest(),
@@ -649,3 +655,67 @@ def test_a_limit_spreads_the_blocks_evenly():
 @pytest.mark.parametrize(("limit", "count"), [(0, 3), (19, 2), (20, 3), (99, 3), (1, 1)])
 def test_a_limit_is_a_number_of_tokens(limit, count):
     assert len(blocks_of(np.arange(20, dtype=np.uint16), 8, limit)) == count
+
+
+# --- Damage -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["train.bin", "val.bin", "meta.json"])
+def test_a_letter_that_became_another_is_noticed(name, tmp_path):
+    prepare(tmp_path)
+    path = folder_in(tmp_path) / name
+    content = path.read_bytes()
+    old, new = (b'"char"', b'"byte"') if name == "meta.json" else (content[:2], b"\0\0")
+    path.write_bytes(content.replace(old, new, 1) if content[:2] != new else b"\1" + content[1:])
+    with pytest.raises(ValueError, match="checksum"):
+        data.open_bins(path.parent)
+
+
+def test_bins_without_checksums_are_read_as_they_are(tmp_path):
+    prepare(tmp_path)
+    path = folder_in(tmp_path) / "meta.json"
+    meta = json.loads(path.read_text())
+    path.write_text(json.dumps({k: v for k, v in meta.items() if k not in ("bins", "check")}))
+    assert len(data.open_bins(path.parent).train)
+
+
+@pytest.mark.parametrize("characters", ["", "aba", "a\ud800", 5, None, ["a", "a"]])
+def test_an_alphabet_that_is_none_is_refused(characters):
+    with pytest.raises(ValueError):
+        load_tokenizer({"kind": "char", "characters": characters})
+
+
+@pytest.mark.parametrize(
+    ("part", "key", "value"),
+    [
+        ("model", "continuing_subword_prefix", "longer than any token"),
+        ("model", "type", "WordPiece"),
+        ("pre_tokenizer", "add_prefix_space", True),
+        ("pre_tokenizer", "type", "Split"),
+        ("model", "vocab", {"a": 4_000_000_000}),
+        ("model", "vocab", {"a": 0, "b": 0}),
+        ("model", "vocab", {}),
+    ],
+)
+def test_a_bpe_that_could_crash_hang_or_count_without_limit_is_refused(bpe, part, key, value):
+    spec = json.loads(bpe.state()["serialized"])
+    spec[part][key] = value
+    with pytest.raises(ValueError, match="byte-level BPE|ids of its tokens"):
+        load_tokenizer({"kind": "bpe", "serialized": json.dumps(spec)})
+
+
+def test_a_bpe_with_a_regular_expression_of_a_stranger_is_refused(bpe):
+    spec = json.loads(bpe.state()["serialized"])
+    spec["normalizer"] = {"type": "Replace", "pattern": {"Regex": "(a+)+b"}, "content": ""}
+    with pytest.raises(ValueError, match="no plain byte-level BPE"):
+        load_tokenizer({"kind": "bpe", "serialized": json.dumps(spec)})
+
+
+def test_every_token_of_val_is_checked_however_long_it_is(tmp_path, monkeypatch):
+    monkeypatch.setattr(data, "SCANNED", 4)
+    meta = {"dtype": "uint16", "tokenizer": {"kind": "char", "characters": "ab"}}
+    (tmp_path / "meta.json").write_text(json.dumps(meta))
+    (tmp_path / "train.bin").write_bytes(b"\0\0" * 9)
+    (tmp_path / "val.bin").write_bytes(b"\0\0" * 8 + b"\2\0")
+    with pytest.raises(ValueError, match=r"val\.bin holds the token 2"):
+        data.open_bins(tmp_path)

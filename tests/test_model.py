@@ -128,6 +128,22 @@ def test_a_dropout_outside_its_range_is_refused_by_its_name_and_range(dropout):
         ModelConfig(V, dropout=dropout)
 
 
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("n_layer", 2.0), ("n_head", True), ("n_embd", "64"), ("qk_norm", 1), ("dropout", None)],
+)
+def test_a_value_of_another_type_is_refused_by_its_name(key, value):
+    with pytest.raises(ValueError, match=rf"model\.{key}={value!r} is not of type"):
+        ModelConfig(**{"vocab_size": V, key: value})
+
+
+def test_a_context_whose_tables_would_not_fit_is_refused_with_the_longest():
+    with pytest.raises(
+        ValueError, match=r"model\.block_size=10+ is too long: choose at most 1048576"
+    ):
+        ModelConfig(V, block_size=10**9, n_head=4, n_embd=128)
+
+
 @pytest.mark.parametrize(("n_embd", "hidden_size"), [(96, 256), (128, 352), (384, 1024)])
 def test_the_hidden_layer_is_8_thirds_as_wide_rounded_up_to_a_multiple_of_32(n_embd, hidden_size):
     assert ModelConfig(V, n_embd=n_embd).hidden_size == hidden_size

@@ -348,3 +348,23 @@ def test_the_average_takes_no_part_in_gradients():
     average = copy.deepcopy(model)
     update_ema(list(average.parameters()), list(model.parameters()), 0.9, 0)
     assert all(p.is_leaf for p in average.parameters())
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_moments_of_another_shape_are_refused(name):
+    model = build()
+    optimizer = optimizer_of(model, name)
+    for parameter in model.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    optimizer.step()
+    state = copy.deepcopy(optimizer.state_dict())
+    values = state[-1]["state"][0]
+    values["momentum" if name == "muon" else "exp_avg"] = torch.zeros(3)
+    with pytest.raises(ValueError, match="does not fit the network"):
+        optimizer_of(build(), name).load_state_dict(state)
+
+
+@pytest.mark.parametrize("state", [[], [{}], [{"state": {99: {}}}], None, [{"state": 1}, 2]])
+def test_a_state_of_no_optimizer_is_refused_with_a_remedy(state):
+    with pytest.raises(ValueError, match=r"does not fit the network .* training\.init_from"):
+        optimizer_of(build(), "muon").load_state_dict(state)

@@ -168,6 +168,15 @@ class Handler(BaseHTTPRequestHandler):
             except OSError:  # the client has gone
                 return
 
+    def headers_drip(self) -> None:  # each byte comes in time, the end of them never
+        self.send_response(200)
+        self.flush_headers()
+        while not self.server.stop.wait(0.02):
+            try:
+                self.wfile.write(b"x")
+            except OSError:
+                return
+
     def endless(self) -> None:
         self.answer(b"")
         while not self.server.stop.is_set():
@@ -198,8 +207,9 @@ def server():
         s.shutdown()
 
 
-SLOW = {"silent", "stuck", "drip"}
-FAILURES = ["wrong", "cut", "empty", "silent", "stuck", "drip", "endless", "gone", "garbage"]
+SLOW = {"silent", "stuck", "drip", "headers_drip"}
+FAILURES = ["wrong", "cut", "empty", "silent", "stuck", "drip", "headers_drip"]
+FAILURES += ["endless", "gone", "garbage"]
 
 
 def fetch(server, answer: str, path: Path, **options) -> None:
@@ -271,10 +281,11 @@ def test_silence_is_waited_for_as_long_as_the_timeout(answer, server, tmp_path):
     assert 0.25 < time.monotonic() - start < 3
 
 
-def test_a_body_that_drips_is_given_up_after_six_timeouts(server, tmp_path):
+@pytest.mark.parametrize("answer", ["drip", "headers_drip"])
+def test_an_answer_that_drips_is_given_up_after_six_timeouts(answer, server, tmp_path):
     start = time.monotonic()
     with pytest.raises(OSError, match="too slow"):
-        fetch(server, "drip", tmp_path / "a.txt", timeout=0.2)
+        fetch(server, answer, tmp_path / "a.txt", timeout=0.2)
     assert 1.15 < time.monotonic() - start < 5
 
 

@@ -1,0 +1,468 @@
+"""Damage files in every way and read them: one line that says so, or a correct result.
+
+python -m bench.fuzz cases=10000
+
+Each case damages a small, sound file, reads it as the scripts do and uses what was read: a network
+fills in a text, a tokenizer writes one, a corpus gives a batch. What may come of it: `refused`, a
+`ValueError` that our code raises; `same`, what the sound file gives, in every bit; `other`, where
+nothing could tell that the file is not what was meant: another letter in a text. All else is a bug.
+"""
+
+import io
+import json
+import pickle
+import resource
+import signal
+import time
+import zipfile
+from collections import Counter
+from collections.abc import Callable
+from contextlib import contextmanager
+from functools import cache, partial
+from hashlib import sha256
+from pathlib import Path
+from random import Random
+from tempfile import TemporaryDirectory
+from typing import NamedTuple
+
+import torch
+
+import checkpoint
+import cli
+import data
+import optim
+import report
+import runlog
+import runtime
+import sample
+import text
+from cli import Section
+from model import ModelConfig, Transformer
+
+TEXT = "To be, or not to be: that is the question.\n" * 8
+CPU = torch.device("cpu")
+CHARACTERS = data.CharTokenizer("".join(sorted(set(TEXT))))
+
+
+# --- Damage --------------------------------------------------------------------------------------
+
+
+def damaged_bytes(content: bytes, random: Random) -> bytes:
+    """`content` with one range of its bytes cut, flipped, replaced, left out, doubled or moved."""
+    size = len(content)
+    start = random.randrange(size)
+    stop = min(size, start + random.choice((1, 1, 2, 4, 16, 256, size)))
+    before, part, after = content[:start], content[start:stop], content[stop:]
+    bit, place = 1 << random.randrange(8), random.randrange(size)
+    middle = {
+        "cut": lambda: content[:start],
+        "bit": lambda: before + bytes([part[0] ^ bit]) + part[1:] + after,
+        "flip": lambda: before + bytes(b ^ 0xFF for b in part) + after,
+        "noise": lambda: before + random.randbytes(len(part)) + after,
+        "zeros": lambda: before + bytes(len(part)) + after,
+        "ones": lambda: before + b"\xff" * len(part) + after,
+        "digits": lambda: before + b"9" * len(part) + after,
+        "other": lambda: before + content[place : place + len(part)] + after,
+        "left out": lambda: before + after,
+        "inserted": lambda: before + random.randbytes(len(part)) + part + after,
+        "doubled": lambda: before + part + part + after,
+    }
+    return middle[random.choice(list(middle))]()
+
+
+def nested(depth: int) -> list:
+    return [nested(depth - 1)] if depth else []
+
+
+HOSTILE = (  # what a file's value may be replaced by
+    *(None, True, False, 0, 1, -1, 3, 2**31, 10**9, 10**12, 2**63, 10**30, -(10**30), 2**1000),
+    *(0.0, 0.5, -1.5, 1e308, float("nan"), float("inf"), -float("inf")),
+    *("", "x", "aa", "char", "bpe", "gpt2", "float16", "../../etc/passwd", "/etc/passwd"),
+    *("\x1b]0;owned\x07\x1b[2J", "\ud800", "\u202e", "${oc.env:HOME}", "x" * 10**5),
+    *([], {}, [1, 2], ["a", None], {"a": 1}, {"kind": "char"}, nested(60), nested(300)),
+)
+TENSORS = (  # and, in a checkpoint
+    *(lambda: torch.zeros(()), lambda: torch.zeros(0), lambda: torch.zeros(3, 5)),
+    *(lambda: torch.zeros(1).expand(10**12), lambda: torch.zeros(1).expand(10**6, 10**6)),
+    *(lambda: torch.full((4,), torch.nan), lambda: torch.full((8, 8), torch.inf)),
+    *(lambda: torch.zeros(8, 8, dtype=torch.int64), lambda: torch.zeros(4, dtype=torch.complex64)),
+    *(lambda: torch.ones(8, dtype=torch.float64), lambda: torch.ones(8, 8, dtype=torch.bool)),
+    *(lambda: torch.eye(3).to_sparse(), lambda: torch.nn.Parameter(torch.ones(2)), set),
+    *(lambda: bytearray(9), lambda: b"bytes", lambda: 1 + 2j, lambda: torch.Size((2, 3))),
+    *(lambda: torch.float32, lambda: torch.device("cpu"), lambda: (1, (2, (3,)))),
+)
+
+
+def damaged_value(value, random: Random, hostile: Callable):
+    """A copy of nested containers, one part of which is replaced, left out or under another name.
+
+    `hostile()` gives what replaces it.
+    """
+    keys = list(value) if isinstance(value, dict) else range(len(value)) if _many(value) else ()
+    if not keys or random.random() < 0.1:
+        return hostile()
+    key = random.choice(list(keys))
+    changed, how = dict(value) if isinstance(value, dict) else list(value), random.random()
+    if how < 0.1:
+        del changed[key]
+    elif how < 0.15 and isinstance(value, dict):
+        changed[random.choice((f"{key}x", 7))] = changed.pop(key)
+    else:
+        changed[key] = damaged_value(value[key], random, hostile)
+    return tuple(changed) if isinstance(value, tuple) else changed
+
+
+def _many(value) -> bool:
+    return isinstance(value, list | tuple)
+
+
+@cache
+def defaults() -> dict:
+    return cli.load_defaults()
+
+
+def any_value(random: Random):
+    return random.choice(HOSTILE)
+
+
+def any_value_or_tensor(random: Random):
+    return random.choice(TENSORS)() if random.random() < 0.5 else any_value(random)
+
+
+# --- Sound files ---------------------------------------------------------------------------------
+
+
+def sound_state(tokenizer: data.CharTokenizer | data.ByteTokenizer = CHARACTERS) -> dict:
+    """What train.py saves, of a network as small as they come, after one step of its optimizer."""
+    torch.manual_seed(0)
+    config = ModelConfig(tokenizer.vocab_size, block_size=16, n_layer=1, n_head=2, n_embd=8)
+    model = Transformer(config)
+    optimizer = stepped(model)
+    return {
+        "model_config": vars(config),
+        "tokenizer": tokenizer.state(),
+        "config": defaults(),
+        "corpus": {"name": "question", "sha256": data.sha256_of(TEXT.encode())},
+        "step": 1,
+        "best": 4.2,
+        "ema": model.state_dict(),
+        "model": model.state_dict(),
+        "meter": optim.Meter(CPU).state(),
+        "optimizer": optimizer.state_dict(),
+    }
+
+
+def stepped(model: Transformer, state: list | None = None) -> optim.Optimizers:
+    """The optimizers of a model, with their `state`, after a step along made-up gradients."""
+    optimizer = optim.build_optimizer(model, "muon", 1e-3, 0.1)
+    if state is not None:
+        optimizer.load_state_dict(state)
+    for parameter in model.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    optimizer.step()
+    return optimizer
+
+
+def write_sound(folder: Path) -> None:
+    """Every file that is damaged, as it should be."""
+    checkpoint.save(folder / "ckpt.pt", sound_state())
+    tokenizer = CHARACTERS
+    splits = {"train": tokenizer.encode(TEXT[:300]), "val": tokenizer.encode(TEXT[300:])}
+    data.write_bins(folder / "bins", splits, tokenizer, {"corpus": "question", "sha256": "0" * 64})
+    (folder / "nanogpt").mkdir()
+    for split in data.SPLITS:
+        (folder / "nanogpt" / f"{split}.bin").write_bytes(
+            (folder / f"bins/{split}.bin").read_bytes()
+        )
+    stoi = tokenizer.ids
+    meta = {"vocab_size": len(stoi), "itos": {i: c for c, i in stoi.items()}, "stoi": stoi}
+    (folder / "nanogpt" / "meta.pkl").write_bytes(pickle.dumps(meta))
+    (folder / "bpe.json").write_text(data.BPETokenizer.train(TEXT, 270).state()["serialized"])
+    for name in ("config.yaml", "experiment/medium.yaml"):
+        (folder / "configs" / name).parent.mkdir(exist_ok=True)
+        (folder / "configs" / name).write_bytes((cli.CONFIGS / name).read_bytes())
+    lines = [json.dumps({"step": i, "train/loss": 1 / i}) for i in range(1, 9)]
+    (folder / "metrics.jsonl").write_text("\n".join(lines) + "\n")
+    (folder / "text.jsonl").write_text(json.dumps({"text": "To be"}) + "\n" + '{"text": "Üß"}\n')
+    (folder / "prompts.txt").write_text("To be\nor [MASK*3] to\n\\[MASK] é\n")
+
+
+# --- Reading and using ---------------------------------------------------------------------------
+
+
+def use_checkpoint(folder: Path):
+    loaded = runtime.load(folder / "ckpt.pt", CPU)
+    prompt = torch.from_numpy(loaded.tokenizer.encode(loaded.tokenizer.decode([0])))[None]
+    length = min(loaded.model.config.block_size, 16)
+    canvas = torch.nn.functional.pad(prompt, (0, length - 1))[:, :length]
+    settings = runtime.sampling(cli.section(defaults()["sampling"]), loaded.model)
+    is_masked = torch.arange(length)[None] > 0
+    filled = runtime.fill(loaded.model, canvas, is_masked, settings, runtime.generator(1, "sample"))
+    return loaded.state, loaded.tokenizer.decode(filled.ids[0].tolist())
+
+
+def use_run(folder: Path):
+    """What a resumed run takes from the checkpoint beside the averaged weights."""
+    loaded = runtime.load(folder / "ckpt.pt", CPU, resume=True)
+    config = cli.section(defaults())
+    resumed = cli.resumed(loaded.config, config, {"training.max_iters"}, whole=False)
+    loaded.model.load_state_dict(loaded.state["model"])
+    return resumed.as_dict(), stepped(loaded.model, loaded.state["optimizer"]).state_dict()
+
+
+def use_bins(name: str, folder: Path):
+    corpus = data.open_bins(folder / name)
+    corpus.require(8)
+    batch = corpus.batch(4, 8, torch.Generator().manual_seed(1))
+    decoded = [corpus.tokenizer.decode(row) for row in (*batch.tolist(), corpus.val[:].tolist())]
+    return corpus.tokenizer.state(), corpus.name, corpus.sha256, corpus.train[:].tolist(), decoded
+
+
+def use_bpe(folder: Path):
+    serialized = (folder / "bpe.json").read_bytes().decode("utf-8", "surrogateescape")
+    tokenizer = data.load_tokenizer({"kind": "bpe", "serialized": serialized})
+    ids = tokenizer.encode(TEXT + "aaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaa!é\x00")
+    decoded = tokenizer.decode(ids.tolist())
+    every = [tokenizer.decode_bytes([i]) for i in range(tokenizer.vocab_size)]
+    return tokenizer.vocab_size, int(ids.max()) < tokenizer.vocab_size or 1 / 0, decoded, every
+
+
+def use_settings(folder: Path):
+    configs, cli.CONFIGS = cli.CONFIGS, folder / "configs"
+    try:
+        return cli.compose([], "medium").as_dict()
+    finally:
+        cli.CONFIGS = configs
+
+
+def use_metrics(folder: Path):
+    with runlog.open_metrics(folder / "metrics.jsonl", 5):
+        pass
+    return (folder / "metrics.jsonl").read_bytes()
+
+
+def use_texts(folder: Path):
+    prompts = [sample.parse(line) for line in sample.read_prompts("", folder / "prompts.txt")]
+    return prompts, text.read_text(folder / "text.jsonl")
+
+
+# --- Kinds ---------------------------------------------------------------------------------------
+
+
+def spoil_bytes(names: list[str], folder: Path, random: Random) -> None:
+    path = folder / random.choice(names)
+    path.write_bytes(damaged_bytes(path.read_bytes(), random))
+
+
+def spoil_state(parts: list[str], folder: Path, random: Random) -> None:
+    """A sound archive of unsound values, as a stranger could make it."""
+    state = torch.load(folder / "ckpt.pt", weights_only=True)
+    hostile = partial(any_value_or_tensor, random)
+    part = random.choice(parts)
+    state[part] = damaged_value(state[part], random, hostile)
+    if random.random() < 0.05:
+        state = damaged_value(state, random, hostile)
+    torch.save(state, folder / "ckpt.pt")
+
+
+def spoil_pickle(folder: Path, random: Random) -> None:
+    """The description of the tensors and values damaged, and its checksum right."""
+
+    def change(name: str, content: bytes) -> tuple[str, bytes, int]:
+        pickled = name.endswith("data.pkl")
+        return name, damaged_bytes(content, random) if pickled else content, zipfile.ZIP_STORED
+
+    rewrite(folder / "ckpt.pt", change)
+
+
+def spoil_archive(folder: Path, random: Random) -> None:
+    """Entries of the archive renamed, doubled, emptied, grown or deflated."""
+
+    def change(name: str, content: bytes) -> tuple[str, bytes, int]:
+        how, kind = random.random(), zipfile.ZIP_STORED
+        if how < 0.03:
+            name = random.choice(("archive/data/0", "../../x", "/etc/passwd", "archive/DATA.PKL"))
+        elif how < 0.05:
+            content = random.choice((b"", content * 2, bytes(10**6)))
+        elif how < 0.08:
+            content, kind = bytes(10**7), zipfile.ZIP_DEFLATED
+        return name, content, kind
+
+    rewrite(folder / "ckpt.pt", change)
+
+
+def rewrite(path: Path, change: Callable[[str, bytes], tuple[str, bytes, int]]) -> None:
+    made = io.BytesIO()
+    with zipfile.ZipFile(path) as old, zipfile.ZipFile(made, "w") as new:
+        for info in old.infolist():
+            name, content, kind = change(info.filename, old.read(info))
+            new.writestr(zipfile.ZipInfo(name), content, kind)
+    path.write_bytes(made.getvalue())
+
+
+def spoil_json(name: str, folder: Path, random: Random) -> None:
+    path = folder / name
+    values = json.loads(path.read_text())
+    values.pop("check", None)
+    path.write_text(json.dumps(damaged_value(values, random, partial(any_value, random))))
+
+
+def spoil_settings(folder: Path, random: Random) -> None:
+    path = folder / "configs" / "experiment" / "medium.yaml"
+    values = cli.load_yaml(path)
+    changed = damaged_value(values, random, partial(any_value, random))
+    path.write_text(json.dumps(changed))  # which is YAML, too
+
+
+class Kind(NamedTuple):
+    """How files are damaged, how they are read, and whether a change has to be noticed."""
+
+    share: int
+    spoil: Callable[[Path, Random], None]
+    use: Callable[[Path], object]
+    checked: bool = False
+
+
+BINS = ["bins/train.bin", "bins/val.bin", "bins/meta.json"]
+NANOGPT = ["nanogpt/train.bin", "nanogpt/val.bin", "nanogpt/meta.pkl"]
+SETTINGS = ["configs/config.yaml", "configs/experiment/medium.yaml"]
+STATE = ["model_config", "tokenizer", "config", "corpus", "step", "ema"]
+RUN = ["optimizer", "optimizer", "config", "model", "best", "meter"]
+KINDS = {
+    "checkpoint bytes": Kind(8, partial(spoil_bytes, ["ckpt.pt"]), use_checkpoint, checked=True),
+    "checkpoint values": Kind(4, partial(spoil_state, STATE), use_checkpoint),
+    "checkpoint pickle": Kind(4, spoil_pickle, use_checkpoint),
+    "checkpoint archive": Kind(1, spoil_archive, use_checkpoint),
+    "resumed values": Kind(3, partial(spoil_state, RUN), use_run),
+    "bins bytes": Kind(6, partial(spoil_bytes, BINS), partial(use_bins, "bins"), checked=True),
+    "meta values": Kind(4, partial(spoil_json, "bins/meta.json"), partial(use_bins, "bins")),
+    "nanogpt bytes": Kind(3, partial(spoil_bytes, NANOGPT), partial(use_bins, "nanogpt")),
+    "bpe bytes": Kind(2, partial(spoil_bytes, ["bpe.json"]), use_bpe),
+    "bpe values": Kind(3, partial(spoil_json, "bpe.json"), use_bpe),
+    "settings bytes": Kind(1, partial(spoil_bytes, SETTINGS), use_settings),
+    "settings values": Kind(1, spoil_settings, use_settings),
+    "metrics bytes": Kind(2, partial(spoil_bytes, ["metrics.jsonl"]), use_metrics),
+    "texts bytes": Kind(2, partial(spoil_bytes, ["text.jsonl", "prompts.txt"]), use_texts),
+}
+
+
+# --- Cases ---------------------------------------------------------------------------------------
+
+
+WHAT = ("refused", "same", "other", "bug")
+
+
+class Outcome(NamedTuple):
+    what: str  # one of WHAT
+    seconds: float
+    why: str = ""
+
+
+@contextmanager
+def no_longer_than(seconds: float):
+    def ring(number, frame):
+        raise TimeoutError(f"a hang: {seconds} s were not enough")
+
+    previous = signal.signal(signal.SIGALRM, ring)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, previous)
+
+
+def fingerprint(value) -> str:
+    """A hash of nested values, tensors in every bit."""
+    if isinstance(value, torch.Tensor):
+        content = value.contiguous().flatten().view(torch.uint8)
+        value = [str(value.dtype), tuple(value.shape), content.tolist()]
+    elif isinstance(value, dict):
+        value = [(key, fingerprint(part)) for key, part in value.items()]
+    elif isinstance(value, list | tuple):
+        value = [fingerprint(part) for part in value]
+    return sha256(repr(value).encode("utf-8", "surrogatepass")).hexdigest()
+
+
+def run_kind(name: str, cases: int, config: Section) -> list[Outcome]:
+    kind, outcomes = KINDS[name], []
+    with TemporaryDirectory() as made:
+        folder = Path(made)
+        write_sound(folder)
+        sound = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+        expected = fingerprint(kind.use(folder))
+        for number in range(config.first, config.first + cases):
+            for path, content in sound.items():
+                path.write_bytes(content)
+            kind.spoil(folder, Random(f"{config.seed}/{name}/{number}"))
+            outcome = outcome_of(kind, folder, expected, config.limit)
+            if outcome.what == "bug":
+                print(f"{name} {number}: {outcome.why}", flush=True)
+            outcomes.append(outcome)
+    return outcomes
+
+
+def outcome_of(kind: Kind, folder: Path, expected: str, limit: float) -> Outcome:
+    start = time.perf_counter()
+    try:
+        with no_longer_than(limit):
+            found = fingerprint(kind.use(folder))
+    except ValueError as error:
+        ours = cli.raised_by_us(error)
+        what, why = ("refused", "") if ours else ("bug", f"{type(error).__name__}: {error}")
+    except BaseException as error:  # a panic of the tokenizers library is no Exception
+        if isinstance(error, KeyboardInterrupt):
+            raise
+        what, why = "bug", f"{type(error).__name__}: {error}"
+    else:
+        what, why = ("same", "") if found == expected else ("other", "")
+        if kind.checked and what == "other":
+            what, why = "bug", "silent garbage: it was read as something else"
+    return Outcome(what, time.perf_counter() - start, why[:300])
+
+
+def tell(rows: list[dict], seconds: float, config: Section) -> None:
+    """The sums; raises `RuntimeError` if there was a bug."""
+    total = {what: sum(row[what] for row in rows) for what in ("cases", *WHAT)}
+    print(
+        f"{total['cases']:,} cases in {seconds:.0f} s: {total['refused']:,} refused, "
+        f"{total['same']:,} the same, {total['other']:,} other, {total['bug']} bugs; peak memory "
+        f"{memory() / 2**20:,.0f} MiB"
+    )
+    if config.output:
+        figures = {"seed": config.seed, "kinds": rows, "seconds": seconds, "memory": memory()}
+        report.write_json(figures, config.output)
+    if total["bug"]:
+        raise RuntimeError(f"{total['bug']} bugs: see above, and repeat one by kinds= and first=")
+
+
+def memory() -> int:
+    """The most memory that this process has had so far, in bytes."""
+    return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+
+def main(config: Section, explicit: set[str]) -> None:
+    if config.cases < 1 or config.limit <= 0:
+        raise ValueError("cases and limit must be positive")
+    if unknown := [name for name in config.kinds if name not in KINDS]:
+        raise ValueError(f"kinds={unknown[0]} is unknown: choose some of {', '.join(KINDS)}")
+    kinds = {name: KINDS[name].share for name in config.kinds or KINDS}
+    rows, start = [], time.perf_counter()
+    print(f"{'kind':<19} {'cases':>6} {'refused':>8} {'same':>6} {'other':>6} {'bugs':>5}  slowest")
+    for name, share in kinds.items():
+        cases = -(-config.cases * share // sum(kinds.values()))
+        outcomes = run_kind(name, cases, config)
+        counts = Counter(outcome.what for outcome in outcomes)
+        row = {"kind": name, "cases": cases} | {w: counts[w] for w in WHAT}
+        row["slowest"] = max(outcome.seconds for outcome in outcomes)
+        rows.append(row)
+        print(
+            f"{name:<19} {cases:>6} {row['refused']:>8} {row['same']:>6} {row['other']:>6} "
+            f"{row['bug']:>5}  {1e3 * row['slowest']:.0f} ms",
+            flush=True,
+        )
+    tell(rows, time.perf_counter() - start, config)
+
+
+if __name__ == "__main__":
+    cli.main(main, "bench/fuzz")
