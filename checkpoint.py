@@ -1,18 +1,13 @@
 """Checkpoints: one file that holds everything, written atomically, read without executing it."""
 
-import io
 import math
 import os
-import pickle
-import pickletools
 import shutil
-import sys
+import warnings
 import zipfile
-from collections import OrderedDict
 from contextlib import suppress
 from pathlib import Path
 from types import NoneType
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -114,8 +109,10 @@ def load(path: str | Path) -> dict:
             f"no checkpoint at {path}: train one with `python train.py`, or check the name"
         )
     try:
-        with zipfile.ZipFile(path) as archive:
-            state = Reader(archive, path.stat().st_size).read()
+        check_archive(path)
+        with warnings.catch_warnings(action="ignore"):  # of what is refused in one line below
+            state = torch.load(path, map_location="cpu", weights_only=True)
+        state = plain(state, [path.stat().st_size])
     except Exception as error:  # a damaged or foreign file can fail anywhere in the two readers
         reason = str(error).splitlines()[0][:80] if str(error) else type(error).__name__
         raise ValueError(
@@ -134,135 +131,37 @@ def load(path: str | Path) -> dict:
     return state
 
 
-# --- Reading ------------------------------------------------------------------------------------
-# torch.load(weights_only=True) reads these files, too. It runs no code either, but looks at no
-# checksum, and builds whatever size a stranger's file claims: a bytearray, an inflated entry, a
-# tensor of 2^40 elements out of one.
-
-DTYPES = {
-    f"{name}Storage": dtype
-    for name, dtype in {
-        **{"Double": torch.float64, "Float": torch.float32, "Half": torch.float16},
-        **{"BFloat16": torch.bfloat16, "Long": torch.int64, "Int": torch.int32},
-        **{"Short": torch.int16, "Char": torch.int8, "Byte": torch.uint8, "Bool": torch.bool},
-    }.items()
-}
-OPCODES = {  # of plain values and their containers, as torch.save writes them
-    *("PROTO", "STOP", "MARK", "NONE", "NEWTRUE", "NEWFALSE", "BININT", "BININT1", "BININT2"),
-    *("LONG1", "BINFLOAT", "BINUNICODE", "EMPTY_DICT", "EMPTY_LIST", "EMPTY_TUPLE", "TUPLE"),
-    *("TUPLE1", "TUPLE2", "TUPLE3", "APPEND", "APPENDS", "SETITEM", "SETITEMS", "BINPUT"),
-    *("LONG_BINPUT", "BINGET", "LONG_BINGET", "GLOBAL", "REDUCE", "BUILD", "BINPERSID"),
-}
-DEPTH, VALUES = 50, 2 * 10**5  # of nested containers and what they hold, at most
-
-
-class Stored(NamedTuple):
-    """A tensor as the file describes it."""
-
-    entry: tuple  # "storage", dtype, its key in the archive, device, number of elements
-    offset: int
-    size: tuple
-    stride: tuple
-
-    @classmethod
-    def rebuild(cls, entry, offset, size, stride, *others) -> "Stored":
-        return cls(entry, offset, size, stride)
-
-
-class Reader(pickle.Unpickler):
-    """What torch.save wrote into an archive: tensors, plain values, dicts, lists and tuples."""
-
-    def __init__(self, archive: zipfile.ZipFile, limit: int):
-        self.archive, self.limit, self.entries, self.values, self.copied = archive, limit, {}, 0, 0
-        infos = archive.infolist()
-        if sum(info.file_size for info in infos) > limit or any(i.compress_type for i in infos):
+def check_archive(path: Path) -> None:
+    """Raise `ValueError` for a zip that torch.load would trust: it looks at no checksum or size."""
+    with zipfile.ZipFile(path) as archive:
+        entries = archive.infolist()
+        inflated = any(entry.compress_type for entry in entries)
+        if inflated or sum(entry.file_size for entry in entries) > path.stat().st_size:
             raise ValueError("it is larger in memory than on the disk")
-        self.root = next(info.filename for info in infos)[: -len("data.pkl")]
-        pickled = archive.read(f"{self.root}data.pkl")
-        for opcode, value, _ in pickletools.genops(pickled):
-            if opcode.name not in OPCODES:
-                raise ValueError(f"it holds more than plain data: {opcode.name}")
-            if "PUT" in opcode.name and value > len(pickled):  # pickle makes a table of this size
-                raise ValueError("it counts more values than it has")
-        super().__init__(io.BytesIO(pickled))
-
-    def find_class(self, module: str, name: str):
-        if module == "torch" and name in DTYPES:
-            return DTYPES[name]
-        known = {"torch._utils _rebuild_tensor_v2": Stored.rebuild}
-        known |= {"collections OrderedDict": OrderedDict}
-        if f"{module} {name}" not in known:
-            raise ValueError(f"it holds more than plain data: {module}.{name}")
-        return known[f"{module} {name}"]
-
-    def persistent_load(self, saved: tuple) -> tuple:
-        return saved
-
-    def read(self) -> dict:
-        if self.archive.read(f"{self.root}byteorder").decode() != sys.byteorder:
-            raise ValueError("it comes from a machine with another order of bytes")
-        return self.plain(self.load())
-
-    def plain(self, value, depth: int = 0):
-        """The value with its tensors, no part of it shared but they."""
-        self.values += 1
-        if depth > DEPTH or self.values > VALUES:
-            raise ValueError("it nests or holds too many values")
-        if isinstance(value, Stored):
-            return self.tensor(value)
-        if isinstance(value, dict):
-            if not {type(key) for key in value} <= {str, int}:
-                raise ValueError("a key is neither a text nor a number")
-            return {self.plain(k, depth): self.plain(v, depth + 1) for k, v in dict.items(value)}
-        if type(value) in (list, tuple):
-            return type(value)(self.plain(part, depth + 1) for part in value)
-        if type(value) not in (str, int, float, bool, NoneType):
-            raise ValueError(f"it holds a {type(value).__name__}")
-        if value != value:
-            raise ValueError("it holds a number that is not one (NaN)")
-        if isinstance(value, str):
-            value.encode()  # raises for half a character
-        return value
-
-    def tensor(self, stored: Stored) -> Tensor:
-        content = self.content(stored.entry)
-        size, stride = stored.size, stored.stride
-        if not all(type(n) is int and n >= 0 for n in (stored.offset, *size, *stride)):
-            raise ValueError("a tensor has an impossible shape")
-        last = sum((n - 1) * step for n, step in zip(size, stride, strict=True)) + stored.offset
-        count = math.prod(size)
-        if count > len(content) or (count and last >= len(content)):
-            raise ValueError("a tensor is larger than what is stored of it")
-        tensor = content.as_strided(size, stride, stored.offset)
-        if not tensor.is_contiguous():
-            self.copied += tensor.nbytes
-            if self.copied > self.limit:
-                raise ValueError("it is larger in memory than on the disk")
-        return tensor.contiguous()
-
-    def content(self, entry: tuple) -> Tensor:
-        """The elements (N,) of an entry of the archive, read once, finite, their checksum right."""
-        kind, dtype, key, _, count = entry
-        if key not in self.entries:
-            info = self.archive.getinfo(f"{self.root}data/{key}")
-            if kind != "storage" or info.file_size != count * dtype.itemsize:
-                raise ValueError(f"a tensor has another size than its entry {info.filename}")
-            read = torch.empty(info.file_size, dtype=torch.uint8)
-            fill(memoryview(read.numpy()), self.archive, info)
-            self.entries[key] = read.view(dtype)
-            limits = self.entries[key].aminmax() if count and dtype.is_floating_point else ()
-            if not all(map(torch.isfinite, limits)):
-                raise ValueError("it holds weights that are infinite or not numbers (NaN)")
-        if self.entries[key].dtype != dtype:
-            raise ValueError("an entry has two types")
-        return self.entries[key]
+        folders = [entry.filename for entry in entries if entry.external_attr & 0x10]
+        if bad := archive.testzip() or next(iter(folders), None):
+            raise ValueError(f"the checksum or the entry of {bad} is wrong")
 
 
-def fill(buffer: memoryview, archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> None:
-    """Read an entry of an archive. Raises `ValueError` where its checksum is wrong."""
-    try:
-        with archive.open(info) as file:
-            for start in range(0, len(buffer), 2**20):
-                file.readinto(buffer[start : start + 2**20])
-    except (zipfile.BadZipFile, EOFError) as error:
-        raise ValueError(f"the checksum or the entry of {info.filename} is wrong") from error
+def plain(value, room: list[int]):
+    """What torch.load built, in plain containers, if it takes no more bytes than `room` has left.
+
+    Raises `ValueError`: a hostile file may claim large tensors, or a list of lists of lists, out of
+    few bytes, and hold what no run saves.
+    """
+    room[0] -= value.nbytes if type(value) is Tensor else 1
+    if room[0] < 0:
+        raise ValueError("it is larger in memory than on the disk")
+    if isinstance(value, dict) and {type(key) for key in value} <= {str, int}:
+        return {plain(key, room): plain(part, room) for key, part in value.items()}
+    if type(value) in (list, tuple):
+        return type(value)(plain(part, room) for part in value)
+    if type(value) not in (Tensor, str, int, float, bool, NoneType):
+        raise ValueError(f"it holds a {type(value).__name__}, which no run saves")
+    if isinstance(value, str):
+        value.encode()  # raises for half a character
+    if type(value) is float and math.isnan(value):
+        raise ValueError("it holds a number that is not one (NaN)")
+    if type(value) is Tensor and not value.isfinite().all():
+        raise ValueError("it holds weights that are infinite or not numbers (NaN)")
+    return value

@@ -70,7 +70,7 @@ def test_the_core_stays_small(capsys):
             listing = ", ".join(f"{name} {lines}" for name, lines in files.items())
             print(f"\nfloor {floor}: {sum(files.values())} lines ({listing})", end="")
     assert max(max(files.values()) for files in sizes.values()) <= 530
-    assert sum(sum(files.values()) for files in sizes.values()) <= 4_800
+    assert sum(sum(files.values()) for files in sizes.values()) <= 5_000
 
 
 def test_the_package_holds_exactly_the_leaves():
