@@ -7,6 +7,7 @@ import json
 import os
 import pickle
 import pickletools
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,9 +18,9 @@ from torch import Generator, Tensor
 
 SPLITS = ("train", "val")
 EOT = "<|endoftext|>"  # the special token that ends a document, where a BPE has one
-META = {  # of meta.json; a hash of each split (below SCANNED tokens) and of the rest may be missing
+META = {  # of meta.json; hashes of the files and of the rest may be missing
     **{"dtype": str, "tokenizer": dict, "tokens": dict, "corpus": str, "sha256": str},
-    **{"bins": dict, "check": str},
+    **{"shards": dict, "check": str},
 }
 SCANNED = 2**27  # tokens of train that are checked when it is opened; batches are, when drawn
 
@@ -160,11 +161,16 @@ class HFTokenizer(ByteLevel):
     """
 
     def __init__(self, serialized: str, vocab_size: int, mask: int, eos: int | None = None):
+        check_hf(serialized, [vocab_size, mask, eos or 0])
         self.tokenizer = optional("tokenizers").Tokenizer.from_str(serialized)
         self.serialized, self.vocab_size, self.mask, self.eos = serialized, vocab_size, mask, eos
         self.bytes = byte_of_character() if '"ByteLevel"' in serialized else {}
         self.special = self.tokenizer.get_added_tokens_decoder()
-        if self.tokenizer.get_vocab_size() > vocab_size + 1:
+        vocabulary = self.tokenizer.get_vocab()
+        plain = (token for token, i in vocabulary.items() if i not in self.special)
+        if self.bytes and set("".join(plain)) - self.bytes.keys():
+            raise ValueError("its tokens hold more than the signs of bytes")
+        if max(vocabulary.values()) > vocab_size:
             raise ValueError(
                 f"the tokenizer has {self.tokenizer.get_vocab_size()} tokens, the network "
                 f"{vocab_size} and the mask: take the tokenizer that belongs to it"
@@ -194,7 +200,7 @@ class HFTokenizer(ByteLevel):
             return "\ufffd".encode()
         if self.bytes and i not in self.special:
             return bytes(self.bytes[c] for c in token)
-        if token.startswith("<0x") and len(token) == 6:
+        if re.fullmatch("<0x[0-9A-Fa-f]{2}>", token):
             return bytes.fromhex(token[3:5])
         return token.replace("\u2581", " ").encode()  # SentencePiece's sign for a space
 
@@ -222,10 +228,23 @@ def check_bpe(serialized: str) -> None:
     others = [before["add_prefix_space"], *(spec.get(name) for name in AROUND_BPE)]
     if not plain or any(others + [model.get(name) for name in WITHIN_BPE]):
         raise ValueError("it is no plain byte-level BPE")
-    added = {token["content"]: token["id"] for token in spec["added_tokens"]}
-    ids = (model["vocab"] | added).values()
-    if set(map(type, ids)) != {int} or sorted(ids) != list(range(len(ids))):
+    tokens = model["vocab"] | {token["content"]: token["id"] for token in spec["added_tokens"]}
+    if set(map(type, tokens.values())) != {int} or sorted(tokens.values()) != [*range(len(tokens))]:
         raise ValueError("the ids of its tokens are not 0, 1, 2 and so on")
+    if set("".join(tokens)) - byte_of_character().keys():
+        raise ValueError("its tokens hold more than the signs of bytes")
+
+
+def check_hf(serialized: str, numbers: list) -> None:
+    """Raise `ValueError` for what ends the process, or for numbers that are none.
+
+    Its regular expressions are run as they are: import what you trust.
+    """
+    model = json.loads(serialized)["model"]
+    if model["type"] != "BPE" or model.get("continuing_subword_prefix"):
+        raise ValueError("it is no BPE of whole tokens")
+    if set(map(type, numbers)) != {int} or min(numbers) < 0:
+        raise ValueError("its numbers are not whole ones")
 
 
 def _is_text(characters: str) -> bool:
@@ -377,7 +396,7 @@ def write_bins(folder: Path, splits: dict[str, np.ndarray], tokenizer, about: di
         write_atomically(folder / f"{split}.bin", ids.astype(dtype).tobytes())
     counts = {split: len(ids) for split, ids in splits.items()}
     meta = about | {"dtype": dtype, "tokens": counts, "tokenizer": tokenizer.state()}
-    meta["bins"] = {split: sha256_of(ids.astype(dtype)) for split, ids in splits.items()}
+    meta["shards"] = {f"{k}.bin": sha256_of(ids.astype(dtype)) for k, ids in splits.items()}
     meta["check"] = digest(meta)
     write_atomically(folder / "meta.json", json.dumps(meta, indent=1).encode())
 
@@ -472,13 +491,10 @@ def _open_split(folder: Path, split: str, meta: dict, vocab_size: int) -> np.nda
             f"{folder / name} is cut: {len(tokens)} tokens, not the {meta['tokens'][split]} of the "
             "meta file: prepare the data again"
         )
-    expected = meta.get("bins", {}).get(split)
-    if (
-        expected
-        and len(tokens) <= SCANNED
-        and sha256_of(np.ascontiguousarray(tokens[:])) != expected
-    ):
-        raise ValueError(f"{folder}: the checksum of {split} is wrong: prepare the data again")
+    hashes = meta.get("shards", {}) if len(tokens) <= SCANNED else {}
+    for path, part in zip(paths, parts, strict=True):
+        if path.name in hashes and hashes[path.name] != sha256_of(part):
+            raise ValueError(f"the checksum of {path} is wrong: prepare the data again")
     return tokens
 
 

@@ -218,13 +218,15 @@ def use_bins(name: str, folder: Path):
     return corpus.tokenizer.state(), corpus.name, corpus.sha256, corpus.train[:].tolist(), decoded
 
 
-def use_bpe(folder: Path):
+def use_bpe(folder: Path, kind: str = "bpe"):
     serialized = (folder / "bpe.json").read_bytes().decode("utf-8", "surrogateescape")
-    tokenizer = data.load_tokenizer({"kind": "bpe", "serialized": serialized})
+    more = {"hf": {"vocab_size": 270, "mask": 270}}.get(kind, {})
+    tokenizer = data.load_tokenizer({"kind": kind, "serialized": serialized} | more)
     ids = tokenizer.encode(TEXT + "aaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaa!é\x00")
-    decoded = tokenizer.decode(ids.tolist())
+    if len(ids) and int(ids.max()) >= tokenizer.vocab_size:
+        raise AssertionError("an id beyond the vocabulary")
     every = [tokenizer.decode_bytes([i]) for i in range(tokenizer.vocab_size)]
-    return tokenizer.vocab_size, int(ids.max()) < tokenizer.vocab_size or 1 / 0, decoded, every
+    return tokenizer.vocab_size, tokenizer.decode(ids.tolist()), every
 
 
 def use_settings(folder: Path):
@@ -339,6 +341,7 @@ KINDS = {
     "nanogpt bytes": Kind(3, partial(spoil_bytes, NANOGPT), partial(use_bins, "nanogpt")),
     "bpe bytes": Kind(2, partial(spoil_bytes, ["bpe.json"]), use_bpe),
     "bpe values": Kind(3, partial(spoil_json, "bpe.json"), use_bpe),
+    "hf values": Kind(2, partial(spoil_json, "bpe.json"), partial(use_bpe, kind="hf")),
     "settings bytes": Kind(1, partial(spoil_bytes, SETTINGS), use_settings),
     "settings values": Kind(1, spoil_settings, use_settings),
     "metrics bytes": Kind(2, partial(spoil_bytes, ["metrics.jsonl"]), use_metrics),

@@ -290,10 +290,12 @@ def test_the_meta_file_says_what_the_bins_hold(tmp_path):
     meta = json.loads((folder_in(tmp_path) / "meta.json").read_text())
     assert meta.pop("check")
     hashes = {
-        split: hashlib.sha256((folder_in(tmp_path) / f"{split}.bin").read_bytes()).hexdigest()
+        f"{split}.bin": hashlib.sha256(
+            (folder_in(tmp_path) / f"{split}.bin").read_bytes()
+        ).hexdigest()
         for split in data.SPLITS
     }
-    assert meta.pop("bins") == hashes
+    assert meta.pop("shards") == hashes
     assert meta == {
         "corpus": "poem",
         "sha256": hashlib.sha256(b"ab" * 50).hexdigest(),
@@ -675,7 +677,7 @@ def test_bins_without_checksums_are_read_as_they_are(tmp_path):
     prepare(tmp_path)
     path = folder_in(tmp_path) / "meta.json"
     meta = json.loads(path.read_text())
-    path.write_text(json.dumps({k: v for k, v in meta.items() if k not in ("bins", "check")}))
+    path.write_text(json.dumps({k: v for k, v in meta.items() if k not in ("shards", "check")}))
     assert len(data.open_bins(path.parent).train)
 
 

@@ -306,7 +306,7 @@ def test_a_tensor_that_is_missing_surplus_or_of_another_shape_is_named(
         ("activation_type", "gelu", "activation_type=gelu"),
         ("scale_logits", True, "scale_logits=True"),
         ("n_heads", None, "KeyError('n_heads')"),
-        ("n_layers", "two", "config.json is not LLaDA's"),
+        ("n_layers", "two", "model.n_layer='two' is not of type int"),
         ("mask_token_id", VOCAB, "mask_token_id=300 in config.json is none of 300 ids"),
         ("n_layers", 1, "blocks.1.attn_norm.weight, which LLaDA has not"),
     ],

@@ -48,8 +48,8 @@ def make_tokenizer(config: Section, source: sources.Source, dataset):
         return data.TOKENIZERS[kind]()
     if kind.endswith(".json"):
         return read_tokenizer(Path(kind))
-    if kind not in data.TOKENIZERS:
-        choices = ", ".join(data.TOKENIZERS)
+    if kind not in data.TOKENIZERS or kind == "hf":  # which weights bring along
+        choices = ", ".join(name for name in data.TOKENIZERS if name != "hf")
         raise ValueError(f"tokenizer={kind} is unknown: choose {choices} or a .json file")
     pieces = (piece for batch in source.read(dataset) for piece in batch.pieces)
     if kind == "bpe":
