@@ -2,6 +2,7 @@
 
 import math
 import os
+import pickle
 import shutil
 import warnings
 import zipfile
@@ -115,6 +116,8 @@ def load(path: str | Path) -> dict:
         state = plain(state, [path.stat().st_size])
     except Exception as error:  # a damaged or foreign file can fail anywhere in the two readers
         reason = str(error).splitlines()[0][:80] if str(error) else type(error).__name__
+        if isinstance(error, pickle.UnpicklingError):
+            reason = "it holds more than plain data"
         raise ValueError(
             f"{path} is damaged or no checkpoint ({reason}): take an older one or train again"
         ) from error
