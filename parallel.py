@@ -68,9 +68,9 @@ def processes(device: torch.device, minutes: float = 30):
     try:
         if device.type == "cuda":
             torch.cuda.set_device(device)
-            dist.init_process_group("nccl", device_id=device, timeout=limit)
+            dist.init_process_group("nccl", device_id=device, timeout=limit, **meeting(limit))
         else:
-            dist.init_process_group("gloo", timeout=limit)
+            dist.init_process_group("gloo", timeout=limit, **meeting(limit))
             others = dist.new_group(backend="gloo")
         yield
     except RuntimeError as error:
@@ -80,6 +80,18 @@ def processes(device: torch.device, minutes: float = 30):
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
+
+
+def meeting(limit: timedelta) -> dict:
+    """Where and as whom to join a process group.
+
+    torchrun's store still holds the addresses of processes that it has restarted since (PyTorch
+    2.13), hence a name for each start. Only one machine can count them: see docs/reliability.md.
+    """
+    store, rank, size = next(dist.rendezvous("env://", timeout=limit))
+    if os.environ.get("GROUP_WORLD_SIZE") == "1":
+        store = dist.PrefixStore(f"start {os.environ['TORCHELASTIC_RESTART_COUNT']}", store)
+    return {"store": store, "rank": rank, "world_size": size}
 
 
 def roll_call(group) -> str:
