@@ -64,30 +64,46 @@ def processes(device: torch.device, minutes: float = 30):
     if "RANK" not in os.environ or dist.is_initialized():
         yield
         return
-    limit = timedelta(minutes=minutes)
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
-        dist.init_process_group("nccl", device_id=device, timeout=limit)
-    else:
-        dist.init_process_group("gloo", timeout=limit)
-    others = dist.new_group(backend="gloo") if device.type != "cuda" else None
+    limit, others = timedelta(minutes=minutes), None
     try:
+        if device.type == "cuda":
+            torch.cuda.set_device(device)
+            dist.init_process_group("nccl", device_id=device, timeout=limit, **meeting(limit))
+        else:
+            dist.init_process_group("gloo", timeout=limit, **meeting(limit))
+            others = dist.new_group(backend="gloo")
         yield
     except RuntimeError as error:
-        if others is None or "gloo" not in str(error):
+        if "gloo" not in str(error).lower():
             raise
         raise RuntimeError(f"the processes lost each other: {roll_call(others)}") from error
     finally:
-        dist.destroy_process_group()
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+def meeting(limit: timedelta) -> dict:
+    """Where and as whom to join a process group.
+
+    torchrun's store still holds the addresses of processes that it has restarted since (PyTorch
+    2.13), hence a name for each start. Only one machine can count them: see docs/reliability.md.
+    """
+    store, rank, size = next(dist.rendezvous("env://", timeout=limit))
+    if os.environ.get("GROUP_WORLD_SIZE") == "1":
+        store = dist.PrefixStore(f"start {os.environ['TORCHELASTIC_RESTART_COUNT']}", store)
+    return {"store": store, "rank": rank, "world_size": size}
 
 
 def roll_call(group) -> str:
-    """Which processes of a group of their own do not answer within a few seconds, in words."""
+    """Which processes of a `group` of their own do not answer within a few seconds, in words."""
+    if group is None:
+        return "not all of them were there in time (system.timeout)"
     try:
         dist.monitored_barrier(group, timeout=timedelta(seconds=5), wait_all_ranks=True)
     except RuntimeError as error:
-        return str(error)
-    return "all of them answer: see the lines before for the first that failed"
+        named = "Rank" in str(error)
+        return str(error) if named else "one of them has ended, see torchrun's own line"
+    return "all of them answer, see the line of the first that failed"
 
 
 @contextmanager

@@ -46,7 +46,7 @@ class Run:
     world: parallel.World
     compiled: bool
     step: int = 0  # optimizer steps done
-    saved: int | None = None  # the step of ckpt.pt
+    saved: int = 0  # the step of ckpt.pt, 0 if there is none
     best: float = math.inf  # lowest validation bound so far, nats per token
 
     @cached_property
@@ -183,9 +183,7 @@ def assemble(
     return Run(
         *(config, corpus, device, dtype, model, forward, ema, optimizer, scaler),
         *(optim.Meter(device, state.get("meter", state)), world, compiled),
-        step=state["step"],
-        saved=state["step"] or None,
-        best=state["best"],
+        *(state["step"], state["step"], state["best"]),
     )
 
 
@@ -370,8 +368,7 @@ def generate(run: Run) -> str:
 def save(run: Run, name: str) -> bool:
     """Whether it was written; if not, it says why, and the file of before stays.
 
-    ckpt.pt holds everything that a resumed run needs; best.pt the averaged weights only. Shards are
-    put together, so that any number of processes can load it.
+    ckpt.pt holds all that a resumed run needs, best.pt the averaged weights, whole in any case.
     """
     state = {
         "model_config": asdict(run.model.config),

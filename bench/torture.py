@@ -34,7 +34,7 @@ SMALL = (
     *("system.compile=false", "system.device=cpu", "training.resume=auto"),
 )
 COMPARED = ("model", "ema", "optimizer", "meter", "scaler", "step", "best")
-WRITING = 0.008  # seconds that a write of so small a checkpoint takes, about
+WRITING = 0.003  # seconds that a write of so small a checkpoint takes, about
 
 
 class Kill(NamedTuple):

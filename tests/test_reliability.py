@@ -17,6 +17,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from conftest import ROOT, TINY, environment
+from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 import checkpoint
 import cli
@@ -26,6 +27,7 @@ import parallel
 import runlog
 import train as train_script
 from bench import torture
+from bounds import Passes
 
 STEPS = 12  # of TINY, which saves after 6 and 12 and logs every step
 
@@ -563,11 +565,10 @@ def test_a_device_that_decides_by_itself_skips_the_same_steps(name):
     assert len(pairs) > 4 and all(torch.allclose(a, b, rtol=1e-6) for a, b in pairs)
 
 
-def test_a_bound_that_is_not_finite_does_not_end_a_run(train, at, monkeypatch):
-    def far(*given, **options):
-        return SimpleNamespace(bound=lambda: SimpleNamespace(value=1e6))
-
-    monkeypatch.setattr(train_script.runtime, "passes", far)
+def test_a_bound_beyond_all_perplexities_does_not_end_a_run(train, monkeypatch):
+    bound = Passes.bound
+    far = lambda self: bound(self)._replace(value=1e6)  # noqa: E731
+    monkeypatch.setattr(Passes, "bound", far)
     assert train().code == 0
     assert entries()[-1]["eval/val_loss"] == 1e6
 
@@ -673,14 +674,14 @@ def test_a_run_json_that_is_damaged_is_kept_under_another_name(tmp_path):
 
 
 def one_of_two(*words: str) -> None:
-    """What torchrun starts twice, and again after each failure: process 1 dies, then hangs."""
+    """What torchrun's agent starts twice, and again after a failure: process 1 dies, then hangs."""
     optimize, round = train_script.optimize, int(os.environ["TORCHELASTIC_RESTART_COUNT"])
 
     def mortal(run):
         if parallel.world().rank == 1 and round == 0 and run.step == 7:
             os.kill(os.getpid(), signal.SIGKILL)
         if parallel.world().rank == 1 and round == 1 and run.step == 9:
-            signal.signal(signal.SIGTERM, signal.SIG_DFL)  # torchrun would wait for 30 s
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)  # the agent would wait for 30 s
             time.sleep(600)
         return optimize(run)
 
@@ -692,14 +693,15 @@ def one_of_two(*words: str) -> None:
 
 @pytest.fixture(scope="module")
 def restarted(tmp_path_factory, text_file, trained):
-    """A run of two processes, of which one is killed and then one hangs: its folder and stderr."""
+    """A run of two processes, of which one is killed and then one hangs: its folder and stderr.
+
+    torchrun's own agent restarts them, but forks them, so that each start need not import torch.
+    """
     folder = tmp_path_factory.mktemp("restarted")
     data = (f"data.path={text_file}", f"data.cache_dir={trained.parent}/cache")
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    torchrun += ["--nproc-per-node=2", "--max-restarts=2", __file__]
     words = [*TINY, *data, AUTO, "training.save_interval=3", "system.timeout=0.05"]
     result = subprocess.run(
-        [*torchrun, *words],
+        [sys.executable, __file__, *words],
         cwd=folder,
         env=environment(),
         capture_output=True,
@@ -725,4 +727,12 @@ def test_the_losses_of_a_restarted_run_are_those_of_an_uninterrupted_one(restart
 
 
 if __name__ == "__main__":
-    one_of_two(*sys.argv[1:])
+    agent = LaunchConfig(
+        *(1, 1, 2),  # nodes, at least and at most, and processes
+        max_restarts=2,
+        start_method="fork",
+        rdzv_backend="c10d",
+        rdzv_endpoint="localhost:0",
+        run_id="restarts",
+    )
+    elastic_launch(agent, one_of_two)(*sys.argv[1:])
