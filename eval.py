@@ -40,7 +40,7 @@ def main(config: Section, explicit: set[str]) -> None:
     dtype = runtime.pick_dtype(config.system.dtype, device, training=False)
     scoring = Scoring(config.system.seed, config.eval.draws, config.eval.batch_size, dtype)
     for name, loaded in zip(names, models, strict=True):
-        print(f"{name}: EMA weights after {loaded.state['step']} steps, on {device}")
+        print(f"{name}: {loaded.weights}, on {device}")
     how = "exactly" if exact[0] else f"{scoring.draws} passes"
     print(f"{texts.source}: {texts.tokens:,} tokens, {how}", flush=True)
 

@@ -121,6 +121,13 @@ class Loaded(NamedTuple):
     config: dict  # of the training run
     state: dict  # the whole checkpoint
 
+    @property
+    def weights(self) -> str:
+        """In words, which weights these are."""
+        if "origin" in self.state:
+            return f"weights imported from {self.state['origin']}"
+        return f"EMA weights after {self.state['step']} steps"
+
 
 def load(path: str | Path, device: torch.device, resume: bool = False) -> Loaded:
     """Load a checkpoint that train.py wrote, to `resume` the run or to use its averaged weights.

@@ -61,7 +61,7 @@ def main(config: Section, explicit: set[str]) -> None:
     dtype = runtime.pick_dtype(config.system.dtype, device, training=False)
     opened = open_output(config.sampling.output)
     print(
-        f"{config.checkpoint}: EMA weights after {loaded.state['step']} steps, on {device}; "
+        f"{config.checkpoint}: {loaded.weights}, on {device}; "
         f"{settings.strategy} ({settings.label})",
         file=sys.stderr,
     )

@@ -468,6 +468,8 @@ def test_the_scripts_run_on_imported_weights_and_fine_tune_them(llada, imported,
     cpu = ("system.device=cpu", "system.dtype=float32", "system.compile=false")
     sampled = run("sample.py", "checkpoint=ckpt.pt", "prompt=KING", "sampling.steps=4", *cpu)
     assert sampled.code == 0 and sampled.out.startswith("KING")
+    assert f"weights imported from {llada} (LLaDA)" in sampled.err
+    assert run("tools.view", "checkpoint=ckpt.pt", "prompt=KING", "sampling.steps=4").code == 0
     quick = ("data.path=text.txt", "eval.tokens=256", "eval.draws=2")
     before = run("eval.py", "checkpoint=ckpt.pt", *quick, *cpu)
     assert before.code == 0 and "nats/token" in before.out

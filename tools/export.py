@@ -46,7 +46,7 @@ def main(config: Section, explicit: set[str]) -> None:
         write_tokenizer(folder, loaded)
         (folder / "README.md").write_text(card(config, loaded, figures), encoding="utf-8")
     print(
-        f"EMA weights after {loaded.state['step']} steps in {config.to}; the card names their "
+        f"{loaded.weights} in {config.to}; the card names their "
         f"licence ({config.licence}) and {'the bound' if figures else 'how to measure the bound'}"
     )
     if config.push:

@@ -4,7 +4,7 @@ python -m tools.import_weights from=GSAI-ML/LLaDA-8B-Base to=llada.pt
 
 Read are SMDM (arXiv 2410.18514; code: ML-GSAI/SMDM), LLaDA (arXiv 2502.09992) and what
 tools.export wrote. No code that comes with the weights is loaded. Files are memory-mapped, and one
-tensor after the other is copied: in memory are the weights once, and what the system caches.
+tensor after the other is copied: memory holds the weights once, and the largest of them twice.
 """
 
 import re

@@ -106,10 +106,8 @@ def read_json(path: Path) -> dict:
 def read_tokenizer(path: Path, vocab_size: int, mask: int) -> dict:
     """The state of the tokenizer.json in a folder, for a network of so many tokens.
 
-    `mask` is the id that the file has for the mask.
-
-    Llama's puts a space before every text; that is left out, so that pieces of a text can be put
-    together, and a text comes back as it was.
+    `mask` is the id that the file has for the mask. Llama's puts a space before every text; that is
+    left out, so that pieces of a text can be put together, and a text comes back as it was.
     """
     file = path / "tokenizer.json" if path.is_dir() else path
     if not file.is_file():
@@ -125,5 +123,6 @@ def read_tokenizer(path: Path, vocab_size: int, mask: int) -> dict:
         spec[key] = {"type": "Sequence", inner: parts} if parts else None
     eos = (read_json(beside) if beside.is_file() else {}).get("eos_token")
     eos = eos.get("content") if isinstance(eos, dict) else eos
-    tokenizer = data.HFTokenizer(json.dumps(spec), vocab_size, mask)
+    values = {"serialized": json.dumps(spec), "vocab_size": vocab_size, "mask": mask}
+    tokenizer = data.load_tokenizer({"kind": "hf"} | values)
     return tokenizer.state() | {"eos": tokenizer.id_of(eos)}
