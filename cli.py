@@ -274,6 +274,8 @@ def load_yaml(path: Path) -> dict:
             part, count = parts.pop(), count + 1
             if count > VALUES:
                 raise ValueError("it holds too many values")
+            if isinstance(part, dict) and set(map(type, part)) - {str}:
+                raise ValueError("a name is no text")
             parts += part.values() if isinstance(part, dict) else ()
             parts += part if isinstance(part, list) else ()
         return OmegaConf.to_container(OmegaConf.load(path))

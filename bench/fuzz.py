@@ -4,7 +4,7 @@ python -m bench.fuzz cases=10000
 
 Each case damages a small, sound file, reads it as the scripts do and uses what was read: a network
 fills in a text, a tokenizer writes one, a corpus gives a batch. What may come of it: `refused`, a
-`ValueError` that our code raises; `same`, what the sound file gives, in every bit; `other`, where
+`ValueError` that our code raises (or OmegaConf's error, which cli.py turns into a line as well); `same`, what the sound file gives, in every bit; `other`, where
 nothing could tell that the file is not what was meant: another letter in a text. All else is a bug.
 """
 
@@ -26,6 +26,7 @@ from tempfile import TemporaryDirectory
 from typing import NamedTuple
 
 import torch
+from omegaconf.errors import OmegaConfBaseException
 
 import checkpoint
 import cli
@@ -410,8 +411,8 @@ def outcome_of(kind: Kind, folder: Path, expected: str, limit: float) -> Outcome
     try:
         with no_longer_than(limit):
             found = fingerprint(kind.use(folder))
-    except ValueError as error:
-        ours = cli.raised_by_us(error)
+    except (ValueError, OmegaConfBaseException) as error:  # what cli.one_line_errors takes
+        ours = isinstance(error, OmegaConfBaseException) or cli.raised_by_us(error)
         what, why = ("refused", "") if ours else ("bug", f"{type(error).__name__}: {error}")
     except BaseException as error:  # a panic of the tokenizers library is no Exception
         if isinstance(error, KeyboardInterrupt):

@@ -225,11 +225,12 @@ BOMB = "a: &a [x, x, x, x, x, x, x, x, x]\n" + "".join(
         "\xff\xfe",
         "just a text",
         "- 1\n- 2\n",
+        "model: {1: 2}\n",
         "model: {n_layer: 2}\nmodel: {n_layer: 3}\n",
         "model: !!python/object/apply:os.system [true]\n",
         BOMB,
     ],
-    ids=["deep", "cut", "encoding", "text", "list", "twice", "python", "bomb"],
+    ids=["deep", "cut", "encoding", "text", "list", "number", "twice", "python", "bomb"],
 )
 def test_a_damaged_experiment_is_refused_in_one_line(text, run, experiment):
     experiment(text)
