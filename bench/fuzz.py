@@ -3,9 +3,10 @@
 python -m bench.fuzz cases=10000
 
 Each case damages a small, sound file, reads it as the scripts do and uses what was read: a network
-fills in a text, a tokenizer writes one, a corpus gives a batch. What may come of it: `refused`, a
-`ValueError` that our code raises (or OmegaConf's error, which cli.py turns into a line as well); `same`, what the sound file gives, in every bit; `other`, where
-nothing could tell that the file is not what was meant: another letter in a text. All else is a bug.
+fills in a text, a tokenizer writes one, a corpus gives a batch. What may come of it: `refused`, an
+error that cli.py turns into one line (a `ValueError` that our code raises, or OmegaConf's own);
+`same`, what the sound file gives, in every bit; `other`, where nothing could tell that the file is
+not what was meant: another letter in a text. All else is a bug.
 """
 
 import io
