@@ -67,10 +67,10 @@ def over(process: int) -> bool:
     return os.waitid(os.P_PID, process, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
 
 
-def wait(process: int, ready: Callable[[], bool]) -> None:
-    """Return when it is `ready`, or when the process has ended."""
+def wait(process: int, ready: Callable[[], bool], look: float = 5e-3) -> None:
+    """Return when it is `ready`, or when the process has ended; one `look` every so many seconds."""
     while not (ready() or over(process)):
-        time.sleep(2e-4)
+        time.sleep(look)
 
 
 def sleep(process: int, seconds: float) -> None:
@@ -108,14 +108,14 @@ def strike(process: int, folder: Path, chance: random.Random, config: Section) -
     wait(process, lambda: log.exists() and log.stat().st_mtime_ns > started)
     sleep(process, chance.uniform(0, config.span))
     if chance.random() < config.aimed:
-        wait(process, lambda: any(unfinished(folder)))
+        wait(process, lambda: any(unfinished(folder)), look=3e-4)
         sleep(process, chance.uniform(0, WRITING))
     if not over(process):
         os.kill(process, signal.SIGKILL)
 
 
 def unfinished(folder: Path) -> list[Path]:
-    return list(folder.glob(".*.pt.tmp"))
+    return [path for path in (folder / ".ckpt.pt.tmp", folder / ".best.pt.tmp") if path.exists()]
 
 
 def examine(folder: Path, before: int) -> Kill:

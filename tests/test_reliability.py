@@ -114,7 +114,7 @@ def tortured(tmp_path, text_file, monkeypatch):
     )
 
     def tortured(**settings) -> list:
-        config = {"aimed": 0.5, "span": 0.1, "seed": 1, "out_dir": str(tmp_path / "runs")}
+        config = {"aimed": 0.7, "span": 0.1, "seed": 1, "out_dir": str(tmp_path / "runs")}
         words = [*torture.SMALL, f"data.path={text_file}", f"data.cache_dir={tmp_path}/data"]
         words += ["training.max_iters=24", "system.dtype=float32"]
         given = json.dumps([config | settings, words])
@@ -133,8 +133,8 @@ def tortured(tmp_path, text_file, monkeypatch):
 
 def test_a_run_that_is_killed_again_and_again_ends_as_the_one_in_peace(tortured):
     """Every kill's checkpoint loads, and metrics and weights are the same bits: see torture."""
-    kills = tortured(kills=5)
-    assert len(kills) == 5 and any(writing for _, writing in kills)
+    kills = tortured(kills=4)
+    assert len(kills) == 4 and any(writing for _, writing in kills)
 
 
 def test_the_harness_notices_a_checkpoint_that_a_kill_has_cost(tmp_path):
@@ -699,7 +699,7 @@ def restarted(tmp_path_factory, text_file, trained):
     """
     folder = tmp_path_factory.mktemp("restarted")
     data = (f"data.path={text_file}", f"data.cache_dir={trained.parent}/cache")
-    words = [*TINY, *data, AUTO, "training.save_interval=3", "system.timeout=0.05"]
+    words = [*TINY, *data, AUTO, "training.save_interval=3", "system.timeout=0.1"]
     result = subprocess.run(
         [sys.executable, __file__, *words],
         cwd=folder,
