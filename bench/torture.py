@@ -68,7 +68,7 @@ def over(process: int) -> bool:
 
 
 def wait(process: int, ready: Callable[[], bool], look: float = 5e-3) -> None:
-    """Return when it is `ready`, or when the process has ended; one `look` every so many seconds."""
+    """Return when it is `ready` or the process has ended; `look` is the time between two looks."""
     while not (ready() or over(process)):
         time.sleep(look)
 
