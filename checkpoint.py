@@ -3,6 +3,8 @@
 import math
 import os
 import pickle
+import pickletools
+import re
 import shutil
 import warnings
 import zipfile
@@ -14,6 +16,7 @@ import torch
 from torch import Tensor
 
 FORMAT = "nanomdm"
+PLAIN = re.compile(r"torch._utils _rebuild_tensor_v2|torch \w+Storage|collections OrderedDict")
 VERSION = 1
 
 
@@ -144,6 +147,13 @@ def check_archive(path: Path) -> None:
         folders = [entry.filename for entry in entries if entry.external_attr & 0x10]
         if bad := archive.testzip() or next(iter(folders), None):
             raise ValueError(f"the checksum or the entry of {bad} is wrong")
+        names = [entry.filename.lower() for entry in entries]  # as PyTorch compares them
+        if len(set(names)) < len(names):
+            raise ValueError("it has two entries of one name")
+        pickled = archive.read(next(n for n in archive.namelist() if n.endswith("data.pkl")))
+    for opcode, value, _ in pickletools.genops(pickled):  # a bytearray(10**10) is built at once
+        if opcode.name == "GLOBAL" and not PLAIN.fullmatch(value):
+            raise ValueError(f"it holds more than plain data: {value}")
 
 
 def plain(value, room: list[int]):
