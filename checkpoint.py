@@ -3,6 +3,8 @@
 import math
 import os
 import pickle
+import pickletools
+import re
 import shutil
 import warnings
 import zipfile
@@ -14,7 +16,9 @@ import torch
 from torch import Tensor
 
 FORMAT = "nanomdm"
+PLAIN = re.compile(r"torch._utils _rebuild_tensor_v2|torch \w+Storage|collections OrderedDict")
 VERSION = 1
+VALUES = 2 * 10**5  # in a checkpoint, at most; a large one has thousands
 
 
 def save(path: str | Path, state: dict, keep: int = 0) -> None:
@@ -113,7 +117,7 @@ def load(path: str | Path) -> dict:
         check_archive(path)
         with warnings.catch_warnings(action="ignore"):  # of what is refused in one line below
             state = torch.load(path, map_location="cpu", weights_only=True)
-        state = plain(state, [path.stat().st_size])
+        state = plain(state, [VALUES])
     except Exception as error:  # a damaged or foreign file can fail anywhere in the two readers
         reason = str(error).splitlines()[0][:80] if str(error) else type(error).__name__
         if isinstance(error, pickle.UnpicklingError):
@@ -144,16 +148,24 @@ def check_archive(path: Path) -> None:
         folders = [entry.filename for entry in entries if entry.external_attr & 0x10]
         if bad := archive.testzip() or next(iter(folders), None):
             raise ValueError(f"the checksum or the entry of {bad} is wrong")
+        names = [entry.filename.lower() for entry in entries]  # as PyTorch compares them
+        if len(set(names)) < len(names):
+            raise ValueError("it has two entries of one name")
+        pickled = archive.read(next(n for n in archive.namelist() if n.endswith("data.pkl")))
+    for opcode, value, _ in pickletools.genops(pickled):  # a bytearray(10**10) is built at once
+        if opcode.name == "GLOBAL" and not PLAIN.fullmatch(value):
+            raise ValueError(f"it holds more than plain data: {value}")
 
 
 def plain(value, room: list[int]):
-    """What torch.load built, in plain containers, if it takes no more bytes than `room` has left.
+    """What torch.load built, in plain containers, if that is no more values than `room` has left.
 
     Raises `ValueError`: a hostile file may claim large tensors, or a list of lists of lists, out of
-    few bytes, and hold what no run saves.
+    few bytes, and hold what no run saves. Tensors may share what is stored of them.
     """
-    room[0] -= value.nbytes if type(value) is Tensor else 1
-    if room[0] < 0:
+    room[0] -= 1
+    repeats = type(value) is Tensor and value.nbytes > value.untyped_storage().nbytes()
+    if repeats or room[0] < 0:
         raise ValueError("it is larger in memory than on the disk")
     if isinstance(value, dict) and {type(key) for key in value} <= {str, int}:
         return {plain(key, room): plain(part, room) for key, part in value.items()}

@@ -78,7 +78,7 @@ class Optimizers:
             expected |= {k: (p.shape, p.dtype) for k in MOMENTS[type(part).__name__] - {"step"}}
             if i < 0 or {k: (v.shape, v.dtype) for k, v in values.items()} != expected:
                 raise ValueError(f"the moments of parameter {i} are of another")
-            moments[i] = {k: self.like(v, p) for k, v in values.items()}
+            moments[i] = {k: self.like(v.contiguous(), p) for k, v in values.items()}
         part.load_state_dict(part.state_dict() | {"state": moments})
 
 

@@ -339,17 +339,21 @@ def attack(target: Target, log: Log, random: Random, names: list[str]) -> None:
 
 @contextmanager
 def demo():
-    """A demo of a tiny model on a free port, as a process: (process, port)."""
+    """A demo of a tiny model on a free port: its process, the port, and what it says on stderr."""
     with TemporaryDirectory() as folder:
         checkpoint.save(Path(folder, "ckpt.pt"), sound_state(data.ByteTokenizer()))
         words = [f"checkpoint={folder}/ckpt.pt", "port=0", "device=cpu", "seconds=10"]
         command = [sys.executable, "-m", "tools.demo", *words]
-        process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
+        said = Path(folder, "stderr.txt")
+        with said.open("w") as stderr:
+            process = subprocess.Popen(
+                command, cwd=ROOT, stdout=subprocess.PIPE, stderr=stderr, text=True
+            )
         try:
             address = re.search(r":(\d+)", process.stdout.readline())
             if not address:
-                raise RuntimeError("the demo did not start: see above")
-            yield process, int(address[1])
+                raise RuntimeError(f"the demo did not start: {said.read_text()}")
+            yield process, int(address[1]), said
         finally:
             process.terminate()
             process.wait(timeout=20)
@@ -388,13 +392,16 @@ def main(config: Section, explicit: set[str]) -> None:
             raise ValueError(f"{name}={getattr(config, name):g} must be positive")
     if not Path("/proc/self/status").is_file():
         raise ValueError("the siege reads a process's memory from /proc: run it on Linux")
-    with demo() as (process, port):
+    with demo() as (process, port, said):
         warm = Target(port, time.monotonic())
         for _ in range(20):
             generate(warm, Random(0))
         log, levels = besiege(process, port, config)
         time.sleep(0.5)
         after = page(warm, Random(0)).status
+        if "Traceback" in (errors := said.read_text()):
+            print(errors[errors.index("Traceback") :][-3000:], file=sys.stderr)
+            log.add("page", Answer("unsafe (a traceback of the demo)"), 0.0)
     tell(log, levels, after, config)
 
 

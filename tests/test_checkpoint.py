@@ -246,6 +246,7 @@ def test_the_stamp_of_these_tests_is_the_codes():
 STRANGE = {
     "a tensor of terabytes that repeats one number": lambda: torch.zeros(1).expand(2**40),
     "a buffer": lambda: bytearray(9),
+    "a buffer of two gigabytes out of nothing": lambda: Buffer(),
     "a sparse tensor": lambda: torch.eye(3).to_sparse(),
     "a parameter": lambda: torch.nn.Parameter(torch.ones(2)),
     "a complex number": lambda: 1j,
@@ -257,6 +258,11 @@ STRANGE = {
     "half a character": lambda: "\ud800",
     "a list that unfolds to 3 ** 30 values": lambda: tripled(30),
 }
+
+
+class Buffer:
+    def __reduce__(self):
+        return bytearray, (2**31,)
 
 
 def tripled(times: int) -> list:
@@ -285,6 +291,12 @@ def test_an_archive_that_inflates_is_refused_before_it_does(path):
     start = time.perf_counter()
     assert "larger in memory than on the disk" in refusal(path)
     assert time.perf_counter() - start < 1
+
+
+def test_an_archive_with_two_entries_of_one_name_is_refused(path):
+    with zipfile.ZipFile(path, "a") as archive:
+        archive.writestr("archive/DATA.PKL", b"the other reader's")
+    assert "two entries of one name" in refusal(path)
 
 
 def test_names_in_an_archive_lead_nowhere(path):

@@ -364,6 +364,22 @@ def test_moments_of_another_shape_are_refused(name):
         optimizer_of(build(), name).load_state_dict(state)
 
 
+def test_moments_that_repeat_one_number_in_memory_are_spread_out():
+    """PyTorch's fused AdamW would write beyond them."""
+    model = build()
+    optimizer = optimizer_of(model, "adamw")
+    for parameter in model.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    optimizer.step()
+    state = copy.deepcopy(optimizer.state_dict())
+    values = state[0]["state"][0]
+    values["exp_avg"] = torch.zeros(1).expand(values["exp_avg"].shape)
+    restored = optimizer_of(model, "adamw")
+    restored.load_state_dict(state)
+    moments = [v for part in restored.parts for each in part.state.values() for v in each.values()]
+    assert all(moment.is_contiguous() for moment in moments)
+
+
 @pytest.mark.parametrize("state", [[], [{}], [{"state": {99: {}}}], None, [{"state": 1}, 2]])
 def test_a_state_of_no_optimizer_is_refused_with_a_remedy(state):
     with pytest.raises(ValueError, match=r"does not fit the network .* training\.init_from"):

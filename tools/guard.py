@@ -9,7 +9,7 @@ import json
 import re
 
 import anyio
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
@@ -86,11 +86,14 @@ async def read_object(request: Request) -> dict:
     if request.headers.get("content-type", "").split(";")[0].strip() != "application/json":
         raise Refusal(415, "the body must be application/json")
     body = bytearray()
-    with anyio.move_on_after(PATIENCE) as patience:
-        async for chunk in request.stream():
-            body += chunk
-            if len(body) > BODY:
-                raise Refusal(413, f"the body is larger than {BODY} bytes: shorten the text")
+    try:
+        with anyio.move_on_after(PATIENCE) as patience:
+            async for chunk in request.stream():
+                body += chunk
+                if len(body) > BODY:
+                    raise Refusal(413, f"the body is larger than {BODY} bytes: shorten the text")
+    except ClientDisconnect:
+        raise Refusal(400, "the visitor left before the body had arrived") from None
     if patience.cancelled_caught:
         raise Refusal(408, f"the body took longer than {PATIENCE:g} seconds to arrive")
     try:
