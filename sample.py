@@ -25,7 +25,7 @@ from diffusion import Sampling
 from runtime import Loaded
 from text import visible
 
-HOLE = re.compile(r"(\\*)\[MASK(?:\*(\d+))?\]")
+HOLE = re.compile(r"(?<!\\)(\\*)\[MASK(?:\*(\d+))?\]")
 FRAME = 1 / 24  # seconds that a state stays on the screen, at least
 MASKED, NEW, PLAIN = "\x1b[2m", "\x1b[1;32m", "\x1b[0m"  # dim, bold green
 
