@@ -26,7 +26,8 @@ def commands(text: str) -> list[str]:
 
 
 COMMANDS = commands(README)
-DOCUMENTED = commands((ROOT / "docs" / "evaluation.md").read_text())
+PAGES = (ROOT / "docs" / f"{name}.md" for name in ("evaluation", "seeing"))
+DOCUMENTED = [command for page in PAGES for command in commands(page.read_text())]
 PROMISED = """
 python train.py
 python train.py +experiment=medium logging.wandb=true

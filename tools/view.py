@@ -27,7 +27,7 @@ def main(config: Section, explicit: set[str]) -> None:
         [canvas] * config.num_samples,
         settings,
         config.seed,
-        lambda row, message: traces[row].append(message),
+        lambda row, message: traces[row].append(without_ids(message)),
         config.alternatives,
     )
     steps = len(traces[0]) - 1
@@ -40,6 +40,11 @@ def main(config: Section, explicit: set[str]) -> None:
     else:
         content = assemble("view", "nanoMDM", {"subtitle": subtitle, "traces": traces})
     write(Path(config.out or f"sample.{config.format}"), content)
+
+
+def without_ids(message: dict) -> dict:
+    """A page that only shows texts has no use for the tokens' ids."""
+    return {name: value for name, value in message.items() if name != "ids"}
 
 
 def check(config: Section) -> None:

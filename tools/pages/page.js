@@ -273,12 +273,12 @@ class Player {
     const { trace, span } = this;
     const x = (n) => ((600 * n) / span).toFixed(1);
     const line = (values, top) =>
-      values.map((v, n) => (v === undefined ? "" : `${x(n)},${(76 - (72 * v) / top).toFixed(1)}`));
+      values.map((v, n) => (v === undefined ? "" : `${x(n)},${(78 - (73 * v) / top).toFixed(1)}`));
     const masks = line(trace.left, Math.max(1, trace.left[0]));
     const entropies = trace.left.map((_, n) => trace.asked(n)?.entropy);
     const top = Math.max(0.1, ...entropies.filter((value) => value !== undefined));
     const shapes = [
-      draw("polygon", { class: "area", points: `0,76 ${masks.join(" ")} ${x(this.end)},76` }),
+      draw("polygon", { class: "area", points: `0,80 ${masks.join(" ")} ${x(this.end)},80` }),
       draw("polyline", { class: "masks", points: masks.join(" ") }),
       draw("polyline", { class: "entropy", points: line(entropies, top).join(" ") }),
       draw("line", { class: "now", x1: x(this.n), x2: x(this.n), y1: 0, y2: 80 }),
