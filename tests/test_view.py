@@ -270,7 +270,7 @@ def test_a_position_is_something_at_every_step_of_the_picture(loaded):
             assert text == ("" if token is None else loaded.tokenizer.decode([token]))
 
 
-def test_lines_of_the_picture_break_behind_blanks():
+def test_lines_of_the_picture_break_at_blanks():
     texts = list("aa " * 30 + "\n" + "b" * 70)
     places, _ = picture.lay_out(texts)
     assert max(column for column, _ in places) < picture.WIDE + 1
@@ -278,6 +278,8 @@ def test_lines_of_the_picture_break_behind_blanks():
     for text, (_, line) in zip(texts, places, strict=True):
         lines[line] = lines.get(line, "") + text
     assert list(lines.values()) == ["aa " * 21, "aa " * 9 + "\n", "b" * 64, "b" * 6]
+    places, _ = picture.lay_out([" to", "ken"] * 11)
+    assert [line for _, line in places] == [0] * 20 + [1] * 2
 
 
 # --- Mistakes ------------------------------------------------------------------------------------

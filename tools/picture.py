@@ -84,9 +84,10 @@ def counts(stays: list[list[Stay]], steps: int) -> list[int]:
 
 
 def lay_out(texts: list[str]) -> tuple[list[tuple[int, int]], int]:
-    """The (column, line) of each token of a text, wrapped behind its blanks, and the height."""
+    """The (column, line) of each token of a text, wrapped at its blanks, and the height."""
     places, column, line, word = [], 0, 0, 0  # `word`: the first token that has to stay together
     for number, text in enumerate(texts):
+        word = number if len(text) > 1 and text[0].isspace() else word
         if column + len(text.rstrip()) > WIDE and column:
             line += 1
             moved = places[word:]

@@ -93,7 +93,7 @@ function draw(tag, attributes) {
 }
 
 function percent(p) {
-  return p < 0.0005 ? "< 0.1%" : `${(100 * p).toFixed(p < 0.0995 ? 1 : 0)}%`;
+  return p < 0.0005 ? "<\u00a00.1%" : `${(100 * p).toFixed(p < 0.0995 ? 1 : 0)}%`;
 }
 
 const plural = (n, word) => `${n} ${word}${n === 1 ? "" : "s"}`;
