@@ -15,7 +15,7 @@ def main(config: Section, explicit: set[str]) -> None:
     try:
         from tools.server import Demo, Limits, make_server
     except ImportError as error:
-        raise ValueError(f"the demo needs {error.name}: pip install starlette uvicorn") from None
+        raise ValueError(f"{error.name} is missing: pip install starlette uvicorn") from None
     check(config)
     loaded = runtime.load(config.checkpoint, runtime.pick_device(config.device))
     context = loaded.model.config.block_size
