@@ -143,6 +143,16 @@ def test_a_spike_beyond_the_means_is_marked_at_the_top(panels):
     assert points(loss.lines[2]) == [(20, loss.get_ylim()[1])]
 
 
+def test_the_axis_of_the_losses_holds_the_means_of_all_runs_and_where_they_begin(tmp_path):
+    write(
+        tmp_path / "a",
+        [training(10, loss=1.0, loss_max=2.0), training(20, loss=1.2, loss_max=50.0)],
+    )
+    write(tmp_path / "b", [training(10, loss=6.0, loss_max=7.0), training(20, loss=5.0)])
+    low, high = plot.loss_range(plot.read_runs([str(tmp_path / "a"), str(tmp_path / "b")]))
+    assert 0.5 < low < 1.0 and 7.0 < high < 8.0
+
+
 def test_a_spike_between_two_entries_is_marked_at_the_later_one(panels):
     loss = panels([training(10, loss_max=2.0), training(20, loss_max=80.0)])[0]
     assert points(loss.lines[2]) == [(20, loss.get_ylim()[1])]

@@ -164,6 +164,7 @@ def draw(runs: Sequence[Run], x: str, pyplot):
     )
     many = pyplot.get_cmap("viridis")(np.linspace(0, 0.9, len(runs)))
     colours = COLOURS if len(runs) <= len(COLOURS) else many
+    axes[0, 0].set_ylim(loss_range(runs))
     unit = "tokens" if runs[0].config else "steps"
     for axis, (title, panel) in zip(axes.flat, PANELS.items(), strict=True):
         axis.set_title(title.format(unit=unit), loc="left")
@@ -187,20 +188,29 @@ def draw(runs: Sequence[Run], x: str, pyplot):
     return figure
 
 
+def loss_range(runs: Sequence[Run]) -> tuple[float, float]:
+    """What the axis of the losses shows: all means, every run's first batches, and no spike."""
+    lows = [run.series(name)[1] for run in runs for name in ("train/loss", "train/loss_avg")]
+    firsts = [run.series(name)[1][:1] for run in runs for name in ("train/loss", "train/loss_max")]
+    highs = [*firsts, *(run.series("train/loss_avg")[1] for run in runs)]
+    low, high = np.concatenate(lows), np.concatenate(highs)
+    if not (np.isfinite(low).any() and np.isfinite(high).any()):
+        return 0.0, 1.0
+    margin = 0.05 * (np.nanmax(high) - np.nanmin(low)) + 1e-3
+    return np.nanmin(low) - margin, np.nanmax(high) + margin
+
+
 def draw_loss(axis, run: Run, x: str, colour) -> None:
     """The running mean, and each batch faintly behind it; a spike beyond the top is marked."""
     steps, means = run.series("train/loss_avg")
     axis.plot(run.at(steps, x), means, color=colour, lw=1.6, zorder=3)
-    axis.margins(y=0.1)
-    axis.autoscale_view()
-    low, high = axis.get_ylim()
     steps, losses = run.series("train/loss")
     axis.plot(run.at(steps, x), losses, color=colour, lw=0.7, alpha=0.35)
-    axis.set_ylim(min(low, np.nanmin(losses, initial=low) - 0.02 * (high - low)), high)
     peaks, largest = run.series("train/loss_max")  # of all batches since the entry before
     steps, losses = (peaks, largest) if len(peaks) else (steps, losses)
-    if (beyond := losses > high).any():
-        axis.plot(run.at(steps[beyond], x), np.full(beyond.sum(), high), "^", color=colour)
+    top = axis.get_ylim()[1]
+    if (beyond := losses > top).any():
+        axis.plot(run.at(steps[beyond], x), np.full(beyond.sum(), top), "^", color=colour)
 
 
 def draw_bound(axis, run: Run, x: str, colour) -> None:
