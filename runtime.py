@@ -2,6 +2,7 @@
 
 import dataclasses
 import hashlib
+import json
 import os
 import shutil
 import sysconfig
@@ -19,6 +20,7 @@ import data
 import diffusion
 import text
 from model import ModelConfig, Transformer
+from tokenizer import TOKENIZERS, load_tokenizer, train_tokenizer
 
 PARTS = ("model_config", "tokenizer", "config", "corpus", "ema")  # of a checkpoint
 DATA = dict.fromkeys(("dir", "path", "dataset", "tokenizer", "cache_dir"), str) | {
@@ -143,7 +145,7 @@ def load(path: str | Path, device: torch.device, resume: bool = False) -> Loaded
     try:
         if not {type(state[part]) for part in PARTS} == {dict}:
             raise TypeError(f"{', '.join(PARTS)} are not all there")
-        model, tokenizer = build(state), data.load_tokenizer(state["tokenizer"])
+        model, tokenizer = build(state), load_tokenizer(state["tokenizer"])
         symbols = {tokenizer.vocab_size, model.config.vocab_size}
         printable = (state["corpus"]["name"] + state["corpus"]["sha256"]).isprintable()
         kinds = [type(state["config"]["data"]), type(state["step"])]
@@ -194,15 +196,55 @@ def load_corpus(settings: dict, trained: object | None = None, sha256: str = "")
             raise ValueError(f"data.{name}={settings.get(name)!r} is not of type {kind.__name__}")
     settings = SimpleNamespace(**settings)
     if settings.dir:
-        corpus = data.open_bins(Path(settings.dir), settings.tokenizer, trained)
+        corpus = open_bins(Path(settings.dir), settings.tokenizer, trained)
         check_hash(corpus.name, corpus.sha256, sha256)
         return corpus
     name, content = text.find_text(settings.dataset, settings.path, settings.cache_dir)
     if sha256:
         check_hash(name, data.sha256_of(content.encode()), sha256)
-    return data.prepare(
+    return prepare(
         content, name, settings.tokenizer, settings.vocab_size, Path(settings.cache_dir), trained
     )
+
+
+def prepare(
+    content: str, name: str, kind: str, vocab_size: int, cache: Path, trained: object | None = None
+) -> data.Corpus:
+    """Tokenize `content`, 90% train and 10% val by characters (as nanoGPT), once for each recipe.
+
+    The tokenizer is made as `kind` and `vocab_size` (bpe) say, unless a `trained` one is given.
+    Raises `ValueError` for an unknown kind, and for text that the tokenizer lacks symbols for.
+    """
+    known = [name for name in TOKENIZERS if name != "hf"]  # which weights bring along
+    if kind not in known and not (trained and trained.state()["kind"] == kind):
+        raise ValueError(f"data.tokenizer={kind} is unknown: choose one of {', '.join(known)}")
+    sha256 = data.sha256_of(content.encode())
+    made = [kind, vocab_size if kind == "bpe" else 0]
+    recipe = json.dumps([sha256, trained.state() if trained else made])
+    folder = cache / f"{name}-{data.sha256_of(recipe.encode())[:12]}"
+    if not (folder / "meta.json").is_file():
+        split = int(0.9 * len(content))
+        if not split:
+            raise ValueError(f"{name} has {len(content)} characters: too few to train on")
+        tokenizer = trained or train_tokenizer(kind, content, split, vocab_size)
+        ids = {"train": tokenizer.encode(content[:split]), "val": tokenizer.encode(content[split:])}
+        data.write_bins(folder, ids, tokenizer, {"corpus": name, "sha256": sha256})
+    return open_bins(folder)
+
+
+def open_bins(folder: Path, kind: str = "char", trained: object | None = None) -> data.Corpus:
+    """A folder of bins, with its own tokenizer; bins without a meta file have one of this `kind`.
+
+    Raises `ValueError`, also for another tokenizer than the `trained` one of a checkpoint.
+    """
+    meta = data.read_meta(folder, trained.state()["kind"] if trained else kind)
+    try:
+        own = load_tokenizer(meta["tokenizer"])
+    except ValueError as error:
+        raise ValueError(f"{folder}: {error}: prepare the data again") from error
+    if trained is not None and own.state() != trained.state():
+        raise ValueError(f"{folder} was made with another tokenizer than the checkpoint has")
+    return data.open_bins(folder, meta, own)
 
 
 def require_same(corpus: data.Corpus, trained_on: dict) -> None:

@@ -40,10 +40,11 @@ import sample
 import text
 from cli import Section
 from model import ModelConfig, Transformer
+from tokenizer import BPETokenizer, ByteTokenizer, CharTokenizer, load_tokenizer
 
 TEXT = "To be, or not to be: that is the question.\n" * 8
 CPU = torch.device("cpu")
-CHARACTERS = data.CharTokenizer("".join(sorted(set(TEXT))))
+CHARACTERS = CharTokenizer("".join(sorted(set(TEXT))))
 
 
 # --- Damage --------------------------------------------------------------------------------------
@@ -134,7 +135,7 @@ def any_value_or_tensor(random: Random):
 # --- Sound files ---------------------------------------------------------------------------------
 
 
-def sound_state(tokenizer: data.CharTokenizer | data.ByteTokenizer = CHARACTERS) -> dict:
+def sound_state(tokenizer: CharTokenizer | ByteTokenizer = CHARACTERS) -> dict:
     """What train.py saves, of a network as small as they come, after one step of its optimizer."""
     torch.manual_seed(0)
     config = ModelConfig(tokenizer.vocab_size, block_size=16, n_layer=1, n_head=2, n_embd=8)
@@ -179,7 +180,7 @@ def write_sound(folder: Path) -> None:
     stoi = tokenizer.ids
     meta = {"vocab_size": len(stoi), "itos": {i: c for c, i in stoi.items()}, "stoi": stoi}
     (folder / "nanogpt" / "meta.pkl").write_bytes(pickle.dumps(meta))
-    (folder / "bpe.json").write_text(data.BPETokenizer.train(TEXT, 270).state()["serialized"])
+    (folder / "bpe.json").write_text(BPETokenizer.train(TEXT, 270).state()["serialized"])
     for name in ("config.yaml", "experiment/medium.yaml"):
         (folder / "configs" / name).parent.mkdir(exist_ok=True)
         (folder / "configs" / name).write_bytes((cli.CONFIGS / name).read_bytes())
@@ -213,7 +214,7 @@ def use_run(folder: Path):
 
 
 def use_bins(name: str, folder: Path):
-    corpus = data.open_bins(folder / name)
+    corpus = runtime.open_bins(folder / name)
     corpus.require(8)
     batch = corpus.batch(4, 8, torch.Generator().manual_seed(1))
     decoded = [corpus.tokenizer.decode(row) for row in (*batch.tolist(), corpus.val[:].tolist())]
@@ -223,7 +224,7 @@ def use_bins(name: str, folder: Path):
 def use_bpe(folder: Path, kind: str = "bpe"):
     serialized = (folder / "bpe.json").read_bytes().decode("utf-8", "surrogateescape")
     more = {"hf": {"vocab_size": 270, "mask": 270}}.get(kind, {})
-    tokenizer = data.load_tokenizer({"kind": kind, "serialized": serialized} | more)
+    tokenizer = load_tokenizer({"kind": kind, "serialized": serialized} | more)
     ids = tokenizer.encode(TEXT + "aaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaa!é\x00")
     if len(ids) and int(ids.max()) >= tokenizer.vocab_size:
         raise AssertionError("an id beyond the vocabulary")

@@ -25,10 +25,10 @@ from typing import NamedTuple
 
 import checkpoint
 import cli
-import data
 import report
 from bench.fuzz import sound_state
 from cli import Section
+from tokenizer import ByteTokenizer
 
 ROOT = Path(__file__).resolve().parent.parent
 HUNG = 45.0  # seconds: longer than the demo waits for anybody
@@ -341,7 +341,7 @@ def attack(target: Target, log: Log, random: Random, names: list[str]) -> None:
 def demo():
     """A demo of a tiny model on a free port: its process, the port, and what it says on stderr."""
     with TemporaryDirectory() as folder:
-        checkpoint.save(Path(folder, "ckpt.pt"), sound_state(data.ByteTokenizer()))
+        checkpoint.save(Path(folder, "ckpt.pt"), sound_state(ByteTokenizer()))
         words = [f"checkpoint={folder}/ckpt.pt", "port=0", "device=cpu", "seconds=10"]
         command = [sys.executable, "-m", "tools.demo", *words]
         said = Path(folder, "stderr.txt")

@@ -9,11 +9,11 @@ import torch
 from conftest import TEXT
 from problems import LOOP, arbitrary_network
 
-import data
 from bench import cloze
 from bench.cloze import Fill, Item
+from tokenizer import ByteTokenizer
 
-TOKENIZER = data.ByteTokenizer()
+TOKENIZER = ByteTokenizer()
 
 
 def texts_of(fill: Fill, context: int = 100):

@@ -9,14 +9,14 @@ import sys
 import pytest
 import torch
 from conftest import ROOT
-from test_data import gpt2 as gpt2_tokenizer  # noqa: F401
 from test_readme import commands
+from test_tokenizer import gpt2 as gpt2_tokenizer  # noqa: F401
 
 import checkpoint
 import cli
-import data
 import runtime
 from model import ModelConfig, Transformer
+from tokenizer import BPETokenizer, ByteTokenizer, CharTokenizer
 from tools import export, hf_tokenizer
 
 transformers = pytest.importorskip("transformers")
@@ -123,9 +123,9 @@ def any_text(kind: str, rng: random.Random) -> str:
 @pytest.mark.parametrize("kind", ["char", "byte", "bpe", "gpt2"])
 def test_any_text_has_our_ids_and_comes_back(kind, request, tmp_path):
     ours = {
-        "char": lambda: data.CharTokenizer("\nañ€😀 The"),
-        "byte": data.ByteTokenizer,
-        "bpe": lambda: data.BPETokenizer.train(POEM, 280),
+        "char": lambda: CharTokenizer("\nañ€😀 The"),
+        "byte": ByteTokenizer,
+        "bpe": lambda: BPETokenizer.train(POEM, 280),
         "gpt2": lambda: request.getfixturevalue("gpt2_tokenizer"),
     }[kind]()
     converted = hf_tokenizer.convert(ours, ours.vocab_size)

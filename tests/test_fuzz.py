@@ -83,7 +83,7 @@ def test_any_value_in_a_meta_file_is_refused_or_read(key, value):
         meta = {"dtype": "uint16", "tokenizer": {"kind": "char", "characters": "ab"}} | {key: value}
         Path(folder, "meta.json").write_text(json.dumps(meta))
         try:
-            corpus = data.open_bins(Path(folder))
+            corpus = runtime.open_bins(Path(folder))
         except ValueError as error:
             assert cli.raised_by_us(error)
         else:

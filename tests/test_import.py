@@ -10,8 +10,8 @@ from conftest import TEXT, Result
 from torch import Tensor
 
 import checkpoint
-import data
 import runtime
+from tokenizer import BPETokenizer, HFTokenizer, load_tokenizer
 from tools import hf_tokenizer, import_weights, weight_files
 
 safetensors = pytest.importorskip("safetensors.torch")
@@ -143,7 +143,7 @@ def llama_tokenizer(size: int):
 
 def llada_tokenizer():
     """Byte-level, the mask among special tokens, and rows left over behind them."""
-    trained = data.BPETokenizer.train(TEXT, 280)
+    trained = BPETokenizer.train(TEXT, 280)
     made = tokenizers.Tokenizer.from_str(trained.state()["serialized"])
     special = ["<|endoftext|>", *(f"<|reserved_{i}|>" for i in range(9)), "<|mdm_mask|>", "<|eot|>"]
     made.add_special_tokens(special)
@@ -394,7 +394,7 @@ def texts(count: int = 150) -> list[str]:
 
 
 def test_a_llama_tokenizer_gives_any_text_back_with_the_original_ids_behind_a_space(smdm):
-    ours = data.load_tokenizer(weight_files.read_tokenizer(smdm, VOCAB, VOCAB))
+    ours = load_tokenizer(weight_files.read_tokenizer(smdm, VOCAB, VOCAB))
     original = llama_tokenizer(VOCAB)
     for text in texts():
         if text:
@@ -409,13 +409,13 @@ def test_a_metaspace_that_puts_a_space_before_a_text_is_kept_from_it(tmp_path):
     made.normalizer = None
     made.pre_tokenizer = tokenizers.pre_tokenizers.Metaspace(prepend_scheme="first", split=False)
     made.save(str(tmp_path / "tokenizer.json"))
-    ours = data.load_tokenizer(weight_files.read_tokenizer(tmp_path, VOCAB, VOCAB))
+    ours = load_tokenizer(weight_files.read_tokenizer(tmp_path, VOCAB, VOCAB))
     assert ours.encode(" the").tolist() == made.encode("the").ids
     assert ours.decode(ours.encode("the king")) == "the king"
 
 
 def test_a_llada_tokenizer_has_the_original_ids_and_refuses_the_mask(llada):
-    ours = data.load_tokenizer(weight_files.read_tokenizer(llada, VOCAB - 1, MASK))
+    ours = load_tokenizer(weight_files.read_tokenizer(llada, VOCAB - 1, MASK))
     original = llada_tokenizer()
     for text in [*texts(), "<|eot|> and <|endoftext|>"]:
         ids = ours.encode(text)
@@ -429,7 +429,7 @@ def test_a_llada_tokenizer_has_the_original_ids_and_refuses_the_mask(llada):
 def test_the_last_token_stands_in_the_place_of_the_mask():
     made = llada_tokenizer()
     V = made.get_vocab_size() - 1
-    ours = data.HFTokenizer(made.to_str(), V, MASK)
+    ours = HFTokenizer(made.to_str(), V, MASK)
     assert ours.encode("<|eot|>").tolist() == [MASK]
     assert ours.decode([MASK]) == "<|eot|>" and ours.id_of("<|eot|>") == MASK
 
@@ -438,7 +438,7 @@ def test_the_last_token_stands_in_the_place_of_the_mask():
 def test_an_imported_tokenizer_is_exported_with_its_ids(kind, request):
     V, mask = (VOCAB, VOCAB) if kind == "smdm" else (VOCAB - 1, MASK)
     state = weight_files.read_tokenizer(request.getfixturevalue(kind), V, mask)
-    ours = data.load_tokenizer(state)
+    ours = load_tokenizer(state)
     theirs = hf_tokenizer.convert(ours, V)
     for text in texts():
         ids = ours.encode(text).tolist()
@@ -450,13 +450,13 @@ def test_an_imported_tokenizer_is_exported_with_its_ids(kind, request):
 def test_an_exported_tokenizer_has_the_last_token_in_the_place_of_the_mask():
     made = llada_tokenizer()
     V = made.get_vocab_size() - 1
-    theirs = hf_tokenizer.convert(data.HFTokenizer(made.to_str(), V, MASK), V)
+    theirs = hf_tokenizer.convert(HFTokenizer(made.to_str(), V, MASK), V)
     assert theirs.encode("<|eot|>[MASK]").ids == [MASK, V]
 
 
 def test_a_tokenizer_of_more_tokens_than_the_network_has_is_refused():
     with pytest.raises(ValueError, match="the tokenizer has 274 tokens, the network 270"):
-        data.HFTokenizer(llama_tokenizer(VOCAB).to_str(), 270, 270)
+        HFTokenizer(llama_tokenizer(VOCAB).to_str(), 270, 270)
 
 
 # --- Afterwards ---------------------------------------------------------------------------------

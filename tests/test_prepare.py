@@ -18,6 +18,8 @@ from hydra._internal.hydra import Hydra
 import cli
 import data
 import folders
+import runtime
+from tokenizer import EOT, BPETokenizer
 
 datasets = pytest.importorskip("datasets")
 
@@ -102,7 +104,7 @@ def content(folder: Path) -> dict[str, bytes]:
 @pytest.mark.parametrize("write", [write_jsonl, write_parquet, write_text])
 def test_every_document_is_in_one_split_whole_and_in_order(write, prepared, tmp_path):
     suffix = {write_jsonl: "jsonl", write_parquet: "parquet", write_text: "txt"}[write]
-    corpus = data.open_bins(prepared(write(tmp_path / f"d.{suffix}")))
+    corpus = runtime.open_bins(prepared(write(tmp_path / f"d.{suffix}")))
     for split in data.SPLITS:
         own = [text for text in DOCUMENTS if (sources.share(text) < 0.1) is (split == "val")]
         whole = corpus.tokenizer.decode(getattr(corpus, split)[:].tolist())
@@ -111,7 +113,7 @@ def test_every_document_is_in_one_split_whole_and_in_order(write, prepared, tmp_
 
 def test_what_is_held_out_does_not_depend_on_the_other_documents(prepared, tmp_path):
     write_jsonl(tmp_path / "a.jsonl", DOCUMENTS[::2])
-    half = data.open_bins(prepared(tmp_path / "a.jsonl"))
+    half = runtime.open_bins(prepared(tmp_path / "a.jsonl"))
     held = half.tokenizer.decode(half.val[:].tolist())
     assert held == "".join(text + "\n" for text in DOCUMENTS[::2] if sources.share(text) < 0.1)
 
@@ -145,7 +147,7 @@ def test_a_finished_folder_holds_shards_and_meta_file_alone(folder, prepared):
 def test_a_bpe_ends_documents_with_a_token_that_no_text_becomes(prepared, tmp_path):
     documents = [*DOCUMENTS[:50], "a text with <|endoftext|> in it"]
     write_jsonl(tmp_path / "d.jsonl", documents)
-    corpus = data.open_bins(prepared(tmp_path / "d.jsonl", "tokenizer=bpe", "vocab_size=300"))
+    corpus = runtime.open_bins(prepared(tmp_path / "d.jsonl", "tokenizer=bpe", "vocab_size=300"))
     eos, ids = corpus.tokenizer.eos, [*corpus.train[:].tolist(), *corpus.val[:].tolist()]
     assert ids.count(eos) == 51 and ids[-1] == eos
     assert "a text with <|endoftext|> in it<|endoftext|>" in corpus.tokenizer.decode(ids)
@@ -153,17 +155,17 @@ def test_a_bpe_ends_documents_with_a_token_that_no_text_becomes(prepared, tmp_pa
 
 def test_characters_are_those_of_all_documents(prepared, tmp_path):
     write_jsonl(tmp_path / "d.jsonl", ["ab", *"cdefghijklmnopqrstuvwxyz" * 2])
-    corpus = data.open_bins(prepared(tmp_path / "d.jsonl", "tokenizer=char"))
+    corpus = runtime.open_bins(prepared(tmp_path / "d.jsonl", "tokenizer=char"))
     assert corpus.tokenizer.characters == "\nabcdefghijklmnopqrstuvwxyz"
 
 
 @pytest.mark.parametrize("form", ["meta.json", "tokenizer.json"])
 def test_a_tokenizer_can_come_from_a_file(form, folder, prepared, tmp_path):
-    tokenizer = data.BPETokenizer.train(DOCUMENTS[0], 270, [data.EOT])
+    tokenizer = BPETokenizer.train(DOCUMENTS[0], 270, [EOT])
     state = tokenizer.state()
     whole = json.dumps({"tokenizer": state}) if form == "meta.json" else state["serialized"]
     (tmp_path / form).write_text(whole)
-    assert data.open_bins(prepared(folder, f"tokenizer={form}")).tokenizer.state() == state
+    assert runtime.open_bins(prepared(folder, f"tokenizer={form}")).tokenizer.state() == state
 
 
 def test_rows_that_are_lines_are_put_together_where_a_document_begins(prepared, tmp_path):
@@ -189,7 +191,7 @@ def test_a_long_text_goes_in_pieces_that_no_token_spans(tmp_path, monkeypatch):
     monkeypatch.setattr(sources, "PIECE", 3000)
     long = "It's 12 o'clock,  and\n\n all is well: " * 600
     write_text(tmp_path / "d.txt", ["short", long.strip(), "last"])
-    source = sources.Source(str(tmp_path / "d.txt"), "", "", "train", "text", "", data.EOT, 0, 0.5)
+    source = sources.Source(str(tmp_path / "d.txt"), "", "", "train", "text", "", EOT, 0, 0.5)
     pieces = [piece for batch in source.read(source.load()) for piece in batch.pieces]
     own = [piece for piece in pieces if piece.text not in ("short", "last")]
     assert "".join(piece.text for piece in own) == long.strip() and len(own) > 3
@@ -197,7 +199,7 @@ def test_a_long_text_goes_in_pieces_that_no_token_spans(tmp_path, monkeypatch):
         len(p.text) for p in own
     ) < 7000
     assert len({piece.held for piece in own}) == 1
-    bpe = data.BPETokenizer.train(long, 300)
+    bpe = BPETokenizer.train(long, 300)
     assert [i for p in own for i in bpe.encode(p.text)] == bpe.encode(long.strip()).tolist()
 
 

@@ -15,6 +15,7 @@ from conftest import ROOT, TEXT, TINY
 import cli
 import data
 import model
+from tokenizer import train_tokenizer
 
 README = (ROOT / "README.md").read_text()
 
@@ -54,7 +55,7 @@ def folder(tmp_path, trained, monkeypatch):
         shutil.copytree(trained, tmp_path / name)
     (tmp_path / "corpora").mkdir()
     (tmp_path / "corpora" / "plays.txt").write_text(TEXT)
-    tokenizer = data.train_tokenizer("char", TEXT, split=0, vocab_size=0)
+    tokenizer = train_tokenizer("char", TEXT, split=0, vocab_size=0)
     splits = {split: tokenizer.encode(TEXT) for split in data.SPLITS}
     data.write_bins(tmp_path / "prepared" / "shakespeare_char", splits, tokenizer, {})
     monkeypatch.setenv("WANDB_MODE", "disabled")

@@ -7,8 +7,8 @@ import sys
 import pytest
 from conftest import TEXT
 
-import data
 import sample
+from tokenizer import ByteTokenizer, CharTokenizer
 
 CPU = "system.device=cpu"
 CONTEXT = 32  # of the tiny model
@@ -159,12 +159,12 @@ def test_windows_cover_the_text_and_each_keeps_half_of_the_one_before(length, co
 def newline_ends(monkeypatch):
     """The tokenizer of the tiny model, as if a newline were its EOS."""
     characters = "".join(sorted(set(TEXT)))
-    monkeypatch.setattr(data.CharTokenizer, "eos", characters.index("\n"))
+    monkeypatch.setattr(CharTokenizer, "eos", characters.index("\n"))
 
 
 def test_eos_ends_a_text(texts, newline_ends, monkeypatch):
     short = texts("num_samples=20", "sampling.length=60")
-    monkeypatch.setattr(data.CharTokenizer, "eos", None)
+    monkeypatch.setattr(CharTokenizer, "eos", None)
     long = texts("num_samples=20", "sampling.length=60")
     assert any(len(text) < 32 for text in short)
     for ended, whole in zip(short, long, strict=True):
@@ -192,7 +192,7 @@ def test_the_output_holds_one_object_a_sample(texts, prompt_file, tmp_path):
     )  # fmt: skip
     records = [json.loads(line) for line in (tmp_path / "deep/o.jsonl").read_text().splitlines()]
     assert [record["text"] for record in records] == printed
-    tokenizer = data.CharTokenizer("".join(sorted(set(TEXT))))
+    tokenizer = CharTokenizer("".join(sorted(set(TEXT))))
     for number, record in enumerate(records, start=1):
         assert record["sample"] == number and record["prompt"] in ("KING", "The [MASK*7]")
         assert tokenizer.decode(record["tokens"]) == record["text"]
@@ -266,7 +266,7 @@ def test_nothing_is_shown_when_piped(run, trained):
 
 
 def test_control_characters_never_reach_the_terminal():
-    tokenizer = data.ByteTokenizer()
+    tokenizer = ByteTokenizer()
     shown = sample.styled(tokenizer, list(b"a\x1b[2Jb\x07\nc"), set(), mask_id=256)
     assert "".join(character for character, _ in shown) == "a·[2Jb·\nc"
 

@@ -17,7 +17,7 @@ import diffusion
 from model import ModelConfig
 
 FLOORS = (
-    ("model", "diffusion", "bounds", "text", "data", "optim", "checkpoint"),
+    ("model", "diffusion", "bounds", "text", "tokenizer", "data", "optim", "checkpoint"),
     ("cli", "folders", "parallel", "runtime", "runlog", "report"),
     ("train", "sample", "eval"),
 )

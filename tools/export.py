@@ -20,9 +20,9 @@ from pathlib import Path
 import torch
 
 import cli
-import data
 import runtime
 from cli import Section
+from tokenizer import optional
 from tools import hf_tokenizer
 
 CODE = ("model.py", "diffusion.py", "tools/modeling_nanomdm.py", "LICENSE")
@@ -79,7 +79,7 @@ def new_folder(path: Path) -> Iterator[Path]:
 
 
 def write_network(folder: Path, loaded: runtime.Loaded) -> None:
-    save_file = data.optional("safetensors.torch").save_file
+    save_file = optional("safetensors.torch").save_file
     weights = {f"transformer.{k}": v.contiguous() for k, v in loaded.state["ema"].items()}
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
     for name in CODE:
@@ -118,7 +118,7 @@ def write_json(path: Path, values: dict) -> None:
 
 def push(folder: str, repository: str) -> None:
     """Upload to the hub, as whoever `hf auth login` has logged in."""
-    api = data.optional("huggingface_hub").HfApi()
+    api = optional("huggingface_hub").HfApi()
     api.create_repo(repository, private=True, exist_ok=True)
     api.upload_folder(folder_path=folder, repo_id=repository)
 

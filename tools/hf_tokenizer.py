@@ -6,14 +6,14 @@ its id.
 
 import json
 
-import data
+import tokenizer as ours
 
 MASK = "[MASK]"
 
 
 def convert(tokenizer, vocab_size: int):
     """A `tokenizers.Tokenizer` with the ids of one of ours, and the mask as id `vocab_size`."""
-    lib = data.optional("tokenizers")
+    lib = ours.optional("tokenizers")
     kind = tokenizer.state()["kind"]
     makers = {"char": characters, "byte": plain_bytes, "bpe": bpe, "gpt2": gpt2, "hf": imported}
     converted = makers[kind](tokenizer, lib)
@@ -25,7 +25,7 @@ def convert(tokenizer, vocab_size: int):
     return converted
 
 
-def characters(tokenizer: data.CharTokenizer, lib):
+def characters(tokenizer: ours.CharTokenizer, lib):
     ids = {c: i for i, c in enumerate(tokenizer.characters)}
     converted = lib.Tokenizer(lib.models.WordLevel(ids, unk_token=""))
     one = lib.Regex(r"[\s\S]")
@@ -34,19 +34,19 @@ def characters(tokenizer: data.CharTokenizer, lib):
     return converted
 
 
-def plain_bytes(tokenizer: data.ByteTokenizer, lib):
-    ids = {c: b for c, b in data.byte_of_character().items()}
+def plain_bytes(tokenizer: ours.ByteTokenizer, lib):
+    ids = {c: b for c, b in ours.byte_of_character().items()}
     return byte_level(lib.Tokenizer(lib.models.BPE(ids, [])), lib, split=False)
 
 
-def bpe(tokenizer: data.BPETokenizer, lib):
+def bpe(tokenizer: ours.BPETokenizer, lib):
     return byte_level(lib.Tokenizer.from_str(tokenizer.state()["serialized"]), lib)
 
 
-def gpt2(tokenizer: data.GPT2Tokenizer, lib):
+def gpt2(tokenizer: ours.GPT2Tokenizer, lib):
     """From tiktoken's ranks: a merge is what makes a token out of two of lower rank."""
     ranks = tokenizer.encoding._mergeable_ranks
-    written = {b: c for c, b in data.byte_of_character().items()}
+    written = {b: c for c, b in ours.byte_of_character().items()}
     name = {token: "".join(written[b] for b in token) for token in ranks}
     merges = [
         (name[left], name[right])
@@ -69,7 +69,7 @@ def last_merge(token: bytes, rank: int, ranks: dict[bytes, int]) -> list[bytes]:
     return parts
 
 
-def imported(tokenizer: data.HFTokenizer, lib):
+def imported(tokenizer: ours.HFTokenizer, lib):
     """Its own file, filled up to the size of the network.
 
     A mask inside the vocabulary gives its id to the last token, as the network's row does.

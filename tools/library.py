@@ -3,10 +3,11 @@
 In the wheel this file is nanomdm/__init__.py; docs/library.md shows how it is used.
 """
 
-from nanomdm import bounds, checkpoint, data, diffusion, model, optim, text
+from nanomdm import bounds, checkpoint, data, diffusion, model, optim, text, tokenizer
 from nanomdm.bounds import nelbo
 from nanomdm.diffusion import masked_diffusion_loss, sample
 from nanomdm.model import ModelConfig, Transformer
+from nanomdm.tokenizer import load_tokenizer
 
 __all__ = [
     "ModelConfig",
@@ -23,6 +24,7 @@ __all__ = [
     "sample",
     "save",
     "text",
+    "tokenizer",
 ]
 
 
@@ -34,7 +36,7 @@ def load(path: str) -> tuple[Transformer, object]:
     state = checkpoint.load(path)
     network = Transformer(ModelConfig(**state["model_config"]))
     network.load_state_dict(state["ema"])
-    return network.eval(), data.load_tokenizer(state["tokenizer"])
+    return network.eval(), load_tokenizer(state["tokenizer"])
 
 
 def save(path: str, network: Transformer, tokenizer) -> None:

@@ -31,6 +31,7 @@ import data
 import folders
 import runlog
 from cli import Section
+from tokenizer import EOT, TOKENIZERS, BPETokenizer, CharTokenizer, load_tokenizer
 from tools import sources
 from tools.shards import AGAIN, Job, ShardWriter, read_json, refuse_other, sha256_of
 
@@ -45,17 +46,17 @@ def make_tokenizer(config: Section, source: sources.Source, dataset):
     """The tokenizer that the settings name. Raises `ValueError`."""
     kind = config.tokenizer
     if kind in ("gpt2", "byte"):
-        return data.TOKENIZERS[kind]()
+        return TOKENIZERS[kind]()
     if kind.endswith(".json"):
         return read_tokenizer(Path(kind))
-    if kind not in data.TOKENIZERS or kind == "hf":  # which weights bring along
-        choices = ", ".join(name for name in data.TOKENIZERS if name != "hf")
+    if kind not in TOKENIZERS or kind == "hf":  # which weights bring along
+        choices = ", ".join(name for name in TOKENIZERS if name != "hf")
         raise ValueError(f"tokenizer={kind} is unknown: choose {choices} or a .json file")
     pieces = (piece for batch in source.read(dataset) for piece in batch.pieces)
     if kind == "bpe":
         sample = head((piece.text for piece in pieces if not piece.held), config.sample)
-        return data.BPETokenizer.train(sample, config.vocab_size, [data.EOT])
-    return data.CharTokenizer("".join(sorted(set("\n").union(*(piece.text for piece in pieces)))))
+        return BPETokenizer.train(sample, config.vocab_size, [EOT])
+    return CharTokenizer("".join(sorted(set("\n").union(*(piece.text for piece in pieces)))))
 
 
 def head(texts: Iterable[str], characters: int) -> str:
@@ -77,7 +78,7 @@ def read_tokenizer(path: Path):
         own = found.get("tokenizer")  # a tokenizer.json has no such key
     except (OSError, ValueError, AttributeError) as error:
         raise ValueError(f"cannot read tokenizer={path} ({error}): check the name") from None
-    return data.load_tokenizer(own or {"kind": "bpe", "serialized": content})
+    return load_tokenizer(own or {"kind": "bpe", "serialized": content})
 
 
 def encode(tokenizer, pieces: list[sources.Piece]) -> dict[str, np.ndarray]:
@@ -131,7 +132,7 @@ def _start(state: dict) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent hears it, and ends the pool
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
-    _tokenizer = data.load_tokenizer(state)
+    _tokenizer = load_tokenizer(state)
 
 
 def _end_with(parent: int) -> None:
@@ -153,7 +154,7 @@ def run(job: Job, source: sources.Source, config: Section) -> None:
     if "tokenizer" not in journal:
         tokenizer = make_tokenizer(config, source, dataset)
         job.save(tokenizer=tokenizer.state(), dtype=data.dtype_of(tokenizer.vocab_size))
-    tokenizer, documents = data.load_tokenizer(journal["tokenizer"]), dict(journal["documents"])
+    tokenizer, documents = load_tokenizer(journal["tokenizer"]), dict(journal["documents"])
     if "state" in journal:
         dataset.load_state_dict(journal["state"])
     size = min(config.shard_tokens, source.bytes() or config.shard_tokens)

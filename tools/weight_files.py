@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-import data
+from tokenizer import load_tokenizer, optional
 
 # Steps of a tokenizer.json, and what each is called within a sequence of them.
 PARTS = {"normalizer": "normalizers", "pre_tokenizer": "pretokenizers", "decoder": "decoders"}
@@ -30,7 +30,7 @@ def fetch(source: str, patterns: tuple[str, ...]) -> Path:
     parts = source.split("/")
     if len(parts) < 2 or not all(parts):
         raise ValueError(f"no file or folder {source}: check the name")
-    hub, repository, inside = data.optional("huggingface_hub"), "/".join(parts[:2]), parts[2:]
+    hub, repository, inside = optional("huggingface_hub"), "/".join(parts[:2]), parts[2:]
     try:
         if inside:
             return Path(hub.hf_hub_download(repository, "/".join(inside)))
@@ -56,7 +56,7 @@ def open_tensors(source: str, path: Path) -> tuple[Path, Tensors]:
 
 
 def open_safetensors(file: Path):
-    library = data.optional("safetensors")
+    library = optional("safetensors")
     try:
         return library.safe_open(file, framework="pt")
     except Exception as error:  # the library raises one of its own
@@ -124,5 +124,5 @@ def read_tokenizer(path: Path, vocab_size: int, mask: int) -> dict:
     eos = (read_json(beside) if beside.is_file() else {}).get("eos_token")
     eos = eos.get("content") if isinstance(eos, dict) else eos
     values = {"serialized": json.dumps(spec), "vocab_size": vocab_size, "mask": mask}
-    tokenizer = data.load_tokenizer({"kind": "hf"} | values)
+    tokenizer = load_tokenizer({"kind": "hf"} | values)
     return tokenizer.state() | {"eos": tokenizer.id_of(eos)}
