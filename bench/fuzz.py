@@ -15,6 +15,7 @@ import pickle
 import resource
 import signal
 import time
+import warnings
 import zipfile
 from collections import Counter
 from collections.abc import Callable
@@ -301,7 +302,8 @@ def rewrite(path: Path, change: Callable[[str, bytes], tuple[str, bytes, int]]) 
     with zipfile.ZipFile(path) as old, zipfile.ZipFile(made, "w") as new:
         for info in old.infolist():
             name, content, kind = change(info.filename, old.read(info))
-            new.writestr(zipfile.ZipInfo(name), content, kind)
+            with warnings.catch_warnings(action="ignore"):  # of names that come twice
+                new.writestr(zipfile.ZipInfo(name), content, kind)
     path.write_bytes(made.getvalue())
 
 
