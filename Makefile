@@ -11,7 +11,7 @@ run: $(VENV)/run.done
 	$(BIN)/python eval.py
 
 test: $(VENV)/dev.done
-	$(BIN)/python -m pytest --numprocesses 2
+	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile
 
 lint: $(VENV)/dev.done
 	$(BIN)/ruff check .

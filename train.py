@@ -98,8 +98,7 @@ def session(config: Section, explicit: set[str], device: torch.device) -> None:
 def loop(run: Run) -> None:
     """Train to the end, or to a signal. Raises `OSError` if the last state could not be saved."""
     settings, interval, asked = run.config.training, run.config.logging.interval, 0
-    log = RunLog(run.config, run.step, run.describe()) if run.world.leads else Silence()
-    with Interrupt() as interrupt, log:
+    with Interrupt() as interrupt, start_log(run) as log:  # to open it takes its time
         clock = Clock(run.step)
         while not (run.finished or asked):
             loss, grad_norm = optimize(run)
@@ -120,6 +119,10 @@ def loop(run: Run) -> None:
     if asked:
         run.say(f"saved after step {run.step}: go on with training.resume=true")
         sys.exit(SIGNALLED + asked)
+
+
+def start_log(run: Run) -> RunLog | Silence:
+    return RunLog(run.config, run.step, run.describe()) if run.world.leads else Silence()
 
 
 def last_good(run: Run) -> str:

@@ -106,9 +106,13 @@ def content(folder: str) -> dict:
 
 @pytest.fixture
 def tortured(tmp_path, text_file, monkeypatch):
-    """tortured(kills): the short form of bench.torture, whose processes are forked off one."""
+    """tortured(kills): the short form of bench.torture, whose processes are forked off one.
+
+    Their disk is slow, so that a kill that is aimed at a write does not come too late.
+    """
     script = (
-        "import sys, json; from types import SimpleNamespace; from bench import torture;"
+        "import sys, json, os, time; from types import SimpleNamespace; from bench import torture;"
+        "sync = os.fsync; os.fsync = lambda file: (time.sleep(0.05), sync(file));"
         "config, words = json.loads(sys.argv[1]);"
         "print(json.dumps(torture.torture(SimpleNamespace(**config), words, fresh=False)))"
     )
