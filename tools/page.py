@@ -32,6 +32,7 @@ def assemble(name: str, title: str, data: dict, connect: str = "'none'") -> str:
         "script": script,
     }
     template = (PAGES / f"{name}.html").read_text()
+    template = template.replace("{{head}}", (PAGES / "head.html").read_text())
     return re.sub(r"\{\{(\w+)\}\}", lambda match: parts[match[1]], template)
 
 
