@@ -4,6 +4,7 @@ import importlib
 import os
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import NamedTuple
 
 import pytest
@@ -13,6 +14,7 @@ import cli
 import eval as eval_script
 import sample as sample_script
 import train as train_script
+from runlog import RunLog
 
 torch.set_num_threads(1)  # threads only get into each other's way where models are tiny
 ROOT = Path(__file__).resolve().parent.parent
@@ -83,6 +85,17 @@ def trained(tmp_path_factory, text_file) -> Path:
         patch.setattr(sys, "argv", ["train.py", *TINY, *words])
         cli.main(train_script.train)
     return folder / "out"
+
+
+@pytest.fixture
+def log(tmp_path):
+    """log(first_step): the log of a run of 20 steps in a folder of its own."""
+    config = SimpleNamespace(
+        training=SimpleNamespace(max_iters=20),
+        logging=SimpleNamespace(wandb=False),
+        out_dir=str(tmp_path),
+    )
+    return lambda first_step=0: RunLog(config, first_step, {})
 
 
 def environment(**changes: str) -> dict[str, str]:

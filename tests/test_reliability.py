@@ -12,7 +12,6 @@ import tempfile
 import time
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -403,13 +402,8 @@ def test_a_run_outlives_a_full_disk(train, at, small_disk):
 
 
 @pytest.fixture
-def log(tmp_path):
-    config = SimpleNamespace(
-        training=SimpleNamespace(max_iters=20),
-        logging=SimpleNamespace(wandb=False),
-        out_dir=str(tmp_path),
-    )
-    return runlog.RunLog(config, 0, {})
+def log(log):
+    return log()
 
 
 def test_what_could_not_be_logged_is_said_and_follows_as_soon_as_there_is_room(log, capsys):

@@ -19,17 +19,6 @@ from runlog import Clock, Interrupt, RunLog
 
 
 @pytest.fixture
-def log(tmp_path):
-    """log(first_step): the log of a run of 20 steps in a folder of its own."""
-    config = SimpleNamespace(
-        training=SimpleNamespace(max_iters=20),
-        logging=SimpleNamespace(wandb=False),
-        out_dir=str(tmp_path),
-    )
-    return lambda first_step=0: RunLog(config, first_step, {})
-
-
-@pytest.fixture
 def now(monkeypatch):
     """A clock that stands still until `now.seconds` is moved."""
     now = SimpleNamespace(seconds=100.0)
