@@ -21,7 +21,7 @@ $(VENV)/run.done: EXTRA := progress
 $(VENV)/dev.done: EXTRA := dev
 $(VENV)/%.done: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt ".[$(EXTRA)]"
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[$(EXTRA)]"
 	touch $@
 
 .PHONY: run test lint

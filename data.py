@@ -3,7 +3,6 @@
 import hashlib
 import io
 import json
-import os
 import pickle
 import pickletools
 from dataclasses import dataclass
@@ -12,6 +11,8 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import Generator, Tensor
+
+from nanomdm.errors import UserError, write_atomically
 
 SPLITS = ("train", "val")
 META = {  # of meta.json; hashes of the files and of the rest may be missing
@@ -63,9 +64,9 @@ class Corpus:
         return torch.from_numpy(batch.astype(np.int64))
 
     def require(self, block_size: int) -> None:
-        """Raise `ValueError` if the train split is shorter than one block."""
+        """Raise `UserError` if the train split is shorter than one block."""
         if len(self.train) < block_size:
-            raise ValueError(
+            raise UserError(
                 f"the train split of {self.name} has {len(self.train)} tokens, fewer than "
                 f"model.block_size={block_size}: take a longer text or a smaller block"
             )
@@ -85,7 +86,7 @@ def blocks(tokens: np.ndarray | Shards, block_size: int, limit: int = 0) -> list
 
 def check_ids(tokens: np.ndarray, vocab_size: int, source: str) -> None:
     if tokens.size and int(tokens.max()) >= vocab_size:
-        raise ValueError(
+        raise UserError(
             f"{source} holds the token {int(tokens.max())}, beyond its vocabulary of {vocab_size}: "
             "it is damaged, or was made with another tokenizer"
         )
@@ -94,6 +95,7 @@ def check_ids(tokens: np.ndarray, vocab_size: int, source: str) -> None:
 def write_bins(folder: Path, splits: dict[str, np.ndarray], tokenizer, about: dict) -> None:
     """Write split.bin for each split, uint16 or, for a large vocabulary, uint32; meta.json last."""
     dtype = dtype_of(tokenizer.vocab_size)
+    folder.mkdir(parents=True, exist_ok=True)
     for split, ids in splits.items():
         write_atomically(folder / f"{split}.bin", ids.astype(dtype).tobytes())
     counts = {split: len(ids) for split, ids in splits.items()}
@@ -116,33 +118,31 @@ def digest(meta: dict) -> str:
 def read_meta(folder: Path, tokenizer: str) -> dict:
     """What our meta.json says of a folder of bins, or nanoGPT's meta.pkl.
 
-    Without either the bins are uint16, `tokenizer` has to be gpt2 or byte. Raises `ValueError`.
+    Without either the bins are uint16, `tokenizer` has to be gpt2 or byte. Raises `UserError`.
     """
     if not folder.is_dir():
-        raise ValueError(f"no folder {folder}: check data.dir")
+        raise UserError(f"no folder {folder}: check data.dir")
     try:
         if (folder / "meta.json").is_file():
             meta = json.loads((folder / "meta.json").read_bytes())
             for key, kind in META.items():
                 if not isinstance(meta.get(key, kind()), kind):
-                    raise ValueError(f"its {key} is not of type {kind.__name__}")
+                    raise UserError(f"its {key} is not of type {kind.__name__}")
             if meta["dtype"] not in ("uint16", "uint32"):
-                raise ValueError("no dtype uint16 or uint32")
+                raise UserError("no dtype uint16 or uint32")
             if meta.get("check", expected := digest(meta)) != expected:
-                raise ValueError("its checksum is wrong")
+                raise UserError("its checksum is wrong")
             if not (meta.get("corpus", "") + meta.get("sha256", "")).isprintable():
-                raise ValueError("its names hold control characters")
+                raise UserError("its names hold control characters")
             return meta | {"tokenizer": meta["tokenizer"]}
         if (folder / "meta.pkl").is_file():
             itos = read_plain_pickle((folder / "meta.pkl").read_bytes())["itos"]
             characters = "".join(itos[i] for i in range(len(itos)))
             return {"dtype": "uint16", "tokenizer": {"kind": "char", "characters": characters}}
     except Exception as error:  # a damaged pickle or JSON can fail in any way
-        raise ValueError(
-            f"the meta file in {folder} is damaged ({error}): prepare again"
-        ) from error
+        raise UserError(f"the meta file in {folder} is damaged ({error}): prepare again") from error
     if tokenizer not in ("gpt2", "byte"):
-        raise ValueError(
+        raise UserError(
             f"{folder} has no meta.json or meta.pkl, and data.tokenizer={tokenizer}: say "
             "data.tokenizer=gpt2 or data.tokenizer=byte"
         )
@@ -168,7 +168,7 @@ def open_bins(folder: Path, meta: dict, tokenizer) -> Corpus:
     """The corpus of a folder of train.bin and val.bin, of which `read_meta` says `meta`.
 
     Instead of train.bin there may be any number of shards train_*.bin, in the order of their names;
-    so of val.bin. Raises `ValueError`.
+    so of val.bin. Raises `UserError`.
     """
     train, val = (_open_split(folder, split, meta, tokenizer.vocab_size) for split in SPLITS)
     sha256 = meta.get("sha256") or sha256_of(val[:].tobytes())
@@ -178,44 +178,33 @@ def open_bins(folder: Path, meta: dict, tokenizer) -> Corpus:
 def _open_split(folder: Path, split: str, meta: dict, vocab_size: int) -> np.ndarray | Shards:
     whole, shards = folder / f"{split}.bin", sorted(folder.glob(f"{split}_*.bin"))
     if whole.is_file() and shards:
-        raise ValueError(f"{folder} has both {whole.name} and {shards[0].name}: remove one of them")
+        raise UserError(f"{folder} has both {whole.name} and {shards[0].name}: remove one of them")
     paths = shards or [whole]
     scanned = SCANNED // len(paths) if split == "train" else None  # all of val, which is read whole
     parts = [_open_bin(path, meta["dtype"], vocab_size, scanned) for path in paths]
     tokens = Shards(parts) if shards else parts[0]
     if len(tokens) != meta.get("tokens", {}).get(split, len(tokens)):
         name = f"{split}_*.bin" if shards else whole.name
-        raise ValueError(
+        raise UserError(
             f"{folder / name} is cut: {len(tokens)} tokens, not the {meta['tokens'][split]} of the "
             "meta file: prepare the data again"
         )
     hashes = meta.get("shards", {}) if len(tokens) <= SCANNED else {}
     for path, part in zip(paths, parts, strict=True):
         if path.name in hashes and hashes[path.name] != sha256_of(part):
-            raise ValueError(f"the checksum of {path} is wrong: prepare the data again")
+            raise UserError(f"the checksum of {path} is wrong: prepare the data again")
     return tokens
 
 
 def _open_bin(path: Path, dtype: str, vocab_size: int, scanned: int | None) -> np.ndarray:
     if not path.is_file():
-        raise ValueError(f"{path} is missing: prepare the data again, or check data.dir")
+        raise UserError(f"{path} is missing: prepare the data again, or check data.dir")
     tokens, rest = divmod(path.stat().st_size, np.dtype(dtype).itemsize)
     if not tokens or rest:
-        raise ValueError(f"{path} is empty or cut ({tokens} tokens): prepare the data again")
+        raise UserError(f"{path} is empty or cut ({tokens} tokens): prepare the data again")
     ids = np.memmap(path, dtype=dtype, mode="r")
     check_ids(ids[:scanned], vocab_size, str(path))
     return ids
-
-
-def write_atomically(path: Path, content: bytes) -> None:
-    """Write a file that other processes see whole or not at all, in a folder made if need be."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        part.write_bytes(content)
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
 
 
 def sha256_of(content: bytes | np.ndarray) -> str:

@@ -10,14 +10,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-import bounds
-import cli
-import report
 import runtime
-import text
-from bounds import Passes
-from cli import Section
-from runlog import import_wandb, progress, start_wandb
+from nanomdm import bounds, cli, report, text
+from nanomdm.bounds import Passes
+from nanomdm.cli import Section
+from nanomdm.errors import UserError, visible
+from nanomdm.runlog import import_wandb, progress, start_wandb
 from runtime import Loaded
 
 BINS = 20  # of the masking rate
@@ -32,7 +30,7 @@ def main(config: Section, explicit: set[str]) -> None:
     exact = [loaded.model.config.causal for loaded in models]
     about_masks = sorted(explicit & {"eval.bounds", "eval.curve", "eval.plot"})
     if exact[0] and about_masks:
-        raise ValueError(
+        raise UserError(
             f"{about_masks[0]} is about masks, and {names[0]} is autoregressive, scored exactly: "
             "leave it out"
         )
@@ -63,25 +61,25 @@ def main(config: Section, explicit: set[str]) -> None:
 
 def say(lines: list[str]) -> None:
     for line in lines:
-        print(text.visible(line, sys.stdout), flush=True)
+        print(visible(line, sys.stdout), flush=True)
 
 
 def check(config: Section) -> None:
-    """Raise `ValueError` for a setting out of its range, before anything is computed."""
+    """Raise `UserError` for a setting out of its range, before anything is computed."""
     settings = config.eval
     least = {"draws": 1, "batch_size": 1, "tokens": 0, "stride": 0}
     for name, limit in least.items():
         if (value := getattr(settings, name)) < limit:
-            raise ValueError(f"eval.{name}={value} must be at least {limit}")
+            raise UserError(f"eval.{name}={value} must be at least {limit}")
     for name in settings.bounds:
         if name not in forms(config):
-            raise ValueError(
+            raise UserError(
                 f"eval.bounds={name} is unknown: choose some of {', '.join(forms(config))}"
             )
     for key in ("output", "plot"):
         path = getattr(settings, key)
         if path and not Path(path).resolve().parent.is_dir():
-            raise ValueError(f"eval.{key}={path} lies in a folder that is not there: make it first")
+            raise UserError(f"eval.{key}={path} lies in a folder that is not there: make it first")
     if settings.plot:
         report.import_pyplot()
     if config.logging.wandb:
@@ -133,7 +131,7 @@ def choose_texts(config: Section, explicit: set[str], models: list[Loaded]) -> T
     """
     tokenizer = models[0].tokenizer
     if any(loaded.tokenizer.state() != tokenizer.state() for loaded in models):
-        raise ValueError(
+        raise UserError(
             f"{config.eval.against} has another tokenizer than {config.checkpoint}: evaluate each "
             "by itself and compare bits per byte"
         )
@@ -154,7 +152,7 @@ def encode(tokenizer, name: str, content: str) -> np.ndarray:
     try:
         return tokenizer.encode(content)
     except ValueError as error:
-        raise ValueError(f"{name}: {error}") from error
+        raise UserError(f"{name}: {error}") from error
 
 
 def validation_split(config: Section, explicit: set[str], loaded: Loaded) -> tuple[str, np.ndarray]:
@@ -163,7 +161,7 @@ def validation_split(config: Section, explicit: set[str], loaded: Loaded) -> tup
     if not named:
         settings, sha256 = loaded.config["data"], loaded.state["corpus"]["sha256"]
         if not sha256:
-            raise ValueError(
+            raise UserError(
                 f"{config.checkpoint} was imported, and its text is not known: name one by "
                 "data.path="
             )

@@ -14,13 +14,12 @@ from typing import NamedTuple
 import torch
 from torch import Generator, Tensor, nn
 
-import bounds
-import checkpoint
 import data
 import diffusion
-import text
 from model import ModelConfig, Transformer
-from tokenizer import TOKENIZERS, load_tokenizer, train_tokenizer
+from nanomdm import bounds, checkpoint, text
+from nanomdm.errors import UserError
+from nanomdm.tokenizers import TOKENIZERS, load_tokenizer, train_tokenizer
 
 PARTS = ("model_config", "tokenizer", "config", "corpus", "ema")  # of a checkpoint
 DATA = dict.fromkeys(("dir", "path", "dataset", "tokenizer", "cache_dir"), str) | {
@@ -32,7 +31,7 @@ WORTH_COMPILING = 500  # steps on a CPU after which the start-up has been earned
 def pick_device(name: str, local_rank: int = 0) -> torch.device:
     """`auto` takes the first of cuda, mps, cpu; each process of a machine a GPU of its own.
 
-    Raises `ValueError` for a device that is not there.
+    Raises `UserError` for a device that is not there.
     """
     available = [kind for kind in ("cuda", "mps") if getattr(torch, kind).is_available()] + ["cpu"]
     name = available[0] if name == "auto" else name
@@ -40,9 +39,7 @@ def pick_device(name: str, local_rank: int = 0) -> torch.device:
         name = f"cuda:{local_rank}"
     cards = [f"cuda:{i}" for i in range(torch.cuda.device_count())]
     if name not in available + cards:
-        raise ValueError(
-            f"system.device={name} is not there: choose auto or {', '.join(available)}"
-        )
+        raise UserError(f"system.device={name} is not there: choose auto or {', '.join(available)}")
     return torch.device(name)
 
 
@@ -50,7 +47,7 @@ def pick_dtype(name: str, device: torch.device, training: bool) -> torch.dtype:
     """`auto` is bfloat16 in training where the hardware multiplies it natively, else float32."""
     names = ("float32", "bfloat16", "float16")
     if name not in (*names, "auto"):
-        raise ValueError(f"system.dtype={name} is unknown: choose auto, {', '.join(names)}")
+        raise UserError(f"system.dtype={name} is unknown: choose auto, {', '.join(names)}")
     if name != "auto":
         return getattr(torch, name)
     return torch.bfloat16 if training and _multiplies_bfloat16(device) else torch.float32
@@ -77,7 +74,7 @@ def pays_to_compile(setting: str, device: torch.device, steps: int) -> bool:
     `auto`: on a GPU always; on a CPU where there is a C++ compiler and the run is long enough.
     """
     if setting not in ("auto", "true", "false"):
-        raise ValueError(f"system.compile={setting} is unknown: choose auto, true or false")
+        raise UserError(f"system.compile={setting} is unknown: choose auto, true or false")
     if setting != "auto" or device.type != "cpu":
         return setting == "true" or (setting == "auto" and device.type == "cuda")
     compiler = shutil.which(os.environ.get("CXX", "g++")) or shutil.which("clang++")
@@ -134,11 +131,11 @@ class Loaded(NamedTuple):
 def load(path: str | Path, device: torch.device, resume: bool = False) -> Loaded:
     """Load a checkpoint that train.py wrote, to `resume` the run or to use its averaged weights.
 
-    Raises `ValueError` for any other file.
+    Raises `UserError` for any other file.
     """
     state = checkpoint.load(path)
     if resume and "optimizer" not in state:
-        raise ValueError(
+        raise UserError(
             f"{path} holds averaged weights only and cannot be resumed: start from them by "
             "training.init_from="
         )
@@ -155,12 +152,10 @@ def load(path: str | Path, device: torch.device, resume: bool = False) -> Loaded
             check_resumable(state)
         return Loaded(model.to(device).eval(), tokenizer, state["config"], state)
     except ValueError as error:
-        raise ValueError(f"{path} cannot be used: {error}") from error
+        raise UserError(f"{path} cannot be used: {error}") from error
     except Exception as error:  # a checkpoint may come from anywhere and hold anything
         reason = f"{type(error).__name__}: {error}"[:200]
-        raise ValueError(
-            f"{path} holds no model of this version ({reason}): train again"
-        ) from error
+        raise UserError(f"{path} holds no model of this version ({reason}): train again") from error
 
 
 def check_resumable(state: dict) -> None:
@@ -178,7 +173,7 @@ def build(state: dict) -> Transformer:
     """
     config, weights = ModelConfig(**state["model_config"]), state["ema"]
     if config.n_layer > len(weights):
-        raise ValueError(f"it has no weights for model.n_layer={config.n_layer}: train again")
+        raise UserError(f"it has no weights for model.n_layer={config.n_layer}: train again")
     with torch.device("meta"):
         model = Transformer(config)
     model.load_state_dict(weights, assign=True)
@@ -188,12 +183,12 @@ def build(state: dict) -> Transformer:
 def load_corpus(settings: dict, trained: object | None = None, sha256: str = "") -> data.Corpus:
     """The corpus that the `data` section names, fit for the tokenizer `trained` of a checkpoint.
 
-    `dir` (bins) goes before `path`, and `path` before `dataset`. Raises `ValueError`; also, before
+    `dir` (bins) goes before `path`, and `path` before `dataset`. Raises `UserError`; also, before
     anything is written, for another text than the one with this `sha256`.
     """
     for name, kind in DATA.items():
         if type(settings.get(name)) is not kind:
-            raise ValueError(f"data.{name}={settings.get(name)!r} is not of type {kind.__name__}")
+            raise UserError(f"data.{name}={settings.get(name)!r} is not of type {kind.__name__}")
     settings = SimpleNamespace(**settings)
     if settings.dir:
         corpus = open_bins(Path(settings.dir), settings.tokenizer, trained)
@@ -213,11 +208,11 @@ def prepare(
     """Tokenize `content`, 90% train and 10% val by characters (as nanoGPT), once for each recipe.
 
     The tokenizer is made as `kind` and `vocab_size` (bpe) say, unless a `trained` one is given.
-    Raises `ValueError` for an unknown kind, and for text that the tokenizer lacks symbols for.
+    Raises `UserError` for an unknown kind, and for text that the tokenizer lacks symbols for.
     """
     known = [name for name in TOKENIZERS if name != "hf"]  # which weights bring along
     if kind not in known and not (trained and trained.state()["kind"] == kind):
-        raise ValueError(f"data.tokenizer={kind} is unknown: choose one of {', '.join(known)}")
+        raise UserError(f"data.tokenizer={kind} is unknown: choose one of {', '.join(known)}")
     sha256 = data.sha256_of(content.encode())
     made = [kind, vocab_size if kind == "bpe" else 0]
     recipe = json.dumps([sha256, trained.state() if trained else made])
@@ -225,7 +220,7 @@ def prepare(
     if not (folder / "meta.json").is_file():
         split = int(0.9 * len(content))
         if not split:
-            raise ValueError(f"{name} has {len(content)} characters: too few to train on")
+            raise UserError(f"{name} has {len(content)} characters: too few to train on")
         tokenizer = trained or train_tokenizer(kind, content, split, vocab_size)
         ids = {"train": tokenizer.encode(content[:split]), "val": tokenizer.encode(content[split:])}
         data.write_bins(folder, ids, tokenizer, {"corpus": name, "sha256": sha256})
@@ -235,22 +230,22 @@ def prepare(
 def open_bins(folder: Path, kind: str = "char", trained: object | None = None) -> data.Corpus:
     """A folder of bins, with its own tokenizer; bins without a meta file have one of this `kind`.
 
-    Raises `ValueError`, also for another tokenizer than the `trained` one of a checkpoint.
+    Raises `UserError`, also for another tokenizer than the `trained` one of a checkpoint.
     """
     meta = data.read_meta(folder, trained.state()["kind"] if trained else kind)
     try:
         own = load_tokenizer(meta["tokenizer"])
     except ValueError as error:
-        raise ValueError(f"{folder}: {error}: prepare the data again") from error
+        raise UserError(f"{folder}: {error}: prepare the data again") from error
     if trained is not None and own.state() != trained.state():
-        raise ValueError(f"{folder} was made with another tokenizer than the checkpoint has")
+        raise UserError(f"{folder} was made with another tokenizer than the checkpoint has")
     return data.open_bins(folder, meta, own)
 
 
 def require_same(corpus: data.Corpus, trained_on: dict) -> None:
-    """Raise `ValueError` if a run that is to be resumed was `trained_on` another text."""
+    """Raise `UserError` if a run that is to be resumed was `trained_on` another text."""
     if corpus.sha256 != trained_on["sha256"]:
-        raise ValueError(
+        raise UserError(
             f"the interrupted run's text ({trained_on['name']}) is not what it was: bring it back, "
             "or start a new run in another out_dir"
         )
@@ -258,7 +253,7 @@ def require_same(corpus: data.Corpus, trained_on: dict) -> None:
 
 def check_hash(name: str, found: str, sha256: str) -> None:
     if sha256 and found != sha256:
-        raise ValueError(
+        raise UserError(
             f"the text that the checkpoint was trained on ({name}) is not what it was: bring it "
             "back, or name a text by data.path="
         )
@@ -269,7 +264,7 @@ def make_model(
 ) -> Transformer:
     """A new network, or that of the checkpoint `start`, which decides its shape but not dropout.
 
-    Raises `ValueError` where a key that the command line names (`explicit`) would be another shape.
+    Raises `UserError` where a key that the command line names (`explicit`) would be another shape.
     """
     wanted, kind = vars(config.model), config.data.tokenizer
     causal = config.training.objective == "ar"
@@ -279,7 +274,7 @@ def make_model(
         named["data.tokenizer"] = (kind, start.tokenizer.state()["kind"])
         for key, (value, given) in named.items():
             if key in explicit and value != given:
-                raise ValueError(
+                raise UserError(
                     f"{key}={value} is not what the checkpoint has ({given}): leave it out (or its "
                     "experiment), or train from the beginning"
                 )
@@ -295,10 +290,10 @@ def make_model(
 
 
 def refuse_what_the_checkpoint_decides(explicit: set[str]) -> None:
-    """For sample.py and eval.py: network and tokenizer are given. Raises `ValueError`."""
+    """For sample.py and eval.py: network and tokenizer are given. Raises `UserError`."""
     for key in sorted(explicit):
         if key.startswith("model.") or key in ("data.tokenizer", "data.vocab_size"):
-            raise ValueError(f"{key} is decided by the checkpoint: leave it out")
+            raise UserError(f"{key} is decided by the checkpoint: leave it out")
 
 
 def nll(
@@ -332,7 +327,7 @@ def passes(
 
 
 def sampling(section: SimpleNamespace, model: Transformer | None = None) -> diffusion.Sampling:
-    """The settings of the reverse process in the `sampling` section. Raises `ValueError`.
+    """The settings of the reverse process in the `sampling` section. Raises `UserError`.
 
     An autoregressive `model` is sampled from left to right.
     """

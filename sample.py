@@ -17,13 +17,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-import cli
-import folders
 import runtime
-from cli import Section
 from diffusion import Sampling
+from nanomdm import cli, folders
+from nanomdm.cli import Section
+from nanomdm.errors import UserError, visible
 from runtime import Loaded
-from text import visible
 
 HOLE = re.compile(r"(?<!\\)(\\*)\[MASK(?:\*(\d+))?\]")
 FRAME = 1 / 24  # seconds that a state stays on the screen, at least
@@ -76,15 +75,15 @@ def main(config: Section, explicit: set[str]) -> None:
 
 
 def check(config: Section) -> None:
-    """Raise `ValueError` for a setting out of its range."""
+    """Raise `UserError` for a setting out of its range."""
     runtime.sampling(config.sampling)
     values = config.sampling
     counts = {"num_samples": config.num_samples, "sampling.batch_size": values.batch_size}
     for name, value in counts.items():
         if value < 1:
-            raise ValueError(f"{name}={value} must be at least 1")
+            raise UserError(f"{name}={value} must be at least 1")
     if values.length < 0:
-        raise ValueError(f"sampling.length={values.length} must be 0 (the context) or more")
+        raise UserError(f"sampling.length={values.length} must be 0 (the context) or more")
     if values.watch and not sys.stdout.isatty():
         print("sampling.watch=true shows nothing: this is no terminal", file=sys.stderr)
 
@@ -100,7 +99,7 @@ def open_output(path: str):
             print(f"an earlier file is kept as {kept[0]}", file=sys.stderr)
         return open(path, "w", encoding="utf-8")
     except OSError as error:
-        raise ValueError(
+        raise UserError(
             f"cannot write sampling.output={path} ({error.strerror}): choose another file"
         ) from error
 
@@ -113,13 +112,13 @@ def read_prompts(prompt: str, path: str) -> list[str]:
     if not path:
         return [prompt]
     if prompt:
-        raise ValueError("prompt and prompt_file are both given: leave one of them out")
+        raise UserError("prompt and prompt_file are both given: leave one of them out")
     try:
         lines = Path(path).read_text(encoding="utf-8-sig").split("\n")
     except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"cannot read prompt_file={path} ({error}): name a UTF-8 text") from error
+        raise UserError(f"cannot read prompt_file={path} ({error}): name a UTF-8 text") from error
     if not any(line.strip() for line in lines):
-        raise ValueError(f"prompt_file={path} holds no prompt: write one a line")
+        raise UserError(f"prompt_file={path} holds no prompt: write one a line")
     return [line for line in lines if line.strip()]
 
 
@@ -139,14 +138,14 @@ def parse(prompt: str) -> list[str | int]:
         elif count:
             pieces, text = [*pieces, text, count], ""
         else:
-            raise ValueError(f"prompt holds {match[0]}: a hole has at least one token")
+            raise UserError(f"prompt holds {match[0]}: a hole has at least one token")
     return [*pieces, text + prompt[end:]]
 
 
 def make_canvas(prompt: str, length: int, loaded: Loaded) -> Canvas:
     """The canvas of a prompt with holes, or of one that is the beginning of a text.
 
-    The latter is filled up to `length` tokens (0: to the model's context). Raises `ValueError`
+    The latter is filled up to `length` tokens (0: to the model's context). Raises `UserError`
     where it does not fit, and for a length beside holes, which say themselves what is missing.
     """
     *before, last = parse(prompt)
@@ -158,14 +157,14 @@ def make_canvas(prompt: str, length: int, loaded: Loaded) -> Canvas:
     given = torch.from_numpy(loaded.tokenizer.encode(last))
     ids, is_masked = torch.cat((ids, given)), F.pad(is_masked, (0, len(given)))
     if before and length:
-        raise ValueError(
+        raise UserError(
             f"sampling.length={length} does not go with [MASK] in the prompt, which says how many "
             "tokens are missing: leave it out"
         )
     rest = 0 if before else (length or loaded.model.config.block_size) - len(ids)
     if rest < 0:
         name = "sampling.length" if length else "model.block_size"
-        raise ValueError(
+        raise UserError(
             f"prompt has {len(ids)} tokens but {name} is {len(ids) + rest}: shorten the prompt or "
             "set a larger sampling.length"
         )

@@ -11,18 +11,14 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-import bounds
-import checkpoint
-import cli
 import data
 import diffusion
-import folders
-import optim
-import parallel
 import runtime
-from cli import Section
 from model import Transformer
-from runlog import Clock, Interrupt, RunLog, Silence, import_wandb, tell
+from nanomdm import bounds, checkpoint, cli, folders, optim, parallel
+from nanomdm.cli import Section
+from nanomdm.errors import UserError
+from nanomdm.runlog import Clock, Interrupt, RunLog, Silence, import_wandb, tell
 
 FILES = ("ckpt.pt", "best.pt", "metrics.jsonl", "run.json")
 POSITIVE = ("max_iters", "batch_size", "grad_accum", "learning_rate")
@@ -136,7 +132,7 @@ def last_good(run: Run) -> str:
 def build(config: Section, explicit: set[str], device: torch.device) -> Run:
     """The run that the configuration describes: a new one, one from other weights, or a resumed.
 
-    Raises `ValueError` before anything is written.
+    Raises `UserError` before anything is written.
     """
     wish, path = config.training.resume, Path(config.out_dir, "ckpt.pt")
     resume = wish == "true" or wish == "auto" and path.exists()
@@ -191,7 +187,7 @@ def assemble(
 
 
 def check(config: Section, world: parallel.World) -> None:
-    """Raise `ValueError` for a value out of its range."""
+    """Raise `UserError` for a value out of its range."""
     settings = config.training
     cli.check_numbers("training", vars(settings), POSITIVE)
     cli.check_numbers("logging", {"interval": config.logging.interval}, ("interval",))
@@ -201,7 +197,7 @@ def check(config: Section, world: parallel.World) -> None:
     cli.check_choice("training.resume", settings.resume, ("auto", "true", "false"))
     world.check_batch(settings.batch_size, settings.grad_accum)
     if settings.ema_decay >= 1:
-        raise ValueError(f"training.ema_decay={settings.ema_decay} must be less than 1")
+        raise UserError(f"training.ema_decay={settings.ema_decay} must be less than 1")
     schedule(config, 0)
     parallel.check_kind(config.system.parallel)
     diffusion.check_loss(**vars(config.diffusion))

@@ -13,13 +13,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-import bounds
-import cli
 import diffusion
-import report
 import runtime
-from cli import Section
 from eval import Scoring, Texts, measure
+from nanomdm import bounds, cli, report
+from nanomdm.cli import Section
+from nanomdm.errors import UserError
 from runtime import Loaded
 
 TASKS = ("last_word", "choices")
@@ -45,14 +44,14 @@ def as_texts(fills: Sequence[Fill], tokenizer, context: int, source: str = "") -
 
     The three parts are tokenized apart, so that what is predicted does not depend on what stands
     around it. A target beyond the context takes several rows, each of half a context, given what
-    stands before it; `document` says which fill a row belongs to. Raises `ValueError` for an empty
+    stands before it; `document` says which fill a row belongs to. Raises `UserError` for an empty
     target.
     """
     rows, predict, document, sizes = [], [], [], []
     for number, fill in enumerate(fills):
         before, target, after = (tokenizer.encode(part) for part in fill)
         if not len(target):
-            raise ValueError("there is nothing to predict: a target is empty")
+            raise UserError("there is nothing to predict: a target is empty")
         size = context if len(target) <= context else max(1, context // 2)
         for start in range(0, len(target), size):
             piece, rest = target[start : start + size], target[start + size :]
@@ -117,17 +116,17 @@ def greedy_fills(loaded: Loaded, texts: Texts, batch_size: int = 64) -> list[boo
 
 
 def read_items(path: str, task: str) -> list[Item]:
-    """The items of a .jsonl file. Raises `ValueError` for a line that is none."""
+    """The items of a .jsonl file. Raises `UserError` for a line that is none."""
     if task not in TASKS:
-        raise ValueError(f"task={task} is unknown: choose one of {', '.join(TASKS)}")
+        raise UserError(f"task={task} is unknown: choose one of {', '.join(TASKS)}")
     if not Path(path).is_file():
-        raise ValueError(f"no file {path!r}: name a .jsonl file by path=")
+        raise UserError(f"no file {path!r}: name a .jsonl file by path=")
     items = []
     for number, line in enumerate(Path(path).read_text().splitlines(), start=1):
         try:
             items.append((last_word if task == "last_word" else choices)(json.loads(line)))
         except (ValueError, KeyError, TypeError, IndexError, AttributeError):
-            raise ValueError(f"{path}, line {number}: no item of the task {task}") from None
+            raise UserError(f"{path}, line {number}: no item of the task {task}") from None
     return items
 
 
@@ -201,7 +200,7 @@ def main(config: Section, explicit: set[str]) -> None:
     loaded = runtime.load(config.checkpoint, device)
     known = fit_for(items, loaded.tokenizer)
     if not known:
-        raise ValueError(f"no item of {config.path} can be written in the model's symbols")
+        raise UserError(f"no item of {config.path} can be written in the model's symbols")
     keep = min(config.limit or len(known), len(known))
     chosen = [known[i * len(known) // keep] for i in range(keep)]
     fills = [fill for item in chosen for fill in item.fills]

@@ -14,12 +14,11 @@ from pathlib import Path
 import numpy as np
 import torch
 
-import bounds
-import cli
-import report
 import runtime
-from cli import Section
 from eval import Scoring, cut, measure
+from nanomdm import bounds, cli, report
+from nanomdm.cli import Section
+from nanomdm.errors import UserError
 
 ROOT = Path(__file__).resolve().parent.parent
 OBJECTIVES = ("diffusion", "ar")
@@ -76,7 +75,7 @@ def plot(folders: dict[str, list[Path]], path: str) -> None:
 
 def main(config: Section, explicit: set[str]) -> None:
     if config.seeds < 1:
-        raise ValueError(f"seeds={config.seeds} must be at least 1")
+        raise UserError(f"seeds={config.seeds} must be at least 1")
     if config.plot:
         report.import_pyplot()
     seeds = range(1, config.seeds + 1)

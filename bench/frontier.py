@@ -17,12 +17,13 @@ from typing import NamedTuple
 
 import torch
 
-import cli
 import diffusion
 import runtime
 from bench import judge as judges
-from cli import Section
 from diffusion import Sampling
+from nanomdm import cli
+from nanomdm.cli import Section
+from nanomdm.errors import UserError
 
 BUDGETS = (8, 32)  # calls, and the context: where the best strategy is named
 SAME = 2.0  # standard errors of a difference within which two entropies count as equal
@@ -80,7 +81,7 @@ def settings_of(config: Section, model: runtime.Transformer) -> list[Sampling]:
     grid = []
     for name in names:
         if name not in diffusion.STRATEGIES:
-            raise ValueError(
+            raise UserError(
                 f"strategies={name} is unknown: choose some of {', '.join(diffusion.STRATEGIES)}"
             )
         paced = diffusion.STRATEGIES[name].paced

@@ -4,7 +4,7 @@ python -m bench.fuzz cases=10000
 
 Each case damages a small, sound file, reads it as the scripts do and uses what was read: a network
 fills in a text, a tokenizer writes one, a corpus gives a batch. What may come of it: `refused`, an
-error that cli.py turns into one line (a `ValueError` that our code raises, or OmegaConf's own);
+error that cli.py turns into one line (a `UserError` that our code raises, or OmegaConf's own);
 `same`, what the sound file gives, in every bit; `other`, where nothing could tell that the file is
 not what was meant: another letter in a text. All else is a bug.
 """
@@ -30,18 +30,14 @@ from typing import NamedTuple
 import torch
 from omegaconf.errors import OmegaConfBaseException
 
-import checkpoint
-import cli
 import data
-import optim
-import report
-import runlog
 import runtime
 import sample
-import text
-from cli import Section
 from model import ModelConfig, Transformer
-from tokenizer import BPETokenizer, ByteTokenizer, CharTokenizer, load_tokenizer
+from nanomdm import checkpoint, cli, optim, report, runlog, text
+from nanomdm.cli import Section
+from nanomdm.errors import UserError
+from nanomdm.tokenizers import BPETokenizer, ByteTokenizer, CharTokenizer, load_tokenizer
 
 TEXT = "To be, or not to be: that is the question.\n" * 8
 CPU = torch.device("cpu")
@@ -451,9 +447,9 @@ def memory() -> int:
 
 def main(config: Section, explicit: set[str]) -> None:
     if config.cases < 1 or config.limit <= 0:
-        raise ValueError("cases and limit must be positive")
+        raise UserError("cases and limit must be positive")
     if unknown := [name for name in config.kinds if name not in KINDS]:
-        raise ValueError(f"kinds={unknown[0]} is unknown: choose some of {', '.join(KINDS)}")
+        raise UserError(f"kinds={unknown[0]} is unknown: choose some of {', '.join(KINDS)}")
     kinds = {name: KINDS[name].share for name in config.kinds or KINDS}
     rows, start = [], time.perf_counter()
     print(f"{'kind':<19} {'cases':>6} {'refused':>8} {'same':>6} {'other':>6} {'bugs':>5}  slowest")

@@ -20,11 +20,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-import bounds
-import cli
 import runtime
-import text as texts_of
-from cli import Section
+from nanomdm import bounds, cli
+from nanomdm import text as texts_of
+from nanomdm.cli import Section
+from nanomdm.errors import UserError
 
 NGRAMS = (2, 4)  # lengths, in tokens of the judge
 
@@ -75,7 +75,7 @@ class OwnJudge(Judge):
     def __init__(self, path: str, device: torch.device):
         self.loaded = runtime.load(path, device)
         if not self.loaded.model.config.causal:
-            raise ValueError(
+            raise UserError(
                 f"{path} is no autoregressive model: train a judge with training.objective=ar"
             )
         self.name, self.device = path, device
@@ -99,7 +99,7 @@ class HuggingFaceJudge(Judge):
         try:
             from transformers import AutoModelForCausalLM, AutoTokenizer
         except ImportError:
-            raise ValueError(
+            raise UserError(
                 f"{name} is no checkpoint of ours, and a Hugging Face judge needs a package: "
                 "pip install transformers"
             ) from None
@@ -109,14 +109,14 @@ class HuggingFaceJudge(Judge):
             self.model = AutoModelForCausalLM.from_pretrained(name, **trusted).to(device).eval()
         except Exception as error:  # whatever a hub, a folder or a configuration can fail with
             reason = str(error).strip().splitlines()[0] if str(error) else type(error).__name__
-            raise ValueError(
+            raise UserError(
                 f"no judge {name}: neither a checkpoint nor a Hugging Face causal model ({reason})"
             ) from error
         self.name, self.device = name, device
         starts = (self.tokenizer.bos_token_id, self.tokenizer.eos_token_id)
         self.start = next((token for token in starts if token is not None), None)
         if self.start is None:
-            raise ValueError(f"the tokenizer of {name} has no token for the beginning of a text")
+            raise UserError(f"the tokenizer of {name} has no token for the beginning of a text")
         self.context = getattr(self.model.config, "max_position_embeddings", 1025) - 1
 
     def encode(self, text: str) -> list[int]:
@@ -133,7 +133,7 @@ class HuggingFaceJudge(Judge):
 def load_judge(name: str, device: torch.device) -> Judge:
     """The judge `name`: a checkpoint file of this project, else a Hugging Face name or folder.
 
-    Raises `ValueError` for what is neither.
+    Raises `UserError` for what is neither.
     """
     kind = OwnJudge if Path(name).suffix == ".pt" else HuggingFaceJudge
     return kind(name, device)
@@ -170,7 +170,7 @@ class Verdict(NamedTuple):
 def judge_texts(judge: Judge, texts: Sequence[str], batch_size: int = 32) -> Verdict:
     """Judge texts, none of them empty. Bits are divided by the exact bytes of UTF-8."""
     if not texts or not all(texts):
-        raise ValueError("there is nothing to judge: no text, or an empty one")
+        raise UserError("there is nothing to judge: no text, or an empty one")
     tokens = [judge.encode(text) for text in texts]
     bits = torch.tensor(judge.nats(texts, batch_size), dtype=torch.float64) / math.log(2)
     value, error = bounds.ratio(bits, torch.tensor([len(text.encode()) for text in texts]))
@@ -223,7 +223,7 @@ def controls(
 ) -> dict[str, Verdict]:
     """The verdicts on the three controls.
 
-    Raises `ValueError` for a judge that does not rank held-out text above its shuffled words by
+    Raises `UserError` for a judge that does not rank held-out text above its shuffled words by
     more than two standard errors, or texts whose repetition does not lower the entropy.
     """
     rows = {
@@ -233,12 +233,12 @@ def controls(
     real, shuffled, repeated = rows.values()
     gap = shuffled.bits_per_byte - real.bits_per_byte
     if not gap > 2 * math.hypot(real.error, shuffled.error):
-        raise ValueError(
+        raise UserError(
             f"{judge.name} judges nothing: held-out text costs {real.bits_per_byte:.3f} bits/byte "
             f"and its words shuffled {shuffled.bits_per_byte:.3f}: train it longer, or take another"
         )
     if not repeated.entropy < min(real.entropy, shuffled.entropy):
-        raise ValueError(
+        raise UserError(
             f"one line repeated has the entropy {repeated.entropy:.3f}, no less than real text "
             f"({real.entropy:.3f}): take longer texts"
         )
@@ -250,7 +250,7 @@ def held_out_text(judge: Judge, path: str) -> str:
     if path:
         return texts_of.read_text(path)
     if not isinstance(judge, OwnJudge):
-        raise ValueError("a Hugging Face judge has no validation split: name a text by held_out=")
+        raise UserError("a Hugging Face judge has no validation split: name a text by held_out=")
     corpus = runtime.load_corpus(judge.loaded.config["data"], judge.loaded.tokenizer)
     return corpus.tokenizer.decode(corpus.val.tolist())
 

@@ -15,12 +15,12 @@ from pathlib import Path
 
 import torch
 
-import cli
 import data
 import runtime
-import text
 from bench.throughput import hardware
-from cli import Section
+from nanomdm import cli, text
+from nanomdm.cli import Section
+from nanomdm.errors import UserError
 
 VARIATIONS = {
     "recipe": [],
@@ -56,7 +56,7 @@ def train(config: Section, name: str, seed: int, corpus: Path) -> Path:
     command = [sys.executable, str(cli.ROOT / "train.py"), *words]
     result = subprocess.run(command, capture_output=True, text=True)
     if result.returncode:
-        raise ValueError(f"{name}, seed {seed} failed: {result.stderr.strip().splitlines()[-1:]}")
+        raise UserError(f"{name}, seed {seed} failed: {result.stderr.strip().splitlines()[-1:]}")
     (folder / "done").touch()
     return folder
 
@@ -116,7 +116,7 @@ def plot(results: dict[str, list[dict]], path: Path) -> None:
     try:
         from matplotlib.figure import Figure
     except ImportError:
-        raise ValueError("the plot needs a package: pip install matplotlib") from None
+        raise UserError("the plot needs a package: pip install matplotlib") from None
     axes = (figure := Figure(figsize=(7, 4.5), layout="constrained")).subplots()
     for number, (name, runs) in enumerate(results.items()):
         for run in runs:
@@ -133,7 +133,7 @@ def main(config: Section, explicit: set[str]) -> None:
     names = config.variations or list(VARIATIONS)
     for name in names:
         if name not in VARIATIONS:
-            raise ValueError(f"variations: no {name!r}: choose of {', '.join(VARIATIONS)}")
+            raise UserError(f"variations: no {name!r}: choose of {', '.join(VARIATIONS)}")
     corpus, device, results = write_corpus(config), runtime.pick_device("auto"), {}
     print(f"{hardware(device)}; {config.steps or 'all'} steps, seeds {', '.join(config.seeds)}")
     print("| variation | nats/token | against the recipe | seconds |\n| --- | --- | --- | --- |")

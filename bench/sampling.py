@@ -12,12 +12,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-import cli
 import diffusion
 import runtime
 from bench.throughput import hardware, wait
-from cli import Section
 from model import ModelConfig, Transformer
+from nanomdm import cli
+from nanomdm.cli import Section
 
 UNTRAINED = 65  # symbols
 

@@ -23,12 +23,11 @@ from random import Random
 from tempfile import TemporaryDirectory
 from typing import NamedTuple
 
-import checkpoint
-import cli
-import report
 from bench.fuzz import sound_state
-from cli import Section
-from tokenizer import ByteTokenizer
+from nanomdm import checkpoint, cli, report
+from nanomdm.cli import Section
+from nanomdm.errors import UserError
+from nanomdm.tokenizers import ByteTokenizer
 
 ROOT = Path(__file__).resolve().parent.parent
 HUNG = 45.0  # seconds: longer than the demo waits for anybody
@@ -389,9 +388,9 @@ def besiege(process: subprocess.Popen, port: int, config: Section) -> tuple[Log,
 def main(config: Section, explicit: set[str]) -> None:
     for name in ("seconds", "clients"):
         if getattr(config, name) <= 0 or config.slow < 0:
-            raise ValueError(f"{name}={getattr(config, name):g} must be positive")
+            raise UserError(f"{name}={getattr(config, name):g} must be positive")
     if not Path("/proc/self/status").is_file():
-        raise ValueError("the siege reads a process's memory from /proc: run it on Linux")
+        raise UserError("the siege reads a process's memory from /proc: run it on Linux")
     with demo() as (process, port, said):
         warm = Target(port, time.monotonic())
         for _ in range(20):

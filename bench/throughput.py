@@ -25,13 +25,13 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-import cli
 import data
-import parallel
 import runtime
 import train
-from cli import Section
 from model import ModelConfig, Transformer
+from nanomdm import cli, parallel
+from nanomdm.cli import Section
+from nanomdm.errors import UserError
 
 VOCABULARY = {"char": 65, "byte": 256, "gpt2": 50257}
 TOKENS = 2**24  # in the file that batches are cut from
@@ -115,7 +115,7 @@ def load_nanogpt(folder: str, config: Section, vocabulary: int, device: torch.de
     """A training step of nanoGPT at the same size and batch: its model and its own optimizer."""
     path = Path(folder, "model.py")
     if not path.is_file():
-        raise ValueError(f"no file {path}: nanogpt= wants a folder with nanoGPT's model.py")
+        raise UserError(f"no file {path}: nanogpt= wants a folder with nanoGPT's model.py")
     spec = importlib.util.spec_from_file_location("nanogpt_model", path)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
@@ -235,10 +235,10 @@ def line(row: dict) -> str:
 def main(config: Section, explicit: set[str]) -> None:
     for name in ("steps", "rounds"):
         if getattr(config, name) < 1:
-            raise ValueError(f"{name}={getattr(config, name)} must be at least 1")
+            raise UserError(f"{name}={getattr(config, name)} must be at least 1")
     for head in config.heads:
         if head not in ("masked", "full"):
-            raise ValueError(f"heads=[{head}] is unknown: choose masked, full or both")
+            raise UserError(f"heads=[{head}] is unknown: choose masked, full or both")
     device = runtime.pick_device(config.device, parallel.world().local_rank)
     leads, rows = parallel.world().leads, []
     with parallel.processes(device), tempfile.TemporaryDirectory() as folder:

@@ -20,11 +20,11 @@ from typing import NamedTuple
 
 import torch
 
-import checkpoint
-import cli
 import train
 from bench.throughput import hardware
-from cli import Section
+from nanomdm import checkpoint, cli
+from nanomdm.cli import Section
+from nanomdm.errors import UserError
 
 SMALL = (
     *("model.n_layer=1", "model.n_head=2", "model.n_embd=32", "model.block_size=32"),
@@ -165,7 +165,7 @@ def torture(config: Section, words: list[str], fresh: bool = True) -> list[list[
 
 def main(config: Section, explicit: set[str]) -> None:
     if Path(config.out_dir).exists():
-        raise ValueError(f"out_dir={config.out_dir} is there: remove it, or choose another")
+        raise UserError(f"out_dir={config.out_dir} is there: remove it, or choose another")
     os.environ["OMP_NUM_THREADS"] = "1"
     text = config.path or str(cli.ROOT / "corpora" / "plays.txt")
     words = [*SMALL, f"data.path={text}", f"data.cache_dir={config.out_dir}/data"]

@@ -10,11 +10,11 @@ from typing import NamedTuple
 import pytest
 import torch
 
-import cli
 import eval as eval_script
 import sample as sample_script
 import train as train_script
-from runlog import RunLog
+from nanomdm import cli
+from nanomdm.runlog import RunLog
 
 torch.set_num_threads(1)  # threads only get into each other's way where models are tiny
 ROOT = Path(__file__).resolve().parent.parent

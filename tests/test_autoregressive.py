@@ -7,10 +7,10 @@ import torch
 from conftest import TEXT, TINY
 from problems import CHAIN, CHAIN_ENTROPY, CHAIN_TEXT, LOOP, chi_square_z, exact_denoiser, seeded
 
-import bounds
 import diffusion
 import runtime
 from model import ModelConfig, Transformer, attend
+from nanomdm import bounds
 
 SHAPE = {"n_layer": 2, "n_head": 2, "n_embd": 16, "block_size": 8}
 

@@ -12,7 +12,7 @@ import torch
 from conftest import TINY
 from hydra._internal.hydra import Hydra
 
-import checkpoint
+from nanomdm import checkpoint
 
 NO_FOLDER = "/dev/null/x"  # a file as parent: not even root can make it
 

@@ -27,7 +27,7 @@ from problems import (
     zero_logits,
 )
 
-import bounds
+from nanomdm import bounds
 
 
 def expect_nelbo(expected: float, model, x0, mask_id: int, draws: int = 40) -> None:

@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 import torch
 
-import checkpoint
-from checkpoint import load, save
+from nanomdm import checkpoint
+from nanomdm.checkpoint import load, save
 
 STATE = {
     "model": {"weight": torch.arange(1.0, 7).view(2, 3), "half": torch.ones(3).bfloat16()},

@@ -14,12 +14,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from omegaconf import OmegaConf
 
-import bounds
-import cli
 import model
 import runtime
 import train
-from runlog import RunLog
+from nanomdm import bounds, cli
+from nanomdm.runlog import RunLog
 
 EXPERIMENTS = sorted(path.stem for path in (cli.CONFIGS / "experiment").glob("*.yaml"))
 FREE_TEXT = sorted(cli.FREE_TEXT)

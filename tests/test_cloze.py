@@ -11,7 +11,7 @@ from problems import LOOP, arbitrary_network
 
 from bench import cloze
 from bench.cloze import Fill, Item
-from tokenizer import ByteTokenizer
+from nanomdm.tokenizers import ByteTokenizer
 
 TOKENIZER = ByteTokenizer()
 
@@ -200,7 +200,7 @@ def test_the_harness_scores_rolls_and_generates_on_a_local_task(
 
 def test_what_the_harness_gets_is_the_conditional_bound(trained, local_tasks):
     import runtime
-    from cli import section
+    from nanomdm.cli import section
     from tools import lm_eval as adapter
 
     loaded = runtime.load(trained / "best.pt", torch.device("cpu"))
@@ -218,7 +218,7 @@ def test_what_the_harness_gets_is_the_conditional_bound(trained, local_tasks):
 
 def test_a_generated_text_stops_before_the_first_stop(trained):
     import runtime
-    from cli import section
+    from nanomdm.cli import section
     from tools import lm_eval as adapter
 
     loaded = runtime.load(trained / "best.pt", torch.device("cpu"))

@@ -6,8 +6,8 @@ import types
 import pytest
 from conftest import TINY
 
-import cli
 from bench import control
+from nanomdm import cli
 
 
 @pytest.fixture

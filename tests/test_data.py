@@ -16,8 +16,8 @@ import data
 import runtime
 from data import Corpus
 from data import blocks as blocks_of
+from nanomdm.tokenizers import TOKENIZERS, ByteTokenizer, CharTokenizer
 from runtime import open_bins
-from tokenizer import TOKENIZERS, ByteTokenizer, CharTokenizer
 
 # --- Preparation --------------------------------------------------------------------------------
 

@@ -11,10 +11,8 @@ import torch
 from conftest import TEXT, TINY
 from problems import LOOP, arbitrary_network, seeded
 
-import bounds
 import eval as evaluation
-import report
-import runlog
+from nanomdm import bounds, report, runlog
 
 CPU = "system.device=cpu"
 

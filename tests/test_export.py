@@ -12,11 +12,10 @@ from conftest import ROOT
 from test_readme import commands
 from test_tokenizer import gpt2 as gpt2_tokenizer  # noqa: F401
 
-import checkpoint
-import cli
 import runtime
 from model import ModelConfig, Transformer
-from tokenizer import BPETokenizer, ByteTokenizer, CharTokenizer
+from nanomdm import checkpoint, cli
+from nanomdm.tokenizers import BPETokenizer, ByteTokenizer, CharTokenizer
 from tools import export, hf_tokenizer
 
 transformers = pytest.importorskip("transformers")

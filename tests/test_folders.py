@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 from conftest import TINY
 
-import folders
-from folders import locked, set_aside
+from nanomdm import folders
+from nanomdm.folders import locked, set_aside
 
 # --- One at a time ------------------------------------------------------------------------------
 

@@ -22,8 +22,8 @@ from problems import (
     z_score,
 )
 
-import bounds
-from bounds import estimate
+from nanomdm import bounds
+from nanomdm.bounds import estimate
 
 EPS, STEPS = 0.1, 3
 FORMS = {

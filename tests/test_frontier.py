@@ -9,11 +9,11 @@ import pytest
 import torch
 from conftest import TEXT
 
-import cli
 import diffusion
 from bench import frontier
 from bench import judge as judges
 from diffusion import Sampling
+from nanomdm import cli
 
 
 class CountingJudge(judges.Judge):

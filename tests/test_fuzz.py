@@ -10,11 +10,10 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 
-import checkpoint
-import cli
 import data
 import runtime
 from bench import fuzz
+from nanomdm import checkpoint, cli
 
 CPU = torch.device("cpu")
 CASES = 4  # for each part of a kind's share; python -m bench.fuzz does ten thousand

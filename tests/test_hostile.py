@@ -18,11 +18,10 @@ import torch
 from conftest import ROOT
 from hydra.core.global_hydra import GlobalHydra
 
-import checkpoint
-import cli
 import data
 import runtime
-from text import visible
+from nanomdm import checkpoint, cli
+from nanomdm.text import visible
 
 SOURCES = sorted(
     path

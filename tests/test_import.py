@@ -9,9 +9,9 @@ import torch
 from conftest import TEXT, Result
 from torch import Tensor
 
-import checkpoint
 import runtime
-from tokenizer import BPETokenizer, HFTokenizer, load_tokenizer
+from nanomdm import checkpoint
+from nanomdm.tokenizers import BPETokenizer, HFTokenizer, load_tokenizer
 from tools import hf_tokenizer, import_weights, weight_files
 
 safetensors = pytest.importorskip("safetensors.torch")

@@ -8,10 +8,10 @@ import pytest
 import torch
 from conftest import TEXT, TINY
 
-import cli
 import runtime
 import train
 from bench import judge as judging
+from nanomdm import cli
 
 CPU = torch.device("cpu")
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from model import ModelConfig, Transformer
-from optim import (
+from nanomdm.optim import (
     MUON_RATE,
     Muon,
     Optimizers,

@@ -16,11 +16,9 @@ import torch
 import torch.distributed as dist
 from conftest import ROOT, TINY, environment
 
-import checkpoint
-import cli
-import parallel
 import runtime
 import train as train_script
+from nanomdm import checkpoint, cli, parallel
 
 TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2")
 KILLED_AT = 6

@@ -15,11 +15,10 @@ import pytest
 from conftest import ROOT, TINY
 from hydra._internal.hydra import Hydra
 
-import cli
 import data
-import folders
 import runtime
-from tokenizer import EOT, BPETokenizer
+from nanomdm import cli, folders
+from nanomdm.tokenizers import EOT, BPETokenizer
 
 datasets = pytest.importorskip("datasets")
 

@@ -12,10 +12,10 @@ import torch
 import yaml
 from conftest import ROOT, TEXT, TINY
 
-import cli
 import data
 import model
-from tokenizer import train_tokenizer
+from nanomdm import cli
+from nanomdm.tokenizers import train_tokenizer
 
 README = (ROOT / "README.md").read_text()
 

@@ -18,15 +18,10 @@ import torch
 from conftest import ROOT, TINY, environment
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-import checkpoint
-import cli
-import folders
-import optim
-import parallel
-import runlog
 import train as train_script
 from bench import torture
-from bounds import Passes
+from nanomdm import checkpoint, cli, folders, optim, parallel, runlog
+from nanomdm.bounds import Passes
 
 STEPS = 12  # of TINY, which saves after 6 and 12 and logs every step
 

@@ -13,9 +13,8 @@ from types import SimpleNamespace
 import pytest
 from conftest import ROOT, TINY, environment
 
-import checkpoint
-import runlog
-from runlog import Clock, Interrupt, RunLog
+from nanomdm import checkpoint, runlog
+from nanomdm.runlog import Clock, Interrupt, RunLog
 
 
 @pytest.fixture

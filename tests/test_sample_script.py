@@ -8,7 +8,7 @@ import pytest
 from conftest import TEXT
 
 import sample
-from tokenizer import ByteTokenizer, CharTokenizer
+from nanomdm.tokenizers import ByteTokenizer, CharTokenizer
 
 CPU = "system.device=cpu"
 CONTEXT = 32  # of the tiny model

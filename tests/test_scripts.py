@@ -7,7 +7,7 @@ import pytest
 import torch
 from conftest import TEXT, TINY
 
-import checkpoint
+from nanomdm import checkpoint
 
 CPU = "system.device=cpu"
 

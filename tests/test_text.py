@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-import text
-from text import download, find_text, read_text, shakespeare
+from nanomdm import text
+from nanomdm.text import download, find_text, read_text, shakespeare
 
 ROOT = Path(__file__).resolve().parent.parent
 BODY = b"First Citizen:\nBefore we proceed any further, hear me speak.\n" * 20

@@ -12,8 +12,7 @@ import torch
 from conftest import ROOT, TEXT, TINY, environment
 from torch._dynamo.utils import counters
 
-import checkpoint
-import runlog
+from nanomdm import checkpoint, runlog
 
 STEPS = 12  # of TINY
 

@@ -12,8 +12,7 @@ from types import ModuleType, SimpleNamespace
 import pytest
 from conftest import ROOT, TINY, environment
 
-import checkpoint
-import runlog
+from nanomdm import checkpoint, runlog
 
 FIGURES = ("loss", "loss_avg", "loss_max", "grad_norm", "grad_norm_max", "skipped", "lr", "time_ms")
 TRAIN = {f"train/{name}" for name in FIGURES}

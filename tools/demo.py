@@ -6,21 +6,22 @@ From elsewhere, tunnel: ssh -L 8000:127.0.0.1:8000 machine.
 
 import socket
 
-import cli
 import runtime
-from cli import Section
+from nanomdm import cli
+from nanomdm.cli import Section
+from nanomdm.errors import UserError
 
 
 def main(config: Section, explicit: set[str]) -> None:
     try:
         from tools.server import Demo, Limits, make_server
     except ImportError as error:
-        raise ValueError(f"{error.name} is missing: pip install starlette uvicorn") from None
+        raise UserError(f"{error.name} is missing: pip install starlette uvicorn") from None
     check(config)
     loaded = runtime.load(config.checkpoint, runtime.pick_device(config.device))
     context = loaded.model.config.block_size
     if config.length > context:
-        raise ValueError(f"length={config.length} must be at most model.block_size, {context}")
+        raise UserError(f"length={config.length} must be at most model.block_size, {context}")
     limits = Limits(
         config.checkpoint,
         config.prompt,
@@ -36,22 +37,22 @@ def main(config: Section, explicit: set[str]) -> None:
 
 
 def check(config: Section) -> None:
-    """Raise `ValueError` for a setting out of its range."""
+    """Raise `UserError` for a setting out of its range."""
     counts = {"steps": config.steps, "generations": config.generations, "seconds": config.seconds}
     for name, value in counts.items():
         if value < 1:
-            raise ValueError(f"{name}={value:g} must be at least 1")
+            raise UserError(f"{name}={value:g} must be at least 1")
     if config.length < 0:
-        raise ValueError(f"length={config.length} must be 0 (the model's context) or more")
+        raise UserError(f"length={config.length} must be 0 (the model's context) or more")
     if not 0 <= config.port < 65536:
-        raise ValueError(f"port={config.port} must lie in 0 ... 65535")
+        raise UserError(f"port={config.port} must lie in 0 ... 65535")
 
 
 def listen(port: int) -> socket.socket:
     try:
         return socket.create_server(("127.0.0.1", port))
     except OSError as error:
-        raise ValueError(
+        raise UserError(
             f"cannot serve on port={port} ({error.strerror}): choose another"
         ) from error
 

@@ -19,10 +19,11 @@ from pathlib import Path
 
 import torch
 
-import cli
 import runtime
-from cli import Section
-from tokenizer import optional
+from nanomdm import cli
+from nanomdm.cli import Section
+from nanomdm.errors import UserError
+from nanomdm.tokenizers import optional
 from tools import hf_tokenizer
 
 CODE = ("model.py", "diffusion.py", "tools/modeling_nanomdm.py", "LICENSE")
@@ -36,7 +37,7 @@ def main(config: Section, explicit: set[str]) -> None:
     check(config)
     loaded = runtime.load(config.checkpoint, torch.device("cpu"))
     if loaded.model.config.causal:
-        raise ValueError(
+        raise UserError(
             f"{config.checkpoint} is autoregressive, no masked language model: export one of "
             "training.objective=diffusion"
         )
@@ -55,13 +56,13 @@ def main(config: Section, explicit: set[str]) -> None:
 
 
 def check(config: Section) -> None:
-    """Raise `ValueError` before anything is computed."""
+    """Raise `UserError` before anything is computed."""
     if not config.to:
-        raise ValueError("to= is missing: name the folder to write, as in to=my-model")
+        raise UserError("to= is missing: name the folder to write, as in to=my-model")
     if Path(config.to).exists() and (not Path(config.to).is_dir() or any(os.scandir(config.to))):
-        raise ValueError(f"to={config.to} is there and not empty: name another folder")
+        raise UserError(f"to={config.to} is there and not empty: name another folder")
     if config.push and config.push.count("/") != 1:
-        raise ValueError(f"push={config.push} is no repository of the hub: write OWNER/NAME")
+        raise UserError(f"push={config.push} is no repository of the hub: write OWNER/NAME")
 
 
 @contextmanager
@@ -127,18 +128,18 @@ def push(folder: str, repository: str) -> None:
 
 
 def read_figures(config: Section) -> dict | None:
-    """The likelihood that eval.py measured, or None. Raises `ValueError`, if of something else."""
+    """The likelihood that eval.py measured, or None. Raises `UserError`, if of something else."""
     if not config.figures:
         return None
     try:
         figures = json.loads(Path(config.figures).read_text(encoding="utf-8"))
         of, _ = figures["checkpoint"], figures["loss"]["value"]
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ValueError(
+        raise UserError(
             f"figures={config.figures} is nothing that eval.py eval.output= wrote ({error!r})"
         ) from error
     if of != config.checkpoint:
-        raise ValueError(
+        raise UserError(
             f"figures={config.figures} are of {of}, not of {config.checkpoint}: evaluate that one"
         )
     return figures

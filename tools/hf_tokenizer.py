@@ -6,7 +6,8 @@ its id.
 
 import json
 
-import tokenizer as ours
+from nanomdm import tokenizers as ours
+from nanomdm.errors import UserError
 
 MASK = "[MASK]"
 
@@ -21,7 +22,7 @@ def convert(tokenizer, vocab_size: int):
         converted.add_special_tokens([converted.id_to_token(tokenizer.eos)])
     converted.add_special_tokens([lib.AddedToken(MASK, normalized=False)])
     if converted.token_to_id(MASK) != vocab_size:
-        raise ValueError(f"the tokenizer has a token {MASK} or {vocab_size} of its own: none here")
+        raise UserError(f"the tokenizer has a token {MASK} or {vocab_size} of its own: none here")
     return converted
 
 

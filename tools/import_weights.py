@@ -17,10 +17,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-import checkpoint
-import cli
-from cli import Section
 from model import ModelConfig, Transformer
+from nanomdm import checkpoint, cli
+from nanomdm.cli import Section
+from nanomdm.errors import UserError
 from tools.weight_files import Tensors, fetch, open_tensors, read_json, read_tokenizer
 
 SMDM_HEADS = {  # by width; all have the same context, and V = 32,000
@@ -47,9 +47,9 @@ class Layout(NamedTuple):
 def main(config: Section, explicit: set[str]) -> None:
     source, to = vars(config)["from"], Path(config.to)  # config.from is no Python
     if not source or not config.to:
-        raise ValueError("from= and to= are needed, as in from=GSAI-ML/LLaDA-8B-Base to=llada.pt")
+        raise UserError("from= and to= are needed, as in from=GSAI-ML/LLaDA-8B-Base to=llada.pt")
     if to.exists():
-        raise ValueError(f"to={to} is there already: name another file")
+        raise UserError(f"to={to} is there already: name another file")
     folder, tensors = open_tensors(source, fetch(source, ("*.safetensors", "*.json")))
     about = read_json(folder / "config.json") if (folder / "config.json").is_file() else {}
     layout = LAYOUTS.get(about.get("model_type"), smdm)(tensors, about, config.n_head)
@@ -88,7 +88,7 @@ def smdm(tensors: Tensors, about: dict, n_head: int) -> Layout:
     mlp, _ = matrix_of(tensors, "transformer.h.0.mlp.swiglu.w1.weight")
     heads = n_head or (8 if (width, mlp) == (640, 1600) else SMDM_HEADS.get(width))
     if heads is None:
-        raise ValueError(f"SMDM has published no width of {width}: say n_head=")
+        raise UserError(f"SMDM has published no width of {width}: say n_head=")
     layers = [re.match(r"transformer\.h\.(\d+)\.", name) for name in tensors.shapes]
     network = ModelConfig(
         vocab_size=rows - 1,
@@ -126,7 +126,7 @@ def llada(tensors: Tensors, about: dict, n_head: int) -> Layout:
     """OLMo's names; the mask has a row among the others, which trades places with the last one."""
     for key, value in LLADA_IS.items():
         if about.get(key, value) != value:
-            raise ValueError(f"{key}={about[key]} in its config.json is not LLaDA's {value}")
+            raise UserError(f"{key}={about[key]} in its config.json is not LLaDA's {value}")
     try:
         mask, tied = about["mask_token_id"], about.get("weight_tying", False)
         rows, _ = matrix_of(tensors, "model.transformer.wte.weight")
@@ -143,9 +143,9 @@ def llada(tensors: Tensors, about: dict, n_head: int) -> Layout:
             rope_base=about.get("rope_theta", 10000.0),
         )
     except (KeyError, TypeError) as error:
-        raise ValueError(f"config.json is not LLaDA's ({error!r}): fetch it again") from None
+        raise UserError(f"config.json is not LLaDA's ({error!r}): fetch it again") from None
     if mask not in range(rows):
-        raise ValueError(f"mask_token_id={mask} in config.json is none of {rows} ids")
+        raise UserError(f"mask_token_id={mask} in config.json is none of {rows} ids")
     outside = {"embedding": ["wte"], "norm": ["ln_f"]} | ({} if tied else {"head": ["ff_out"]})
     inside = {
         "attention_norm": ["attn_norm"],
@@ -172,7 +172,7 @@ def own(tensors: Tensors, about: dict, n_head: int) -> Layout:
     try:
         network = ModelConfig(**about["network"])
     except (KeyError, TypeError) as error:
-        raise ValueError(f"config.json is none of tools.export ({error!r})") from None
+        raise UserError(f"config.json is none of tools.export ({error!r})") from None
     sources = {name: [f"transformer.{name}"] for name in shapes_of(network)}
     return Layout("nanoMDM", network, sources, {}, {}, network.mask_id)
 
@@ -196,16 +196,14 @@ def name_tensors(
 
 def shape_of(tensors: Tensors, name: str) -> tuple[int, ...]:
     if name not in tensors.shapes:
-        raise ValueError(
-            f"{tensors.source} has no tensor {name}: no known layout, or a part of one"
-        )
+        raise UserError(f"{tensors.source} has no tensor {name}: no known layout, or a part of one")
     return tensors.shapes[name]
 
 
 def matrix_of(tensors: Tensors, name: str) -> tuple[int, int]:
     shape = shape_of(tensors, name)
     if len(shape) != 2:
-        raise ValueError(f"{tensors.source} has {name} of shape {shape}, which is no matrix")
+        raise UserError(f"{tensors.source} has {name} of shape {shape}, which is no matrix")
     return shape
 
 
@@ -216,7 +214,7 @@ def shapes_of(network: ModelConfig) -> dict[str, torch.Size]:
 
 
 def check(layout: Layout, tensors: Tensors) -> None:
-    """Raise `ValueError` for the first tensor that is missing, surplus or of another shape."""
+    """Raise `UserError` for the first tensor that is missing, surplus or of another shape."""
     wanted = {}
     for name, (rows, *others) in shapes_of(layout.network).items():
         originals = layout.sources[name]
@@ -224,9 +222,9 @@ def check(layout: Layout, tensors: Tensors) -> None:
         wanted |= {original: (rows, *others) for original in originals}
     for name, shape in wanted.items():
         if (given := shape_of(tensors, name)) != shape:
-            raise ValueError(f"{tensors.source} has {name} of shape {given}, not {shape}")
+            raise UserError(f"{tensors.source} has {name} of shape {given}, not {shape}")
     if more := [name for name in tensors.shapes if name not in wanted]:
-        raise ValueError(f"{tensors.source} has a tensor {more[0]}, which {layout.name} has not")
+        raise UserError(f"{tensors.source} has a tensor {more[0]}, which {layout.name} has not")
 
 
 def convert(layout: Layout, tensors: Tensors) -> dict[str, Tensor]:

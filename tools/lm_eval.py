@@ -14,12 +14,13 @@ from pathlib import Path
 
 import torch
 
-import cli
 import diffusion
 import runtime
 from bench.cloze import Fill, as_texts, by_fill, greedy_fills
-from cli import Section
 from eval import Scoring, measure
+from nanomdm import cli
+from nanomdm.cli import Section
+from nanomdm.errors import UserError
 
 
 def make_adapter(loaded: runtime.Loaded, config: Section):
@@ -85,9 +86,9 @@ def main(config: Section, explicit: set[str]) -> None:
         from lm_eval.tasks import TaskManager
         from lm_eval.utils import make_table
     except ImportError:
-        raise ValueError("the harness is a package: pip install lm_eval") from None
+        raise UserError("the harness is a package: pip install lm_eval") from None
     if not config.tasks:
-        raise ValueError("no tasks: name some, as in tasks=[lambada_openai]")
+        raise UserError("no tasks: name some, as in tasks=[lambada_openai]")
     loaded = runtime.load(config.checkpoint, runtime.pick_device(config.device))
     results = lm_eval.simple_evaluate(
         model=make_adapter(loaded, config),

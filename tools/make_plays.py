@@ -17,6 +17,8 @@ import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 
+from nanomdm.errors import UserError
+
 WHEEL_SHA256 = "856c99ddf50c497d00679784440f78eda726d154a1f15a7ec1184cd0864721ee"
 
 Repairs = tuple[tuple[str, str], ...]
@@ -77,7 +79,7 @@ def read_wheel(path: Path, sha256: str) -> bytes:
     wheel = path.read_bytes()
     found = hashlib.sha256(wheel).hexdigest()
     if found != sha256:
-        raise ValueError(f"{path} has the sha256 {found}, not {sha256}")
+        raise UserError(f"{path} has the sha256 {found}, not {sha256}")
     return wheel
 
 

@@ -13,9 +13,9 @@ from pathlib import Path
 
 import numpy as np
 
-import cli
-import report
-from cli import Section
+from nanomdm import cli, report
+from nanomdm.cli import Section
+from nanomdm.errors import UserError
 
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000")
 STYLE = {  # the colours above are Okabe's and Ito's, which the colour-blind can tell apart
@@ -80,10 +80,10 @@ class Run:
 def read_runs(paths: Sequence[str]) -> list[Run]:
     """The runs in these folders or files, each labelled by what sets its path apart.
 
-    Raises `ValueError`.
+    Raises `UserError`.
     """
     if not paths:
-        raise ValueError("no runs: name their out_dirs, as in `python -m tools.plot out`")
+        raise UserError("no runs: name their out_dirs, as in `python -m tools.plot out`")
     files = [Path(path, "metrics.jsonl") if Path(path).is_dir() else Path(path) for path in paths]
     entries = [read_metrics(file) for file in files]
     configs = [read_config(file.with_name("run.json")) for file in files]
@@ -93,13 +93,13 @@ def read_runs(paths: Sequence[str]) -> list[Run]:
 
 
 def read_metrics(path: Path) -> dict[int, dict[str, float]]:
-    """The figures in a metrics.jsonl by step, in rising order. Raises `ValueError`.
+    """The figures in a metrics.jsonl by step, in rising order. Raises `UserError`.
 
     Where a run was resumed from an earlier step, what it did anew replaces what was there. A last
     line without its end is one that is being written, or that a kill has cut: it is left out.
     """
     if not path.is_file() or path.suffix != ".jsonl":
-        raise ValueError(f"{path} is no metrics.jsonl: name the out_dir of a run that has begun")
+        raise UserError(f"{path} is no metrics.jsonl: name the out_dir of a run that has begun")
     entries, last = {}, -1
     for number, line in enumerate(path.read_bytes().split(b"\n")[:-1], start=1):
         try:
@@ -107,7 +107,7 @@ def read_metrics(path: Path) -> dict[int, dict[str, float]]:
             entry = {k: math.nan if v is None else float(v) for k, v in entry.items()}
             step = int(entry.pop("step"))
         except (ValueError, TypeError, KeyError, AttributeError, OverflowError, RecursionError):
-            raise ValueError(
+            raise UserError(
                 f"{path}, line {number} is damaged: expected a JSON object of numbers with a step; "
                 "remove the line"
             ) from None
@@ -116,7 +116,7 @@ def read_metrics(path: Path) -> dict[int, dict[str, float]]:
         last = step
         entries[step] = entries.get(step, {}) | entry
     if not entries:
-        raise ValueError(f"{path} is empty: wait for the run's first entry (logging.interval)")
+        raise UserError(f"{path} is empty: wait for the run's first entry (logging.interval)")
     return entries
 
 
@@ -129,7 +129,7 @@ def read_config(path: Path) -> dict:
         found = {k: v if isinstance(v, dict) else {"": v} for k, v in sections.items()}
         return {f"{a}.{b}".strip("."): v for a, values in found.items() for b, v in values.items()}
     except (ValueError, TypeError, KeyError, IndexError, AttributeError, RecursionError):
-        raise ValueError(f"{path} is damaged: remove it, and the runs are told by path") from None
+        raise UserError(f"{path} is damaged: remove it, and the runs are told by path") from None
 
 
 def differences(configs: Sequence[dict]) -> list[str]:
@@ -243,7 +243,7 @@ PANELS = {
 
 def main(config: Section, explicit: set[str]) -> None:
     if config.x not in X:
-        raise ValueError(f"x={config.x} is unknown: choose steps or seconds")
+        raise UserError(f"x={config.x} is unknown: choose steps or seconds")
     pyplot, runs = report.import_pyplot(), read_runs(config.runs)
     first = Path(config.runs[0])
     beside = (first if first.is_dir() else first.parent) / "metrics"

@@ -26,12 +26,11 @@ from pathlib import Path
 
 import numpy as np
 
-import cli
 import data
-import folders
-import runlog
-from cli import Section
-from tokenizer import EOT, TOKENIZERS, BPETokenizer, CharTokenizer, load_tokenizer
+from nanomdm import cli, folders, runlog
+from nanomdm.cli import Section
+from nanomdm.errors import UserError
+from nanomdm.tokenizers import EOT, TOKENIZERS, BPETokenizer, CharTokenizer, load_tokenizer
 from tools import sources
 from tools.shards import AGAIN, Job, ShardWriter, read_json, refuse_other, sha256_of
 
@@ -43,7 +42,7 @@ NO_RECIPE = ("out", "processes")  # settings that do not change the result
 
 
 def make_tokenizer(config: Section, source: sources.Source, dataset):
-    """The tokenizer that the settings name. Raises `ValueError`."""
+    """The tokenizer that the settings name. Raises `UserError`."""
     kind = config.tokenizer
     if kind in ("gpt2", "byte"):
         return TOKENIZERS[kind]()
@@ -51,7 +50,7 @@ def make_tokenizer(config: Section, source: sources.Source, dataset):
         return read_tokenizer(Path(kind))
     if kind not in TOKENIZERS or kind == "hf":  # which weights bring along
         choices = ", ".join(name for name in TOKENIZERS if name != "hf")
-        raise ValueError(f"tokenizer={kind} is unknown: choose {choices} or a .json file")
+        raise UserError(f"tokenizer={kind} is unknown: choose {choices} or a .json file")
     pieces = (piece for batch in source.read(dataset) for piece in batch.pieces)
     if kind == "bpe":
         sample = head((piece.text for piece in pieces if not piece.held), config.sample)
@@ -71,13 +70,13 @@ def head(texts: Iterable[str], characters: int) -> str:
 
 
 def read_tokenizer(path: Path):
-    """That of a meta.json, or of a tokenizer.json of Hugging Face's. Raises `ValueError`."""
+    """That of a meta.json, or of a tokenizer.json of Hugging Face's. Raises `UserError`."""
     try:
         content = path.read_text()
         found = json.loads(content)
         own = found.get("tokenizer")  # a tokenizer.json has no such key
     except (OSError, ValueError, AttributeError) as error:
-        raise ValueError(f"cannot read tokenizer={path} ({error}): check the name") from None
+        raise UserError(f"cannot read tokenizer={path} ({error}): check the name") from None
     return load_tokenizer(own or {"kind": "bpe", "serialized": content})
 
 
@@ -120,7 +119,7 @@ class Workers:
             dead = f"a tokenizing process died: take fewer processes; {AGAIN}"
             raise RuntimeError(dead) from None
         except ValueError as error:  # of a tokenizer; raised again here, for cli.main to know it
-            raise ValueError(str(error)) from error
+            raise UserError(str(error)) from error
 
     def close(self) -> None:
         if self.pool is not None:
@@ -183,10 +182,10 @@ def run(job: Job, source: sources.Source, config: Section) -> None:
 
 def check_documents(documents: dict[str, int], source: sources.Source) -> None:
     if not sum(documents.values()):
-        raise ValueError(f"{source.dataset} holds no text: check dataset, split and column")
+        raise UserError(f"{source.dataset} holds no text: check dataset, split and column")
     for split, other in zip(data.SPLITS, ("lower", "raise"), strict=True):
         if not documents[split]:
-            raise ValueError(
+            raise UserError(
                 f"none of {sum(documents.values())} documents of {source.dataset} is for {split}: "
                 f"{other} val={source.val}, or divide the text (separator, begins)"
             )
@@ -215,9 +214,9 @@ def counted(done: dict[str, int]):
 
 def main(config: Section, explicit: set[str]) -> None:
     if config.shard_tokens < 1:
-        raise ValueError(f"shard_tokens={config.shard_tokens} must be at least 1")
+        raise UserError(f"shard_tokens={config.shard_tokens} must be at least 1")
     if config.processes < 0:
-        raise ValueError(f"processes={config.processes} must be 0 (one for each core) or more")
+        raise UserError(f"processes={config.processes} must be 0 (one for each core) or more")
     where = (config.dataset, config.name, config.revision, config.split, config.column)
     cut = (config.begins, config.separator, config.limit, config.val)
     source = sources.Source(*where, *cut)
@@ -238,7 +237,7 @@ def main(config: Section, explicit: set[str]) -> None:
         except OSError as error:
             if error.errno not in (errno.ENOSPC, errno.EDQUOT):
                 raise
-            raise ValueError(f"the disk of {out} is full: free some space and {AGAIN}") from error
+            raise UserError(f"the disk of {out} is full: free some space and {AGAIN}") from error
     for split in data.SPLITS:
         print(f"{split}: {meta['documents'][split]:,} documents, {meta['tokens'][split]:,} tokens")
     print(f"{out} is prepared: python train.py data.dir={out}")

@@ -27,6 +27,7 @@ from starlette.routing import Route
 import diffusion
 import runtime
 from diffusion import Sampling
+from nanomdm.errors import UserError
 from sample import Canvas
 from tools import page
 from tools.guard import Guard, Patient, Refusal, read_object, refuse
@@ -115,14 +116,14 @@ class Demo:
         return Stream(self, work)
 
     def plan(self, values: dict) -> Work:
-        """What to do. Raises `ValueError`, as the samplers' settings and canvases do."""
+        """What to do. Raises `UserError`, as the samplers' settings and canvases do."""
         if values["steps"] > self.limits.steps:
-            raise ValueError(f"steps={values['steps']} must be at most {self.limits.steps}")
+            raise UserError(f"steps={values['steps']} must be at most {self.limits.steps}")
         for name in ("temperature", "guidance"):
             if values[name] > LARGEST:
-                raise ValueError(f"{name}={values[name]:g} must be at most {LARGEST:g}")
+                raise UserError(f"{name}={values[name]:g} must be at most {LARGEST:g}")
         if not 0 <= values["seed"] < 2**53:
-            raise ValueError(f"seed={values['seed']} must lie in [0, 2^53)")
+            raise UserError(f"seed={values['seed']} must lie in [0, 2^53)")
         names = ("strategy", "steps", "temperature", "guidance")
         settings = Sampling(**{name: values[name] for name in names})
         settings = runtime.sampling(SimpleNamespace(**asdict(settings)), self.loaded.model)
@@ -133,17 +134,17 @@ class Demo:
         return Work(canvas, settings, values["seed"])
 
     def edited(self, cells: list) -> Canvas:
-        """The canvas of ids and nulls. Raises `ValueError`."""
+        """The canvas of ids and nulls. Raises `UserError`."""
         V = self.loaded.model.config.vocab_size
         if len(cells) > self.limits.length:
-            raise ValueError(
+            raise UserError(
                 f"canvas has {len(cells)} tokens, at most {self.limits.length} are possible"
             )
         for cell in cells:
             if cell is not None and (type(cell) is not int or not 0 <= cell < V):
-                raise ValueError(f"canvas may hold null and whole numbers from 0 to {V - 1}")
+                raise UserError(f"canvas may hold null and whole numbers from 0 to {V - 1}")
         if None not in cells:
-            raise ValueError("canvas holds no null: nothing is left to generate")
+            raise UserError("canvas holds no null: nothing is left to generate")
         is_masked = torch.tensor([cell is None for cell in cells])
         return Canvas(torch.tensor([cell or 0 for cell in cells]), is_masked)
 
@@ -229,7 +230,7 @@ def chunk(event: str, data: dict) -> dict:
 
 
 def refusing(function, *arguments):
-    """The function's value, its `ValueError` as a `Refusal`."""
+    """The function's value, its `UserError` as a `Refusal`."""
     try:
         return function(*arguments)
     except ValueError as error:

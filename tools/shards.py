@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 
 import data
+from nanomdm.errors import UserError
 
 AGAIN = "give the same command again, and it goes on from here"
 
@@ -35,7 +36,7 @@ class ShardWriter:
                 self.size if number < full else rest,
             )
             if not path.is_file() or path.stat().st_size < length * self.width:
-                raise ValueError(f"{path} is cut: remove {self.folder} and begin anew")
+                raise UserError(f"{path} is cut: remove {self.folder} and begin anew")
             os.truncate(path, length * self.width)
 
     def write(self, split: str, ids: np.ndarray) -> None:
@@ -53,7 +54,7 @@ class ShardWriter:
         self.close(split)
         path, free = self.folder / shard_name(split, number), shutil.disk_usage(self.folder).free
         if free < self.need:
-            raise ValueError(
+            raise UserError(
                 f"{free / 1e6:,.0f} MB are free for {path}, which may need {self.need / 1e6:,.0f}: "
                 f"free some space and {AGAIN}"
             )
@@ -87,7 +88,7 @@ class Job:
             self.journal = read_json(self.path)
             refuse_other(recipe, self.journal, self.folder)
         elif any(out.glob("*.bin")):
-            raise ValueError(f"{out} holds other .bin files: choose another out")
+            raise UserError(f"{out} holds other .bin files: choose another out")
 
     def save(self, **entries) -> None:
         self.journal |= entries
@@ -116,14 +117,14 @@ def read_json(path: Path) -> dict:
     try:
         return dict(json.loads(path.read_bytes()))
     except (ValueError, TypeError) as error:
-        raise ValueError(f"{path} is damaged: remove {path.parent} and begin anew") from error
+        raise UserError(f"{path} is damaged: remove {path.parent} and begin anew") from error
 
 
 def refuse_other(recipe: dict, found: dict, folder: Path) -> None:
-    """Raise `ValueError` for a folder whose preparation, as its JSON says, is not this one."""
+    """Raise `UserError` for a folder whose preparation, as its JSON says, is not this one."""
     for key, value in recipe.items():
         if (found.get("recipe") or {}).get(key) != value:
-            raise ValueError(
+            raise UserError(
                 f"{folder} holds another preparation ({key} differs): choose another out, or "
                 "remove it"
             )

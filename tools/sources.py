@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
+from nanomdm.errors import UserError
+
 KINDS = {".parquet": "parquet", ".jsonl": "json", ".txt": "text", ".md": "text"}
 BATCH = 2**20  # characters that are tokenized at once, at the least
 PIECE = 2**22  # characters of a document that are held at once: a longer one goes in pieces
@@ -47,29 +49,29 @@ class Source:
 
     def __post_init__(self):
         if not self.dataset:
-            raise ValueError("no dataset: name one of the hub or a folder, as in dataset=my-texts")
+            raise UserError("no dataset: name one of the hub or a folder, as in dataset=my-texts")
         if not 0 < self.val < 1:
-            raise ValueError(f"val={self.val} must lie between 0 and 1: a share of the documents")
+            raise UserError(f"val={self.val} must lie between 0 and 1: a share of the documents")
         if self.limit < 0:
-            raise ValueError(f"limit={self.limit} must be 0 (all) or more")
+            raise UserError(f"limit={self.limit} must be 0 (all) or more")
         try:
             re.compile(self.begins)
         except re.error as error:
-            raise ValueError(f"begins={self.begins} is no regular expression ({error})") from None
+            raise UserError(f"begins={self.begins} is no regular expression ({error})") from None
 
     def files(self) -> list[Path]:
         """The local files, in the order of their names; none for a data set of the hub."""
         path = Path(self.dataset)
         if not path.exists():
             if self.dataset.startswith((".", "/", "~")) or path.suffix in KINDS:
-                raise ValueError(f"no file or folder {path}: check dataset=")
+                raise UserError(f"no file or folder {path}: check dataset=")
             return []
         found = sorted(path.rglob("*")) if path.is_dir() else [path]
         found = [file for file in found if file.is_file() and file.suffix.lower() in KINDS]
         if not found:
-            raise ValueError(f"no {', '.join(KINDS)} file in {path}: name another file or folder")
+            raise UserError(f"no {', '.join(KINDS)} file in {path}: name another file or folder")
         if len(kinds := {KINDS[file.suffix.lower()] for file in found}) > 1:
-            raise ValueError(
+            raise UserError(
                 f"{path} holds files of {' and '.join(sorted(kinds))}: prepare one kind"
             )
         return found
@@ -84,11 +86,11 @@ class Source:
         return hashlib.sha256("\n".join(files).encode()).hexdigest() if files else ""
 
     def load(self):
-        """The data set, a stream whose place can be kept. Raises `ValueError`."""
+        """The data set, a stream whose place can be kept. Raises `UserError`."""
         try:
             import datasets
         except ImportError:
-            raise ValueError("preparing data needs a package: pip install datasets") from None
+            raise UserError("preparing data needs a package: pip install datasets") from None
         datasets.disable_progress_bars()
         files = [str(file) for file in self.files()]
         kind = KINDS[Path(files[0]).suffix.lower()] if files else ""
@@ -102,13 +104,13 @@ class Source:
         try:
             return datasets.load_dataset(*names, streaming=True, **settings)
         except Exception as error:  # of the hub, the network or the files: there are dozens
-            raise ValueError(
+            raise UserError(
                 f"cannot load {self.dataset} ({first_line(error)}): check its name, name= and "
                 "split=, go online, or name a local folder"
             ) from error
 
     def rows(self, dataset) -> Iterator[tuple[str, bool]]:
-        """(text, whether a document begins with it) of every row. Raises `ValueError`."""
+        """(text, whether a document begins with it) of every row. Raises `UserError`."""
         rows = iter(dataset)
         while True:
             try:
@@ -116,7 +118,7 @@ class Source:
             except StopIteration:
                 return
             except Exception as error:
-                raise ValueError(
+                raise UserError(
                     f"cannot read {self.dataset} ({first_line(error)}): mend it, or go online, and "
                     "give the same command again"
                 ) from error
@@ -126,7 +128,7 @@ class Source:
             text = row.get(self.column, b"")
             if not isinstance(text, str | None):
                 columns = ", ".join(name for name, value in row.items() if isinstance(value, str))
-                raise ValueError(
+                raise UserError(
                     f"{self.dataset} has no text in column={self.column}: take one of {columns}"
                 )
             if self.begins:
@@ -136,7 +138,7 @@ class Source:
                 yield text, True
 
     def read(self, dataset, done: int = 0) -> Iterator[Batch]:
-        """Batches of documents, `done` of which were read before. Raises `ValueError`."""
+        """Batches of documents, `done` of which were read before. Raises `UserError`."""
         pieces, size, state, parts, length, held = [], 0, None, [], 0, None
 
         def cut(ends: bool) -> None:

@@ -28,6 +28,7 @@ from torch import Tensor
 
 import runtime
 from diffusion import Event, Sampled, Sampling
+from nanomdm.errors import UserError
 from sample import Canvas, make_canvas, parse
 
 HOLE = LIMIT = 65535  # what no position and no token's number may be; also the unit of probability
@@ -37,7 +38,7 @@ Send = Callable[[int, dict], None]
 def canvas_of(prompt: str, length: int, loaded: runtime.Loaded, limit: int) -> Canvas:
     """The canvas of a prompt, as sample.py has it, of at most `limit` tokens.
 
-    A `length` (0: the limit) is for a prompt without holes. Raises `ValueError`.
+    A `length` (0: the limit) is for a prompt without holes. Raises `UserError`.
     """
     holes = [piece for piece in parse(prompt) if isinstance(piece, int)]
     size = max(length, sum(holes))  # looked at before anything as long is made
@@ -45,9 +46,9 @@ def canvas_of(prompt: str, length: int, loaded: runtime.Loaded, limit: int) -> C
         canvas = make_canvas(prompt, length or (0 if holes else limit), loaded)
         size = len(canvas.ids)
     if size > limit:
-        raise ValueError(f"the text has {size} tokens, and at most {limit} can be shown")
+        raise UserError(f"the text has {size} tokens, and at most {limit} can be shown")
     if not canvas.is_masked.any():
-        raise ValueError("nothing is masked: write [MASK*n] where tokens are missing")
+        raise UserError("nothing is masked: write [MASK*n] where tokens are missing")
     return canvas
 
 
@@ -153,10 +154,10 @@ class Numbers:
         self.tokenizer, self.known, self.sent = tokenizer, {}, 0
 
     def of(self, ids: Tensor) -> np.ndarray:
-        """The numbers (N,) of tokens (N,). Raises `ValueError` where they no longer fit."""
+        """The numbers (N,) of tokens (N,). Raises `UserError` where they no longer fit."""
         numbers = [self.known.setdefault(i, len(self.known)) for i in ids.tolist()]
         if len(self.known) >= LIMIT:
-            raise ValueError(f"a trace holds at most {LIMIT} distinct tokens: record fewer steps")
+            raise UserError(f"a trace holds at most {LIMIT} distinct tokens: record fewer steps")
         return np.array(numbers, dtype=np.int64)
 
     def news(self) -> dict:

@@ -5,9 +5,10 @@ The page is one file that needs nothing else; the picture is an animated SVG.
 
 from pathlib import Path
 
-import cli
 import runtime
-from cli import Section
+from nanomdm import cli
+from nanomdm.cli import Section
+from nanomdm.errors import UserError
 from tools.page import assemble
 from tools.picture import draw
 from tools.trace import canvas_of, record
@@ -48,17 +49,15 @@ def without_ids(message: dict) -> dict:
 
 
 def check(config: Section) -> None:
-    """Raise `ValueError` for a setting out of its range."""
+    """Raise `UserError` for a setting out of its range."""
     if config.format not in FORMATS:
-        raise ValueError(f"format={config.format} is unknown: choose one of {', '.join(FORMATS)}")
+        raise UserError(f"format={config.format} is unknown: choose one of {', '.join(FORMATS)}")
     counts = {"num_samples": config.num_samples, "alternatives": config.alternatives}
     for name, value in (counts | {"seconds": config.seconds}).items():
         if value < 1:
-            raise ValueError(f"{name}={value:g} must be at least 1")
+            raise UserError(f"{name}={value:g} must be at least 1")
     if config.sampling.length < 0:
-        raise ValueError(
-            f"sampling.length={config.sampling.length} must be 0 (the context) or more"
-        )
+        raise UserError(f"sampling.length={config.sampling.length} must be 0 (the context) or more")
     runtime.sampling(config.sampling)
 
 
@@ -67,7 +66,7 @@ def write(path: Path, content: str) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(content, encoding="utf-8")
     except OSError as error:
-        raise ValueError(
+        raise UserError(
             f"cannot write out={path} ({error.strerror}): choose another file"
         ) from error
     print(f"{path}: {len(content.encode()) / 1000:.0f} kB")

@@ -9,7 +9,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from tokenizer import load_tokenizer, optional
+from nanomdm.errors import UserError
+from nanomdm.tokenizers import load_tokenizer, optional
 
 # Steps of a tokenizer.json, and what each is called within a sequence of them.
 PARTS = {"normalizer": "normalizers", "pre_tokenizer": "pretokenizers", "decoder": "decoders"}
@@ -29,7 +30,7 @@ def fetch(source: str, patterns: tuple[str, ...]) -> Path:
         return Path(source)
     parts = source.split("/")
     if len(parts) < 2 or not all(parts):
-        raise ValueError(f"no file or folder {source}: check the name")
+        raise UserError(f"no file or folder {source}: check the name")
     hub, repository, inside = optional("huggingface_hub"), "/".join(parts[:2]), parts[2:]
     try:
         if inside:
@@ -37,20 +38,20 @@ def fetch(source: str, patterns: tuple[str, ...]) -> Path:
         return Path(hub.snapshot_download(repository, allow_patterns=list(patterns)))
     except Exception as error:  # of the network, the hub or the name
         reason = str(error).splitlines()[0][:80]
-        raise ValueError(f"{source} is not here, and the hub says: {reason}") from error
+        raise UserError(f"{source} is not here, and the hub says: {reason}") from error
 
 
 def open_tensors(source: str, path: Path) -> tuple[Path, Tensors]:
-    """The folder, and the tensors of the file or of all files in it. Raises `ValueError`."""
+    """The folder, and the tensors of the file or of all files in it. Raises `UserError`."""
     files = [path] if path.is_file() else sorted(path.glob("*.safetensors"))
     files = files or sorted([*path.glob("*.pth"), *path.glob("*.bin")])
     if not files:
-        raise ValueError(f"no .safetensors, .pth or .bin in {source}: name a folder with weights")
+        raise UserError(f"no .safetensors, .pth or .bin in {source}: name a folder with weights")
     tensors, found = Tensors(source, {}, {}), {}
     for file in files:
         for name, (shape, read) in tensors_of(file).items():
             if name in found:
-                raise ValueError(f"{file.name} and {found[name]} both have {name}: name one file")
+                raise UserError(f"{file.name} and {found[name]} both have {name}: name one file")
             found[name], tensors.shapes[name], tensors.read[name] = file.name, shape, read
     return (path if path.is_dir() else path.parent), tensors
 
@@ -60,7 +61,7 @@ def open_safetensors(file: Path):
     try:
         return library.safe_open(file, framework="pt")
     except Exception as error:  # the library raises one of its own
-        raise ValueError(f"{file} is damaged ({error}): fetch it again") from error
+        raise UserError(f"{file} is damaged ({error}): fetch it again") from error
 
 
 def open_torch(file: Path) -> dict[str, Tensor]:
@@ -68,10 +69,10 @@ def open_torch(file: Path) -> dict[str, Tensor]:
         state = torch.load(file, mmap=True, map_location="cpu", weights_only=True)
         state = state.get("model", state)
         if not all(isinstance(tensor, Tensor) for tensor in state.values()):
-            raise ValueError("not only tensors")
+            raise UserError("not only tensors")
     except Exception as error:  # a damaged or hostile pickle can fail in any way
         reason = str(error).splitlines()[0][:80]
-        raise ValueError(f"{file} is damaged or more than plain data ({reason})") from error
+        raise UserError(f"{file} is damaged or more than plain data ({reason})") from error
     return state
 
 
@@ -97,7 +98,7 @@ def read_json(path: Path) -> dict:
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise ValueError(f"cannot read {path} ({error}): fetch the weights again") from error
+        raise UserError(f"cannot read {path} ({error}): fetch the weights again") from error
 
 
 # --- Tokenizers ---------------------------------------------------------------------------------
@@ -111,7 +112,7 @@ def read_tokenizer(path: Path, vocab_size: int, mask: int) -> dict:
     """
     file = path / "tokenizer.json" if path.is_dir() else path
     if not file.is_file():
-        raise ValueError(f"no tokenizer.json in {path}: name a folder that has one by tokenizer=")
+        raise UserError(f"no tokenizer.json in {path}: name a folder that has one by tokenizer=")
     spec, beside = read_json(file), file.with_name("tokenizer_config.json")
     for key, inner in PARTS.items():
         whole = spec.get(key)

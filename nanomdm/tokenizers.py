@@ -5,12 +5,13 @@ and state(): plain values from which load_tokenizer makes it again. None adds sp
 is the id that ends a text, if there is one.
 """
 
-import importlib
 import json
 import re
 from collections.abc import Sequence
 
 import numpy as np
+
+from .errors import UserError, optional
 
 EOT = "<|endoftext|>"  # the special token that ends a document, where a BPE has one
 
@@ -22,7 +23,7 @@ class CharTokenizer:
 
     def __init__(self, characters: str):
         if len(set(characters)) != len(characters) or not characters or not _is_text(characters):
-            raise ValueError("its characters are none, or not all different")
+            raise UserError("its characters are none, or not all different")
         self.characters, self.vocab_size = characters, len(characters)
         self.ids = {c: i for i, c in enumerate(characters)}
 
@@ -31,7 +32,7 @@ class CharTokenizer:
             return np.fromiter((self.ids[c] for c in text), np.int64, len(text))
         except KeyError as error:
             c = error.args[0]
-            raise ValueError(
+            raise UserError(
                 f"the tokenizer has no character {c!r} (position {text.index(c)}), only the "
                 f"{self.vocab_size} of its training text: leave it out or train with "
                 "data.tokenizer=byte"
@@ -78,7 +79,7 @@ class GPT2Tokenizer(ByteLevel):
         try:
             self.encoding = optional("tiktoken").get_encoding("gpt2")
         except OSError as error:
-            raise ValueError(
+            raise UserError(
                 f"tiktoken cannot fetch its GPT-2 tables ({type(error).__name__}): go online once, "
                 "or point TIKTOKEN_CACHE_DIR at a folder that has them"
             ) from error
@@ -114,7 +115,7 @@ class BPETokenizer(ByteLevel):
     @classmethod
     def train(cls, text: str, vocab_size: int, special: Sequence[str] = ()) -> "BPETokenizer":
         if vocab_size < 256:
-            raise ValueError(f"data.vocab_size={vocab_size} must be at least 256: any byte is one")
+            raise UserError(f"data.vocab_size={vocab_size} must be at least 256: any byte is one")
         lib = optional("tokenizers")
         tokenizer = lib.Tokenizer(lib.models.BPE())
         tokenizer.pre_tokenizer = lib.pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -153,9 +154,9 @@ class HFTokenizer(ByteLevel):
         vocabulary = self.tokenizer.get_vocab()
         plain = (token for token, i in vocabulary.items() if i not in self.special)
         if self.bytes and set("".join(plain)) - self.bytes.keys():
-            raise ValueError("its tokens hold more than the signs of bytes")
+            raise UserError("its tokens hold more than the signs of bytes")
         if max(vocabulary.values()) > vocab_size:
-            raise ValueError(
+            raise UserError(
                 f"the tokenizer has {self.tokenizer.get_vocab_size()} tokens, the network "
                 f"{vocab_size} and the mask: take the tokenizer that belongs to it"
             )
@@ -168,7 +169,7 @@ class HFTokenizer(ByteLevel):
         found = self.tokenizer.encode(text, add_special_tokens=False).ids
         ids = np.array(found, dtype=np.int64)
         if (ids == self.mask).any():
-            raise ValueError(
+            raise UserError(
                 f"the text holds {self.tokenizer.id_to_token(self.mask)}, which is this model's "
                 "mask: leave it out"
             )
@@ -201,7 +202,7 @@ WITHIN_BPE = (
 
 
 def check_bpe(serialized: str) -> None:
-    """Raise `ValueError` for what is no plain byte-level BPE with the ids 0 ... V - 1.
+    """Raise `UserError` for what is no plain byte-level BPE with the ids 0 ... V - 1.
 
     The library would also take a regular expression that never ends or ids without a limit, and
     ends the process for a prefix that is longer than a token.
@@ -211,24 +212,24 @@ def check_bpe(serialized: str) -> None:
     plain = model["type"] == "BPE" and before["type"] == "ByteLevel"
     others = [before["add_prefix_space"], *(spec.get(name) for name in AROUND_BPE)]
     if not plain or any(others + [model.get(name) for name in WITHIN_BPE]):
-        raise ValueError("it is no plain byte-level BPE")
+        raise UserError("it is no plain byte-level BPE")
     tokens = model["vocab"] | {token["content"]: token["id"] for token in spec["added_tokens"]}
     if set(map(type, tokens.values())) != {int} or sorted(tokens.values()) != [*range(len(tokens))]:
-        raise ValueError("the ids of its tokens are not 0, 1, 2 and so on")
+        raise UserError("the ids of its tokens are not 0, 1, 2 and so on")
     if set("".join(tokens)) - byte_of_character().keys():
-        raise ValueError("its tokens hold more than the signs of bytes")
+        raise UserError("its tokens hold more than the signs of bytes")
 
 
 def check_hf(serialized: str, numbers: list) -> None:
-    """Raise `ValueError` for what ends the process, or for numbers that are none.
+    """Raise `UserError` for what ends the process, or for numbers that are none.
 
     Its regular expressions are run as they are: import what you trust.
     """
     model = json.loads(serialized)["model"]
     if model["type"] != "BPE" or model.get("continuing_subword_prefix"):
-        raise ValueError("it is no BPE of whole tokens")
+        raise UserError("it is no BPE of whole tokens")
     if set(map(type, numbers)) != {int} or min(numbers) < 0:
-        raise ValueError("its numbers are not whole ones")
+        raise UserError("its numbers are not whole ones")
 
 
 def _is_text(characters: str) -> bool:
@@ -246,14 +247,14 @@ TOKENIZERS = {
 
 
 def load_tokenizer(state: dict):
-    """The tokenizer whose `state()` this is. Raises `ValueError` if it is none."""
+    """The tokenizer whose `state()` this is. Raises `UserError` if it is none."""
     try:
         kind, values = state["kind"], {k: v for k, v in state.items() if k != "kind"}
         return TOKENIZERS[kind](**values)
     except Exception as error:  # the tokenizers library raises bare ones
-        if type(error) is ValueError:
+        if isinstance(error, UserError):
             raise
-        raise ValueError(f"no tokenizer of this project ({error!r})") from error
+        raise UserError(f"no tokenizer of this project ({error!r})") from error
 
 
 def train_tokenizer(kind: str, text: str, split: int, vocab_size: int):
@@ -264,12 +265,3 @@ def train_tokenizer(kind: str, text: str, split: int, vocab_size: int):
     if kind == "char":
         return CharTokenizer("".join(sorted(set(text))))
     return BPETokenizer.train(text[:split], vocab_size) if kind == "bpe" else TOKENIZERS[kind]()
-
-
-def optional(module: str):
-    try:
-        return importlib.import_module(module)
-    except ImportError:
-        raise ValueError(
-            f"this needs a package that is missing: pip install {module.split('.')[0]}"
-        ) from None

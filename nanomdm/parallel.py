@@ -15,6 +15,8 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.nn.parallel import DistributedDataParallel
 
+from .errors import UserError
+
 KINDS = ("auto", "ddp", "fsdp")
 
 
@@ -39,10 +41,10 @@ class World:
         return torch.arange(self.rank + part * self.size, batch_size, self.size * parts)
 
     def check_batch(self, batch_size: int, parts: int) -> None:
-        """Raise `ValueError` for a batch that micro-batches and processes do not divide."""
+        """Raise `UserError` for a batch that micro-batches and processes do not divide."""
         if batch_size % (parts * self.size):
             times = f" times {self.size} processes" if self.size > 1 else ""
-            raise ValueError(
+            raise UserError(
                 f"training.batch_size={batch_size} is not divisible by training.grad_accum={parts}"
                 f"{times}: change one of them"
             )
@@ -58,8 +60,8 @@ def world() -> World:
 def processes(device: torch.device, minutes: float = 30):
     """Join the process group that torchrun announces, if it does: NCCL on GPUs, gloo on CPUs.
 
-    Who waits for another longer than `minutes` gives up: a `RuntimeError` that, on CPUs, names the
-    process that is missing. NCCL ends a process by itself, and its log says where it waited.
+    A process that waits for another longer than `minutes` raises a `ConnectionError` that, on CPUs,
+    names the process that is missing. NCCL ends a process itself; its log says where it waited.
     """
     if "RANK" not in os.environ or dist.is_initialized():
         yield
@@ -76,7 +78,7 @@ def processes(device: torch.device, minutes: float = 30):
     except RuntimeError as error:
         if "gloo" not in str(error).lower():
             raise
-        raise RuntimeError(f"the processes lost each other: {roll_call(others)}") from error
+        raise ConnectionError(f"the processes lost each other: {roll_call(others)}") from error
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
@@ -120,11 +122,11 @@ def leader_first():
 
 
 def check_kind(kind: str) -> None:
-    """Raise `ValueError` for a `system.parallel` that is unknown or cannot be had here."""
+    """Raise `UserError` for a `system.parallel` that is unknown or cannot be had here."""
     if kind not in KINDS:
-        raise ValueError(f"system.parallel={kind} is unknown: choose one of {', '.join(KINDS)}")
+        raise UserError(f"system.parallel={kind} is unknown: choose one of {', '.join(KINDS)}")
     if kind != "auto" and "RANK" not in os.environ:
-        raise ValueError(
+        raise UserError(
             f"system.parallel={kind} is for several processes: start them by torchrun, as in "
             "docs/scaling.md, or say system.parallel=auto"
         )

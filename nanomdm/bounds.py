@@ -14,6 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Generator, Tensor
 
+from .errors import UserError
+
 Model = Callable[[Tensor], Tensor]
 
 
@@ -191,9 +193,9 @@ def estimate(
     predict = predict or [torch.ones(len(row), dtype=torch.bool) for row in x0]
     lengths, holes = (torch.tensor([f(row) for row in predict]) for f in (len, torch.sum))
     if draws < 1:
-        raise ValueError(f"eval.draws={draws} must be at least 1")
+        raise UserError(f"eval.draws={draws} must be at least 1")
     if not len(holes) or holes.min() < 1:
-        raise ValueError("there is nothing to evaluate: a text or one of its rows is empty")
+        raise UserError("there is nothing to evaluate: a text or one of its rows is empty")
     given, nats, us = ~torch.cat(list(predict)), [], []
     for _ in range(draws):
         u = stratified_pairs(len(holes), generator)  # (N,)
@@ -350,10 +352,10 @@ def windows(length: int, context: int, stride: int) -> list[tuple[int, int, int]
 
     Each token is scored once. A window moves by `stride` tokens and sees up to `context`, what
     comes before `first` being given; with `stride` = `context` nothing is given, and the windows do
-    not overlap. Raises `ValueError` for a stride outside 1 ... context.
+    not overlap. Raises `UserError` for a stride outside 1 ... context.
     """
     if not 1 <= stride <= context:
-        raise ValueError(f"eval.stride={stride} must lie in 1 ... {context}, the model's context")
+        raise UserError(f"eval.stride={stride} must lie in 1 ... {context}, the model's context")
     firsts = [0, *range(context, length, stride)]
     stops = [min(length, context), *(min(length, first + stride) for first in firsts[1:])]
     seen = context if stride < context else 0

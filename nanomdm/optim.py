@@ -6,6 +6,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
+from .errors import UserError
+
 # Muon's update has a root mean square of 0.2 by construction (match_rms_adamw), AdamW's is a little
 # higher; on the hidden matrices the best rate was about four times AdamW's (docs/LOG.md). One
 # learning_rate scales both.
@@ -55,13 +57,13 @@ class Optimizers:
     def load_state_dict(self, states: list[dict]) -> None:
         """Restore the moments; rates and decay stay as built, for a resumed run may change them.
 
-        Raises `ValueError` for moments that are not of these optimizers and parameters.
+        Raises `UserError` for moments that are not of these optimizers and parameters.
         """
         try:
             for part, state in zip(self.parts, states, strict=True):
                 self._load_part(part, state)
         except Exception as error:  # a stranger's state can be anything
-            raise ValueError(
+            raise UserError(
                 f"the optimizer's state does not fit the network ({error!r}): start from the "
                 "weights alone by training.init_from="
             ) from error
@@ -71,13 +73,13 @@ class Optimizers:
         parameters = [p for group in part.param_groups for p in group["params"]]
         moments = {}
         if not isinstance(state, dict):
-            raise ValueError("it is no dict")
+            raise UserError("it is no dict")
         for i, values in dict(state["state"]).items():
             p = parameters[i]
             expected = {k: ((), p.dtype) for k in MOMENTS[type(part).__name__] & {"step"}}
             expected |= {k: (p.shape, p.dtype) for k in MOMENTS[type(part).__name__] - {"step"}}
             if i < 0 or {k: (v.shape, v.dtype) for k, v in values.items()} != expected:
-                raise ValueError(f"the moments of parameter {i} are of another")
+                raise UserError(f"the moments of parameter {i} are of another")
             moments[i] = {k: self.like(v.contiguous(), p) for k, v in values.items()}
         part.load_state_dict(part.state_dict() | {"state": moments})
 
@@ -158,10 +160,10 @@ def build_optimizer(
     Decay applies to matrices only, not to norms and convolutions. Muon orthogonalises, which has
     a meaning for maps between hidden states only: the embedding and the head stay with AdamW. Of a
     sharded model, `whole(tensor)` gathers a shard and `like(tensor, parameter)` cuts one. Raises
-    `ValueError` for another name.
+    `UserError` for another name.
     """
     if name not in ("adamw", "muon"):
-        raise ValueError(f"training.optimizer={name} is unknown: choose adamw or muon")
+        raise UserError(f"training.optimizer={name} is unknown: choose adamw or muon")
     named = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
     hidden = [
         (n, p) for n, p in named if name == "muon" and p.ndim == 2 and n.startswith("blocks.")
@@ -194,11 +196,11 @@ def learning_rate_factor(
 ) -> float:
     """The share of the peak rate in step 0 ... max_iters - 1: warm-up, then decay to `floor`.
 
-    `cosine` decays along half a wave, `linear` along a line. Raises `ValueError` for another
+    `cosine` decays along half a wave, `linear` along a line. Raises `UserError` for another
     schedule.
     """
     if schedule not in ("cosine", "linear"):
-        raise ValueError(f"training.lr_schedule={schedule} is unknown: choose cosine or linear")
+        raise UserError(f"training.lr_schedule={schedule} is unknown: choose cosine or linear")
     if step < warmup_iters:
         return (step + 1) / (warmup_iters + 1)
     done = min(1.0, (step - warmup_iters) / max(1, max_iters - 1 - warmup_iters))
@@ -252,9 +254,9 @@ class Meter:
         return self.state()["in_a_row"] > 0
 
     def require_progress(self, limit: int, where: str) -> None:
-        """Raise `RuntimeError`, which says `where` to go on, after `limit` failures (0: never)."""
+        """Raise `FloatingPointError` with `where` to go on after `limit` failures (0: never)."""
         if 0 < limit <= (count := int(self.state()["in_a_row"])):
-            raise RuntimeError(
+            raise FloatingPointError(
                 f"loss or gradient of {count} steps in a row was not finite, training.max_skipped="
                 f"{limit} at most: stopped; {where}: go on from there with a lower "
                 "training.learning_rate"

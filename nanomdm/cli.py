@@ -6,7 +6,6 @@ import os
 import re
 import sys
 import time
-import traceback
 from collections.abc import Callable, Collection, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,9 +18,9 @@ from hydra.errors import HydraException, OverrideParseException
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from text import visible
+from .errors import UserError, visible
 
-ROOT = Path(__file__).resolve().parent
+ROOT = Path(__file__).resolve().parents[1]
 CONFIGS = ROOT / "configs"
 LINE = 500  # characters, twice: the longest error
 VALUES = 10**4  # in a file of settings
@@ -100,8 +99,9 @@ def main(script: Callable[[Section, set[str]], None], config: str = "config") ->
 def one_line_errors(config: str = "config"):
     """End a mistake of the user's in one line on stderr.
 
-    The exit code is 2 for bad input (`ValueError`), 1 for what fails at run time (`OSError`). Other
-    errors than those, and those that no `raise` of ours raised, are bugs and keep their traceback.
+    The exit code is 2 for bad input (`UserError`), 1 for what fails at run time (`OSError`, and
+    `FloatingPointError` for training that diverged). Any other error is a bug and keeps its
+    traceback.
     """
     try:
         yield
@@ -116,12 +116,10 @@ def one_line_errors(config: str = "config"):
         stop(str(error), code=2)
     except KeyboardInterrupt:
         stop("interrupted", code=130)
-    except OSError as error:
+    except UserError as error:
+        stop(str(error), code=2)
+    except (OSError, FloatingPointError) as error:
         stop(str(error), code=1)
-    except (ValueError, RuntimeError) as error:
-        if not raised_by_us(error):
-            raise
-        stop(str(error), code=2 if isinstance(error, ValueError) else 1)
 
 
 def stop(message: str, code: int) -> None:
@@ -137,19 +135,13 @@ def stop(message: str, code: int) -> None:
     sys.exit(code)
 
 
-def raised_by_us(error: Exception) -> bool:
-    last = traceback.extract_tb(error.__traceback__)[-1]
-    ours = (ROOT, ROOT / "tools", ROOT / "bench")
-    return Path(last.filename).parent in ours and last.line.startswith("raise")
-
-
 def read(composed, name: str = "config") -> tuple[Section, set[str]]:
     """The configuration as plain, checked values, and the keys that the command line names."""
     values, job = OmegaConf.to_container(composed, resolve=True), HydraConfig.get()
     values = check_types(values, name)
     config = section(values)
     if job.mode.name == "MULTIRUN" and name != "config":
-        raise ValueError("-m sweeps train.py, sample.py and eval.py only: leave it out")
+        raise UserError("-m sweeps train.py, sample.py and eval.py only: leave it out")
     if job.mode.name == "MULTIRUN":  # each job of a sweep has a folder of its own
         config.out_dir = str(Path(config.out_dir, str(job.job.num)))
     explicit = set()
@@ -166,7 +158,7 @@ def read(composed, name: str = "config") -> tuple[Section, set[str]]:
 def resumed(stored: dict, config: Section, explicit: set[str], whole: bool) -> Section:
     """An interrupted run's configuration, but for `out_dir` and the keys `explicit` of `config`.
 
-    Raises `ValueError` where one of them would make it another run; with `whole`, also where a
+    Raises `UserError` where one of them would make it another run; with `whole`, also where a
     setting that is not among them is not what it was.
     """
     result, fixed = section(check_types(_over(stored, config.as_dict()))), FIXED
@@ -179,7 +171,7 @@ def resumed(stored: dict, config: Section, explicit: set[str], whole: bool) -> S
             old, new = getattr(old, part), getattr(new, part)
         was, value = getattr(old, name), getattr(new, name)
         if was != value and key.startswith(fixed):
-            raise ValueError(
+            raise UserError(
                 f"{key}={value} is not what the interrupted run had ({was}): leave it out (or its "
                 "experiment) or give it as it was, or start a new run in another out_dir"
             )
@@ -191,7 +183,7 @@ def resumed(stored: dict, config: Section, explicit: set[str], whole: bool) -> S
 def _over(stored: dict, values: dict) -> dict:
     """The stored settings; those that an older version had not, from `values`."""
     if not isinstance(stored, dict):
-        raise ValueError(f"the checkpoint's settings are damaged: {stored!r} is no section")
+        raise UserError(f"the checkpoint's settings are damaged: {stored!r} is no section")
     return {
         key: _over(stored.get(key, {}), new) if isinstance(new, dict) else stored.get(key, new)
         for key, new in values.items()
@@ -235,10 +227,10 @@ def prepare_argument(word: str, free_text: Collection[str] = FREE_TEXT) -> str:
     name = key.lstrip("+")
     if word.startswith("-"):
         if key not in OPTIONS:
-            raise ValueError(f"no option {word}: a setting is key=value, without dashes")
+            raise UserError(f"no option {word}: a setting is key=value, without dashes")
         return word
     if not equals and not word.startswith("~"):
-        raise ValueError(f"{word!r} is no setting: write key=value, as in training.max_iters=1000")
+        raise UserError(f"{word!r} is no setting: write key=value, as in training.max_iters=1000")
     if name == "experiment":
         experiments(value)
         return f"+experiment={value}"
@@ -248,15 +240,15 @@ def prepare_argument(word: str, free_text: Collection[str] = FREE_TEXT) -> str:
 
 
 def experiments(value: str) -> list[str]:
-    """The names in experiment=NAME or [NAME,NAME]. Raises `ValueError` for one without a file."""
+    """The names in experiment=NAME or [NAME,NAME]. Raises `UserError` for one without a file."""
     known = sorted(path.stem for path in (CONFIGS / "experiment").glob("*.yaml"))
     names = [name.strip() for name in value.strip("[]").split(",")]
     for name in names:
         if name not in known:
-            raise ValueError(f"no experiment {name!r}: choose one of {', '.join(known)}")
+            raise UserError(f"no experiment {name!r}: choose one of {', '.join(known)}")
         for key in ("hydra", "defaults"):  # with which Hydra would call what they name
             if key in _load_experiment(name):
-                raise ValueError(f"experiment {name} sets {key}: an experiment has settings only")
+                raise UserError(f"experiment {name} sets {key}: an experiment has settings only")
     return names
 
 
@@ -265,22 +257,22 @@ def _load_experiment(name: str) -> dict:
 
 
 def load_yaml(path: Path) -> dict:
-    """The settings in a file, interpolations and all. Raises `ValueError` for one that has none."""
+    """The settings in a file, interpolations and all. Raises `UserError` for one that has none."""
     try:
         parts, count = [values := yaml.safe_load(path.read_bytes())], 0
         if not isinstance(values, dict):
-            raise ValueError("it holds no settings")
+            raise UserError("it holds no settings")
         while parts:  # OmegaConf would make copies of what repeats itself by aliases
             part, count = parts.pop(), count + 1
             if count > VALUES:
-                raise ValueError("it holds too many values")
+                raise UserError("it holds too many values")
             if isinstance(part, dict) and set(map(type, part)) - {str}:
-                raise ValueError("a name is no text")
+                raise UserError("a name is no text")
             parts += part.values() if isinstance(part, dict) else ()
             parts += part if isinstance(part, list) else ()
         return OmegaConf.to_container(OmegaConf.load(path))
     except Exception as error:  # of YAML, of its encoding or of OmegaConf
-        raise ValueError(f"{path} is damaged ({error}): bring it back") from error
+        raise UserError(f"{path} is damaged ({error}): bring it back") from error
 
 
 def quote(text: str) -> str:
@@ -288,7 +280,7 @@ def quote(text: str) -> str:
     try:
         text.encode()
     except UnicodeEncodeError:
-        raise ValueError("an argument is not valid UTF-8: check the terminal's encoding") from None
+        raise UserError("an argument is not valid UTF-8: check the terminal's encoding") from None
     text = re.sub(r"(\\*)\$\{", r"\1\1\\${", text)
     return "'" + re.sub(r"(\\*)('|\Z)", lambda m: m[1] * 2 + m[2].replace("'", "\\'"), text) + "'"
 
@@ -299,12 +291,12 @@ def quote(text: str) -> str:
 def check_types(values: dict, name: str = "config") -> dict:
     """The configuration with every value of its default's type.
 
-    Raises `ValueError` for a key that configs/NAME.yaml has not, and for a value of another type.
+    Raises `UserError` for a key that configs/NAME.yaml has not, and for a value of another type.
     """
     known = list(_keys(defaults := load_defaults(name)))
     for key in _keys(values):
         if not any(k == key or k.startswith(f"{key}.") or key.startswith(f"{k}.") for k in known):
-            raise ValueError(f"no setting {key}: {_nearest(key, known, name)}")
+            raise UserError(f"no setting {key}: {_nearest(key, known, name)}")
     return _checked("", values, defaults)
 
 
@@ -316,7 +308,7 @@ def load_defaults(name: str = "config") -> dict:
 def compose(words: Sequence[str], experiment: str = "") -> Section:
     """The configuration of train.py with an experiment and settings `key=value` laid over it.
 
-    What a bench begins with. Raises `ValueError` like the command line.
+    What a bench begins with. Raises `UserError` like the command line.
     """
     layers = [load_defaults()]
     layers += [_load_experiment(name) for name in experiments(experiment)] if experiment else []
@@ -342,7 +334,7 @@ def _checked(key: str, value, default):
         return _typed(key, value, default)
     prefix = f"{key}." if key else ""
     if missing := [prefix + name for name in default if name not in value]:
-        raise ValueError(f"the setting {missing[0]} is missing: do not delete it")
+        raise UserError(f"the setting {missing[0]} is missing: do not delete it")
     return {name: _checked(prefix + name, value[name], default[name]) for name in default}
 
 
@@ -365,23 +357,23 @@ def _typed(key: str, value, default):
     return value
 
 
-def misfit(key: str, value, default) -> ValueError:
+def misfit(key: str, value, default) -> UserError:
     """The error that says that `value` is not of the kind of the setting `key`."""
     kind = KINDS[type(default)]
     if isinstance(default, dict):
-        return ValueError(f"{key}={value} is not {kind}: set {key}.{next(iter(default))} and so on")
-    return ValueError(f"{key}={value} is not {kind}: its default is {default!r}")
+        return UserError(f"{key}={value} is not {kind}: set {key}.{next(iter(default))} and so on")
+    return UserError(f"{key}={value} is not {kind}: its default is {default!r}")
 
 
 def check_numbers(name: str, values: dict, positive: Sequence[str] = ()) -> None:
-    """Raise `ValueError` for a negative number in the section `name`, and for a 0 if `positive`."""
+    """Raise `UserError` for a negative number in the section `name`, and for a 0 if `positive`."""
     for key, value in values.items():
         if not isinstance(value, str) and (value < 0 or (value == 0 and key in positive)):
             kind = "positive" if key in positive else "0 or more"
-            raise ValueError(f"{name}.{key}={value} must be {kind}")
+            raise UserError(f"{name}.{key}={value} must be {kind}")
 
 
 def check_choice(key: str, value: str, choices: Sequence[str]) -> None:
     if value not in choices:
         *most, last = choices
-        raise ValueError(f"{key}={value} is unknown: choose {', '.join(most)} or {last}")
+        raise UserError(f"{key}={value} is unknown: choose {', '.join(most)} or {last}")

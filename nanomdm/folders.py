@@ -13,13 +13,15 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TextIO
 
+from .errors import UserError, write_atomically
+
 try:
     import fcntl
 except ImportError:  # Windows
     fcntl = None
 
 LOCK = ".lock"
-ROOT = Path(__file__).resolve().parent
+ROOT = Path(__file__).resolve().parents[1]
 PACKAGES = ("torch", "numpy", "hydra-core", "omegaconf")
 
 
@@ -28,7 +30,7 @@ def locked(folder: str | Path, key: str = "out_dir"):
     """Make the folder, and keep every other process out of it while the context lasts.
 
     The lock is the system's (flock), so that it dies with its owner, whatever ends that. It leaves
-    nothing behind, nor a folder that was made for nothing. Raises `ValueError`, which names the
+    nothing behind, nor a folder that was made for nothing. Raises `UserError`, which names the
     setting `key`, where another process has the lock, and where nothing can be written.
     """
     path, is_new = Path(folder, LOCK), not Path(folder).exists()
@@ -36,7 +38,7 @@ def locked(folder: str | Path, key: str = "out_dir"):
         path.parent.mkdir(parents=True, exist_ok=True)
         file = _take(path, key)
     except OSError as error:
-        raise ValueError(
+        raise UserError(
             f"cannot write into {key}={folder} ({error.strerror}): choose another {key}"
         ) from error
     try:
@@ -51,14 +53,14 @@ def locked(folder: str | Path, key: str = "out_dir"):
 
 
 def _take(path: Path, key: str) -> TextIO:
-    """The locked file, which holds the process id. Raises `ValueError` if another has the lock."""
+    """The locked file, which holds the process id. Raises `UserError` if another has the lock."""
     while True:
         file = path.open("a+")
         try:
             _lock(file)
         except BlockingIOError:
             file.seek(0)
-            raise ValueError(
+            raise UserError(
                 f"{key}={path.parent} is in use by process {file.read() or '(unknown)'}: wait for "
                 f"it, stop it, or choose another {key}"
             ) from None
@@ -123,9 +125,7 @@ def record(folder: str | Path, about: dict) -> None:
         "versions": {"python": platform.python_version()}
         | {name: importlib.metadata.version(name) for name in PACKAGES},
     }
-    part = path.with_name(f".{path.name}.tmp")
-    part.write_text(json.dumps([*entries, started | about], indent=1) + "\n")
-    os.replace(part, path)
+    write_atomically(path, (json.dumps([*entries, started | about], indent=1) + "\n").encode())
 
 
 def _entries(path: Path) -> list[dict]:

@@ -14,7 +14,7 @@ from types import SimpleNamespace
 from typing import TextIO
 from urllib.parse import urlsplit
 
-from text import visible
+from .errors import UserError, visible, write_atomically
 
 
 class RunLog:
@@ -150,12 +150,7 @@ def open_metrics(path: Path, first_step: int) -> TextIO:
     lines = path.read_text(errors="replace").splitlines(True) if path.exists() else []
     kept = [line for line in lines if first_step and _step(line) <= first_step]
     if kept != lines:
-        part = path.with_name(f".{path.name}.tmp")
-        with part.open("w") as file:
-            file.writelines(kept)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(part, path)
+        write_atomically(path, "".join(kept).encode())
     return path.open("a")
 
 
@@ -193,7 +188,7 @@ def import_wandb():
     try:
         import wandb
     except ImportError:
-        raise ValueError("logging.wandb=true needs a package: pip install wandb") from None
+        raise UserError("logging.wandb=true needs a package: pip install wandb") from None
     return wandb
 
 

@@ -3,43 +3,31 @@
 import hashlib
 import http.client
 import json
-import os
 import queue
-import re
 import sys
 import threading
 import time
 import urllib.request
 from pathlib import Path
 
+from .errors import UserError, write_atomically
+
 SHAKESPEARE_URL = (
     "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
 )
 SHAKESPEARE_SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
-PLAYS = Path(__file__).parent / "corpora" / "plays.txt"
-SUFFIXES = (".txt", ".md", ".jsonl")
-
-
-# What a terminal takes for a command, or shows in another order than it stands in the text.
-CONTROL = re.compile(
-    r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069\ud800-\udfff]"
+HERE = Path(__file__).resolve().parent
+PLAYS = next(  # in the wheel beside this file, in a checkout at the root
+    (p for p in [HERE / "corpora" / "plays.txt"] if p.exists()),
+    HERE.parent / "corpora" / "plays.txt",
 )
-
-
-def visible(text: str, stream=None) -> str:
-    """A text, perhaps from a stranger, with control characters written out: ESC becomes \\x1b.
-
-    With a `stream` only where that is a terminal: a file or a program gets every character.
-    """
-    if stream is not None and not stream.isatty():
-        return text
-    return CONTROL.sub(lambda match: ascii(match[0])[1:-1], text)
+SUFFIXES = (".txt", ".md", ".jsonl")
 
 
 def find_text(dataset: str, path: str, cache_dir: str) -> tuple[str, str]:
     """(name, text) of the file or folder `path`, or, if that is empty, of a `dataset`.
 
-    Raises `ValueError` for an unknown dataset and whatever `read_text` raises.
+    Raises `UserError` for an unknown dataset and whatever `read_text` raises.
     """
     if path:
         return Path(path).resolve().name, read_text(path)
@@ -47,7 +35,7 @@ def find_text(dataset: str, path: str, cache_dir: str) -> tuple[str, str]:
         return shakespeare(Path(cache_dir))
     if dataset == "plays":
         return dataset, read_text(PLAYS)
-    raise ValueError(
+    raise UserError(
         f"data.dataset={dataset} is unknown: choose shakespeare or plays, or set data.path"
     )
 
@@ -55,7 +43,7 @@ def find_text(dataset: str, path: str, cache_dir: str) -> tuple[str, str]:
 def read_text(path: str | Path) -> str:
     """The text of a UTF-8 file, of a .jsonl file's "text" fields, or of all such in a folder.
 
-    Documents are joined by a newline. Raises `ValueError` for a path that is missing, empty, not
+    Documents are joined by a newline. Raises `UserError` for a path that is missing, empty, not
     UTF-8 or without a text field.
     """
     return "\n".join(text for _, text in documents(path))
@@ -69,20 +57,20 @@ def documents(path: str | Path) -> list[tuple[str, str]]:
     found = sorted(path.rglob("*"))
     files = [file for file in found if file.suffix.lower() in SUFFIXES and file.is_file()]
     if not files:
-        raise ValueError(f"no {', '.join(SUFFIXES)} file in {path}: name another folder or file")
+        raise UserError(f"no {', '.join(SUFFIXES)} file in {path}: name another folder or file")
     return [(file.relative_to(path).as_posix(), _read_file(file)) for file in files]
 
 
 def _read_file(path: Path) -> str:
     if not path.is_file():
-        raise ValueError(f"no file or folder {path}: check data.path")
+        raise UserError(f"no file or folder {path}: check data.path")
     try:
         text = path.read_bytes().decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not UTF-8 (byte {error.start}): convert it first") from None
+        raise UserError(f"{path} is not UTF-8 (byte {error.start}): convert it first") from None
     text = _jsonl_text(path, text) if path.suffix.lower() == ".jsonl" else text
     if not text:
-        raise ValueError(f"{path} is empty: name a file with text in it")
+        raise UserError(f"{path} is empty: name a file with text in it")
     return text
 
 
@@ -96,7 +84,7 @@ def _jsonl_text(path: Path, lines: str) -> str:
                 documents.append(document)
             except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
                 message = f'{path}, line {number}: expected a JSON object with a "text" field'
-                raise ValueError(message) from None
+                raise UserError(message) from None
     return "\n".join(documents)
 
 
@@ -119,12 +107,7 @@ def download(url: str, path: Path, sha256: str, timeout: float = 10.0, limit: in
     if hashlib.sha256(body).hexdigest() != sha256:
         raise OSError(f"the {len(body)} bytes that came have not the pinned sha256")
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        part.write_bytes(body)
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
+    write_atomically(path, body)
 
 
 def _fetch(url: str, timeout: float, deadline: float, limit: int, answer: queue.SimpleQueue):

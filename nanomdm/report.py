@@ -7,8 +7,9 @@ from pathlib import Path
 
 from torch import Tensor
 
-import bounds
-from bounds import Bound, Passes
+from . import bounds
+from .bounds import Bound, Passes
+from .errors import UserError
 
 NEVER_BELOW = ("discrete", "continuous")  # the uniform bound, if the cost never falls with the rate
 
@@ -112,7 +113,7 @@ def import_pyplot():
     try:
         import matplotlib
     except ImportError:
-        raise ValueError("a picture needs a package: pip install matplotlib") from None
+        raise UserError("a picture needs a package: pip install matplotlib") from None
     matplotlib.use("agg")
     from matplotlib import pyplot
 

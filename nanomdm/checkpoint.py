@@ -8,12 +8,14 @@ import re
 import shutil
 import warnings
 import zipfile
-from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from types import NoneType
 
 import torch
 from torch import Tensor
+
+from .errors import UserError, write_atomically
 
 FORMAT = "nanomdm"
 PLAIN = re.compile(r"torch._utils _rebuild_tensor_v2|torch \w+Storage|collections OrderedDict")
@@ -27,19 +29,13 @@ def save(path: str | Path, state: dict, keep: int = 0) -> None:
     First to a temporary file beside it, synced to disk and renamed: whenever the power fails,
     `path` is either the old checkpoint or the new one. The `keep` newest of before stay as
     NAME.STEP.pt. Raises `OSError`, which says how much room it takes, where it cannot be written,
-    and `ValueError` for a tensor that is not finite.
+    and `UserError` for a tensor that is not finite.
     """
     path = Path(path)
     if not all(t.isfinite().all() for t in tensors(state)):
-        raise ValueError(f"{path} is not written: numbers in it are not finite")
-    temporary = path.with_name(f".{path.name}.tmp")
+        raise UserError(f"{path} is not written: numbers in it are not finite")
     try:
-        with open(temporary, "wb") as file:
-            torch.save(state | {"format": FORMAT, "version": VERSION}, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-        _sync_folder(path.parent)
+        write_atomically(path, partial(torch.save, state | {"format": FORMAT, "version": VERSION}))
         if keep:
             _keep(path, state["step"], keep)
     except (OSError, RuntimeError) as error:  # PyTorch makes a RuntimeError of a full disk
@@ -50,9 +46,6 @@ def save(path: str | Path, state: dict, keep: int = 0) -> None:
             f"cannot write {path} ({reason}): it takes about {size:,} bytes, and "
             f"{_room(path.parent)} are free there: free some space, or let it be written to"
         ) from error
-    finally:
-        with suppress(OSError):
-            temporary.unlink()
 
 
 def _keep(path: Path, step: int, count: int) -> None:
@@ -92,25 +85,15 @@ def _room(folder: Path) -> str:
         return "an unknown number"
 
 
-def _sync_folder(folder: Path) -> None:
-    """Make the rename survive a power failure, where the system can sync folders (not Windows)."""
-    if os.name == "posix":
-        descriptor = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
-
-
 def load(path: str | Path) -> dict:
     """The state that `save` wrote, on the CPU, in plain containers. Nothing in it is executed.
 
-    Raises `ValueError`, in one line that names the remedy, for a file that is missing, cut, altered
+    Raises `UserError`, in one line that names the remedy, for a file that is missing, cut, altered
     in any byte that matters, larger in memory than on the disk or not a checkpoint of this project.
     """
     path = Path(path)
     if not path.is_file():
-        raise ValueError(
+        raise UserError(
             f"no checkpoint at {path}: train one with `python train.py`, or check the name"
         )
     try:
@@ -122,16 +105,16 @@ def load(path: str | Path) -> dict:
         reason = str(error).splitlines()[0][:80] if str(error) else type(error).__name__
         if isinstance(error, pickle.UnpicklingError):
             reason = "it holds more than plain data"
-        raise ValueError(
+        raise UserError(
             f"{path} is damaged or no checkpoint ({reason}): take an older one or train again"
         ) from error
     if not isinstance(state, dict) or state.get("format") != FORMAT:
-        raise ValueError(
+        raise UserError(
             f"{path} is not a checkpoint of this project: train one with `python train.py`"
         )
     version = state.get("version")
     if type(version) is not int or version != VERSION:
-        raise ValueError(
+        raise UserError(
             f"{path} has format version {version}, this code reads {VERSION}: use the "
             "code that wrote it"
         )
@@ -139,44 +122,44 @@ def load(path: str | Path) -> dict:
 
 
 def check_archive(path: Path) -> None:
-    """Raise `ValueError` for a zip that torch.load would trust: it looks at no checksum or size."""
+    """Raise `UserError` for a zip that torch.load would trust: it looks at no checksum or size."""
     with zipfile.ZipFile(path) as archive:
         entries = archive.infolist()
         inflated = any(entry.compress_type for entry in entries)
         if inflated or sum(entry.file_size for entry in entries) > path.stat().st_size:
-            raise ValueError("it is larger in memory than on the disk")
+            raise UserError("it is larger in memory than on the disk")
         folders = [entry.filename for entry in entries if entry.external_attr & 0x10]
         if bad := archive.testzip() or next(iter(folders), None):
-            raise ValueError(f"the checksum or the entry of {bad} is wrong")
+            raise UserError(f"the checksum or the entry of {bad} is wrong")
         names = [entry.filename.lower() for entry in entries]  # as PyTorch compares them
         if len(set(names)) < len(names):
-            raise ValueError("it has two entries of one name")
+            raise UserError("it has two entries of one name")
         pickled = archive.read(next(n for n in archive.namelist() if n.endswith("data.pkl")))
     for opcode, value, _ in pickletools.genops(pickled):  # a bytearray(10**10) is built at once
         if opcode.name == "GLOBAL" and not PLAIN.fullmatch(value):
-            raise ValueError(f"it holds more than plain data: {value}")
+            raise UserError(f"it holds more than plain data: {value}")
 
 
 def plain(value, room: list[int]):
     """What torch.load built, in plain containers, if that is no more values than `room` has left.
 
-    Raises `ValueError`: a hostile file may claim large tensors, or a list of lists of lists, out of
+    Raises `UserError`: a hostile file may claim large tensors, or a list of lists of lists, out of
     few bytes, and hold what no run saves. Tensors may share what is stored of them.
     """
     room[0] -= 1
     repeats = type(value) is Tensor and value.nbytes > value.untyped_storage().nbytes()
     if repeats or room[0] < 0:
-        raise ValueError("it is larger in memory than on the disk")
+        raise UserError("it is larger in memory than on the disk")
     if isinstance(value, dict) and {type(key) for key in value} <= {str, int}:
         return {plain(key, room): plain(part, room) for key, part in value.items()}
     if type(value) in (list, tuple):
         return type(value)(plain(part, room) for part in value)
     if type(value) not in (Tensor, str, int, float, bool, NoneType):
-        raise ValueError(f"it holds a {type(value).__name__}, which no run saves")
+        raise UserError(f"it holds a {type(value).__name__}, which no run saves")
     if isinstance(value, str):
         value.encode()  # raises for half a character
     if type(value) is float and math.isnan(value):
-        raise ValueError("it holds a number that is not one (NaN)")
+        raise UserError("it holds a number that is not one (NaN)")
     if type(value) is Tensor and not value.isfinite().all():
-        raise ValueError("it holds weights that are infinite or not numbers (NaN)")
+        raise UserError("it holds weights that are infinite or not numbers (NaN)")
     return value
