@@ -1,51 +1,32 @@
-"""Token ids in files, batches out: nanoGPT's .bin files, and what a meta file says of them."""
+"""Text -> tokens -> .bin files -> batches.
+
+A corpus is two memory-mapped splits of token ids in nanoGPT's format: train.bin and val.bin, or any
+number of shards train_*.bin and val_*.bin. nanomdm/text.py finds the text, nanomdm/tokenizers.py
+turns it into tokens, nanomdm/meta.py reads what a meta file says of .bin files.
+"""
 
 import hashlib
-import io
 import json
-import pickle
-import pickletools
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
+from nanomdm.meta import digest, read_meta
 from torch import Generator, Tensor
 
+from nanomdm.bins import Shards, check_ids, open_split
 from nanomdm.errors import UserError, write_atomically
+from nanomdm.text import find_text
+from nanomdm.tokenizers import load_tokenizer, train_tokenizer
 
 SPLITS = ("train", "val")
-META = {  # of meta.json; hashes of the files and of the rest may be missing
-    **{"dtype": str, "tokenizer": dict, "tokens": dict, "corpus": str, "sha256": str},
-    **{"shards": dict, "check": str},
-}
-SCANNED = 2**27  # tokens of train that are checked when it is opened; batches are, when drawn
-
-
-class Shards:
-    """Arrays of token ids, one after the other, behind the interface of one: length and slices."""
-
-    def __init__(self, parts: list[np.ndarray]):
-        self.parts, self.ends = parts, np.cumsum([len(part) for part in parts])
-
-    def __len__(self) -> int:
-        return int(self.ends[-1])
-
-    def __getitem__(self, piece: slice) -> np.ndarray:
-        start, stop, _ = piece.indices(len(self))
-        first = min(int(np.searchsorted(self.ends, start, side="right")), len(self.parts) - 1)
-        found = []
-        for part, end in zip(self.parts[first:], self.ends[first:].tolist(), strict=True):
-            offset = end - len(part)
-            found.append(part[max(0, start - offset) : max(0, stop - offset)])
-            if stop <= end:
-                break
-        return found[0] if len(found) == 1 else np.concatenate(found)
 
 
 @dataclass(frozen=True)
 class Corpus:
-    """Token ids of two splits, memory-mapped, and what is needed to name and reproduce them."""
+    """Token ids of two splits, and what is needed to name and reproduce them."""
 
     name: str
     sha256: str  # of the text; of val.bin where it was prepared elsewhere
@@ -73,9 +54,9 @@ class Corpus:
 
 
 def blocks(tokens: np.ndarray | Shards, block_size: int, limit: int = 0) -> list[Tensor]:
-    """The whole of `tokens` as rows (L,), int64, without overlap; the last may be shorter.
+    """All of `tokens` as rows (L,), int64, without overlap; the last may be shorter.
 
-    With a `limit`, as many rows as hold so many tokens, spread evenly.
+    With a `limit`, as many rows as hold that many tokens, spread evenly.
     """
     starts = range(0, len(tokens), block_size)
     if 0 < limit < len(tokens):
@@ -84,23 +65,66 @@ def blocks(tokens: np.ndarray | Shards, block_size: int, limit: int = 0) -> list
     return [torch.from_numpy(tokens[i : i + block_size].astype(np.int64)) for i in starts]
 
 
-def check_ids(tokens: np.ndarray, vocab_size: int, source: str) -> None:
-    if tokens.size and int(tokens.max()) >= vocab_size:
+# --- From text to a corpus -----------------------------------------------------------------------
+
+
+def load(settings, tokenizer: object | None = None, sha256: str = "") -> Corpus:
+    """The corpus that the `data` section names: the bins in `dir`, else `path`, else `dataset`.
+
+    A `tokenizer`, that of a checkpoint, goes before one of the kind `settings.tokenizer`.
+    Raises `UserError`, also for a text that has not the hash `sha256`, before anything is written.
+    """
+    if settings.dir:
+        corpus = open_bins(Path(settings.dir), settings.tokenizer, tokenizer)
+        check_hash(corpus.name, corpus.sha256, sha256)
+        return corpus
+    cache = Path(os.environ.get("NANOMDM_CACHE", "prepared"))
+    name, text = find_text(settings.dataset, settings.path, cache)
+    check_hash(name, sha256_of(text.encode()) if sha256 else "", sha256)
+    return prepare(text, name, settings.tokenizer, settings.vocab_size, cache, tokenizer)
+
+
+def check_hash(name: str, found: str, expected: str) -> None:
+    if expected and found != expected:
         raise UserError(
-            f"{source} holds the token {int(tokens.max())}, beyond its vocabulary of {vocab_size}: "
-            "it is damaged, or was made with another tokenizer"
+            f"the text of the checkpoint ({name}) has changed since training: restore it, name a "
+            "text by data.path=, or start a new run in another out_dir"
         )
+
+
+def prepare(
+    text: str, name: str, kind: str, vocab_size: int, cache: Path, tokenizer: object | None = None
+) -> Corpus:
+    """Tokenize `text` into a folder of `cache`, once for each text and tokenizer.
+
+    The first 90% of the characters are train, the rest is val, as in nanoGPT. Raises `UserError`
+    for an unknown `kind` of tokenizer, and for text that a given `tokenizer` cannot encode.
+    """
+    sha256 = sha256_of(text.encode())
+    recipe = tokenizer.state() if tokenizer else [kind, vocab_size if kind == "bpe" else 0]
+    folder = cache / f"{name}-{sha256_of(json.dumps([sha256, recipe]).encode())[:12]}"
+    if not (folder / "meta.json").is_file():
+        split = int(0.9 * len(text))
+        if not split:
+            raise UserError(f"{name} has {len(text)} characters: too few to train on")
+        tokenizer = tokenizer or train_tokenizer(kind, text, split, vocab_size)
+        ids = {"train": tokenizer.encode(text[:split]), "val": tokenizer.encode(text[split:])}
+        write_bins(folder, ids, tokenizer, {"corpus": name, "sha256": sha256})
+    return open_bins(folder)
+
+
+# --- .bin files ----------------------------------------------------------------------------------
 
 
 def write_bins(folder: Path, splits: dict[str, np.ndarray], tokenizer, about: dict) -> None:
     """Write split.bin for each split, uint16 or, for a large vocabulary, uint32; meta.json last."""
-    dtype = dtype_of(tokenizer.vocab_size)
     folder.mkdir(parents=True, exist_ok=True)
+    dtype = dtype_of(tokenizer.vocab_size)
+    meta = about | {"dtype": dtype, "tokenizer": tokenizer.state(), "tokens": {}, "shards": {}}
     for split, ids in splits.items():
-        write_atomically(folder / f"{split}.bin", ids.astype(dtype).tobytes())
-    counts = {split: len(ids) for split, ids in splits.items()}
-    meta = about | {"dtype": dtype, "tokens": counts, "tokenizer": tokenizer.state()}
-    meta["shards"] = {f"{k}.bin": sha256_of(ids.astype(dtype)) for k, ids in splits.items()}
+        content = ids.astype(dtype).tobytes()
+        write_atomically(folder / f"{split}.bin", content)
+        meta["tokens"][split], meta["shards"][f"{split}.bin"] = len(ids), sha256_of(content)
     meta["check"] = digest(meta)
     write_atomically(folder / "meta.json", json.dumps(meta, indent=1).encode())
 
@@ -109,102 +133,21 @@ def dtype_of(vocab_size: int) -> str:
     return "uint16" if vocab_size <= 2**16 else "uint32"
 
 
-def digest(meta: dict) -> str:
-    """A hash of a meta.json but for its own `check`, whatever the order of the keys."""
-    rest = {key: value for key, value in meta.items() if key != "check"}
-    return sha256_of(json.dumps(rest, sort_keys=True).encode())
+def open_bins(folder: Path, kind: str = "char", tokenizer: object | None = None) -> Corpus:
+    """The corpus in a folder of bins; bins without a meta file have a tokenizer of this `kind`.
 
-
-def read_meta(folder: Path, tokenizer: str) -> dict:
-    """What our meta.json says of a folder of bins, or nanoGPT's meta.pkl.
-
-    Without either the bins are uint16, `tokenizer` has to be gpt2 or byte. Raises `UserError`.
+    Raises `UserError`, also for bins of another tokenizer than the `tokenizer` of a checkpoint.
     """
-    if not folder.is_dir():
-        raise UserError(f"no folder {folder}: check data.dir")
+    meta = read_meta(folder, tokenizer.state()["kind"] if tokenizer else kind)
     try:
-        if (folder / "meta.json").is_file():
-            meta = json.loads((folder / "meta.json").read_bytes())
-            for key, kind in META.items():
-                if not isinstance(meta.get(key, kind()), kind):
-                    raise UserError(f"its {key} is not of type {kind.__name__}")
-            if meta["dtype"] not in ("uint16", "uint32"):
-                raise UserError("no dtype uint16 or uint32")
-            if meta.get("check", expected := digest(meta)) != expected:
-                raise UserError("its checksum is wrong")
-            if not (meta.get("corpus", "") + meta.get("sha256", "")).isprintable():
-                raise UserError("its names hold control characters")
-            return meta | {"tokenizer": meta["tokenizer"]}
-        if (folder / "meta.pkl").is_file():
-            itos = read_plain_pickle((folder / "meta.pkl").read_bytes())["itos"]
-            characters = "".join(itos[i] for i in range(len(itos)))
-            return {"dtype": "uint16", "tokenizer": {"kind": "char", "characters": characters}}
-    except Exception as error:  # a damaged pickle or JSON can fail in any way
-        raise UserError(f"the meta file in {folder} is damaged ({error}): prepare again") from error
-    if tokenizer not in ("gpt2", "byte"):
-        raise UserError(
-            f"{folder} has no meta.json or meta.pkl, and data.tokenizer={tokenizer}: say "
-            "data.tokenizer=gpt2 or data.tokenizer=byte"
-        )
-    return {"dtype": "uint16", "tokenizer": {"kind": tokenizer}}
-
-
-def read_plain_pickle(content: bytes):
-    """What nanoGPT's meta.pkl holds: dicts, strings and numbers. Raises for anything else."""
-    for opcode, value, _ in pickletools.genops(content):
-        if "PUT" in opcode.name and value > len(content):  # pickle makes a table of this size
-            raise pickle.UnpicklingError("it counts more values than it has")
-    return PlainUnpickler(io.BytesIO(content)).load()
-
-
-class PlainUnpickler(pickle.Unpickler):
-    """Refuses whatever could run code."""
-
-    def find_class(self, module: str, name: str):
-        raise pickle.UnpicklingError(f"it wants to load {module}.{name}")
-
-
-def open_bins(folder: Path, meta: dict, tokenizer) -> Corpus:
-    """The corpus of a folder of train.bin and val.bin, of which `read_meta` says `meta`.
-
-    Instead of train.bin there may be any number of shards train_*.bin, in the order of their names;
-    so of val.bin. Raises `UserError`.
-    """
-    train, val = (_open_split(folder, split, meta, tokenizer.vocab_size) for split in SPLITS)
+        own = load_tokenizer(meta["tokenizer"])
+    except UserError as error:
+        raise UserError(f"{folder}: {error}: prepare the data again") from error
+    if tokenizer is not None and own.state() != tokenizer.state():
+        raise UserError(f"{folder} was made with another tokenizer than the checkpoint has")
+    train, val = (open_split(folder, split, meta, own.vocab_size) for split in SPLITS)
     sha256 = meta.get("sha256") or sha256_of(val[:].tobytes())
-    return Corpus(meta.get("corpus", folder.name), sha256, tokenizer, train, val)
-
-
-def _open_split(folder: Path, split: str, meta: dict, vocab_size: int) -> np.ndarray | Shards:
-    whole, shards = folder / f"{split}.bin", sorted(folder.glob(f"{split}_*.bin"))
-    if whole.is_file() and shards:
-        raise UserError(f"{folder} has both {whole.name} and {shards[0].name}: remove one of them")
-    paths = shards or [whole]
-    scanned = SCANNED // len(paths) if split == "train" else None  # all of val, which is read whole
-    parts = [_open_bin(path, meta["dtype"], vocab_size, scanned) for path in paths]
-    tokens = Shards(parts) if shards else parts[0]
-    if len(tokens) != meta.get("tokens", {}).get(split, len(tokens)):
-        name = f"{split}_*.bin" if shards else whole.name
-        raise UserError(
-            f"{folder / name} is cut: {len(tokens)} tokens, not the {meta['tokens'][split]} of the "
-            "meta file: prepare the data again"
-        )
-    hashes = meta.get("shards", {}) if len(tokens) <= SCANNED else {}
-    for path, part in zip(paths, parts, strict=True):
-        if path.name in hashes and hashes[path.name] != sha256_of(part):
-            raise UserError(f"the checksum of {path} is wrong: prepare the data again")
-    return tokens
-
-
-def _open_bin(path: Path, dtype: str, vocab_size: int, scanned: int | None) -> np.ndarray:
-    if not path.is_file():
-        raise UserError(f"{path} is missing: prepare the data again, or check data.dir")
-    tokens, rest = divmod(path.stat().st_size, np.dtype(dtype).itemsize)
-    if not tokens or rest:
-        raise UserError(f"{path} is empty or cut ({tokens} tokens): prepare the data again")
-    ids = np.memmap(path, dtype=dtype, mode="r")
-    check_ids(ids[:scanned], vocab_size, str(path))
-    return ids
+    return Corpus(meta.get("corpus", folder.name), sha256, own, train, val)
 
 
 def sha256_of(content: bytes | np.ndarray) -> str:

@@ -1,4 +1,4 @@
-"""Masked diffusion: forward masking, training loss and reverse process.
+"""Masked diffusion: masking, training loss, likelihood bound and reverse process.
 
 `model` is any callable from ids (B, L) to logits (B, L, V); V is the vocabulary without the mask.
 Everything random is a function of (seed, row, position): a function that takes a `generator` draws
@@ -6,62 +6,27 @@ one seed from it and hashes the rest, so that row i of a batch gets the same dra
 batch, the device or the number of processes.
 """
 
-import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property, partial
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Generator, Tensor
 
-Model = Callable[[Tensor], Tensor]
-PHI = (math.sqrt(5) - 1) / 2
 GOLDEN = -0x61C8864680B583EB  # 2^64 / golden ratio, odd, as int64: SplitMix64's increment
-
-
-# --- Randomness ----------------------------------------------------------------------------------
-
-
-def _mix(x):
-    """SplitMix64's finaliser on int64 (products wrap, and a mask makes the shifts logical)."""
-    x = (x ^ ((x >> 30) & 0x3FFFFFFFF)) * -0x40A7B892E31B1A47
-    x = (x ^ ((x >> 27) & 0x1FFFFFFFFF)) * -0x6B2FB644ECCEEE15
-    return x ^ ((x >> 31) & 0x1FFFFFFFF)
-
-
-def draw_seed(generator: Generator | None) -> int:
-    """A base seed from `generator` (PyTorch's global one if None), best one on the CPU."""
-    device = "cpu" if generator is None else generator.device
-    return int(torch.randint(2**62, (), generator=generator, device=device))
-
-
-def uniform(seed: int, rows: Tensor, columns: int, *salt: int) -> Tensor:
-    """Uniform float64 draws in [0, 1) of shape (len(rows), columns), on the device of `rows`.
-
-    A counter-based generator (SplitMix64, Steele et al. 2014): entry (i, j) depends on (seed, salt,
-    rows[i], j) alone. Devices without float64 (MPS) get the draws by way of the CPU.
-    """
-    if rows.device.type == "mps":
-        draws = uniform(seed, rows.cpu(), columns, *salt).float()
-        return draws.clamp(max=1 - 2**-24).to(rows.device)  # rounding must not give 1
-    key = torch.tensor((seed, *salt))
-    key = int(functools.reduce(lambda key, value: _mix(key + value * GOLDEN), key))
-    row_keys = _mix(_mix(key + rows * GOLDEN))  # (B,)
-    columns = torch.arange(1, columns + 1, device=rows.device)
-    bits = _mix(row_keys[:, None] + columns * GOLDEN)  # (B, columns)
-    return ((bits >> 11) & 0x1FFFFFFFFFFFFF).double() * 2.0**-53
 
 
 # --- Forward process -----------------------------------------------------------------------------
 
 
-def mask_probability(t: Tensor | float, eps: float = 1e-3) -> Tensor | float:
-    """The share of tokens masked at time t in [0, 1]: p_mask(t) = (1 - eps) t + eps.
+def mask_probability(t: Tensor, eps: float = 1e-3) -> Tensor:
+    """The probability that a token is masked at time t in [0, 1]: p_mask(t) = (1 - eps) t + eps.
 
-    `eps` keeps the training loss's weight 1 / p_mask finite; sampling and evaluation do not know
-    it (SMDM, arXiv 2410.18514).
+    `eps` keeps the weight 1 / p_mask of the training loss finite (SMDM, arXiv 2410.18514). Sampling
+    and evaluation do without it.
     """
     return (1 - eps) * t + eps
 
@@ -79,450 +44,330 @@ def mask_tokens(
     is_masked), both (B, L). Carry `is_masked` along: `xt == mask_id` is no substitute where the
     data may hold that id.
     """
-    is_masked = uniform(draw_seed(generator), _rows(x0, rows), x0.size(1)) < p_mask
+    noise = hash_noise(draw_seed(generator), _rows(x0, rows), x0.size(1))
+    is_masked = (noise < p_mask).to(x0.device)
     return x0.masked_fill(is_masked, mask_id), is_masked
-
-
-def mask_count(
-    x0: Tensor,
-    count: Tensor,
-    mask_id: int,
-    generator: Generator | None = None,
-    rows: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
-    """Like `mask_tokens`, but exactly `count` (B, 1) tokens of a row, a uniformly random subset."""
-    noise = uniform(draw_seed(generator), _rows(x0, rows), x0.size(1))
-    is_masked = noise.argsort(dim=1) < count  # a random permutation
-    return x0.masked_fill(is_masked, mask_id), is_masked
-
-
-def _rows(x: Tensor, rows: Tensor | None) -> Tensor:
-    return torch.arange(x.size(0), device=x.device) if rows is None else rows
 
 
 # --- Training loss -------------------------------------------------------------------------------
 
 
-def nll_from_logits(model: Model, xt: Tensor, x0: Tensor, is_masked: Tensor) -> Tensor:
-    """Cross-entropies (B, L) in nats, 0 where nothing is masked, from a model's logits (B, L, V).
-
-    At least float32, float64 for a float64 model. The default `nll` of `masked_diffusion_loss`; a
-    model that computes its own (`Transformer` with targets=, where=) is passed in by a function of
-    the same form.
-    """
-    logits = _at_least_float32(model(xt)[is_masked])  # (masked, V)
-    nll = F.cross_entropy(logits, x0[is_masked], reduction="none")
-    return nll.new_zeros(x0.shape).masked_scatter(is_masked, nll)
-
-
-def _at_least_float32(x: Tensor) -> Tensor:
-    return x.to(torch.promote_types(x.dtype, torch.float32))
-
-
 def masked_diffusion_loss(
-    model: Model,
+    model: Callable,
     x0: Tensor,
     *,
     mask_id: int,
     generator: Generator | None = None,
     eps: float = 1e-3,
     weighting: float = 1.0,
-    masking: str = "bernoulli",
     rows: Tensor | None = None,
     global_batch_size: int | None = None,
-    nll: Callable = nll_from_logits,
+    nll: Callable | None = None,
 ) -> Tensor:
-    """The training loss E_t[ sum of CE over the masked / p_mask(t) ] / L, in nats per token.
+    """The training loss E_t[ sum of CE over the masked tokens / p_mask(t) ] / L, nats per token.
 
-    As in SMDM (arXiv 2410.18514) and LLaDA. x0 (B, L) are clean ids. The times are stratified over
-    the global batch: row i has t uniform in [i / n, (i + 1) / n), n = `global_batch_size` (B by
-    default) and i = `rows` (0 ... B - 1 by default), so that a part of a batch gets its share of
-    them. Divided by B L, and not by the number of masked tokens: that would be no bound.
+    x0 (B, L) are clean ids. The times are stratified over the global batch: row i has t uniform in
+    [i / n, (i + 1) / n), n = `global_batch_size` and i = `rows` where x0 is a part of a larger
+    batch (give both), else n = B and i = 0 ... B - 1. The sum is divided by L, not by the number of
+    masked tokens: that mean would be no likelihood bound (SMDM, arXiv 2410.18514; LLaDA,
+    2502.09992).
 
-    `masking` count masks exactly l of L tokens with the weight L / l instead: l uniform in 1 ... L,
-    stratified, and L + 1 - l in the row that mirrors it, i and n - 1 - i. It has the same
-    expectation but for eps. A `weighting` g below 1 is another objective, easier to learn from: it
-    weighs by (2 - g) / p_mask^g, so that the steep end of few masks counts less; the factor keeps
-    the scale, a loss of c nats at every masked token being c.
+    A `weighting` g below 1 is another objective, which learns faster: the weight (2 - g) / p_mask^g
+    counts rows with few masks less. Its factor keeps the scale: a loss of c nats at every masked
+    token is c. `nll(xt, x0, is_masked)` -> (B, L) replaces `nll_from_logits` for a model that
+    computes its own cross-entropies, as a `Transformer` does.
     """
-    check_loss(eps, masking, weighting)
-    if (rows is None) != (global_batch_size is None):
-        raise ValueError("rows and global_batch_size go together: give both or neither")
+    nll = nll or partial(nll_from_logits, model)
     rows = _rows(x0, rows)
-    n, L = global_batch_size or len(rows), x0.size(1)
-    if masking == "count":
-        count = mirrored_counts(draw_seed(generator), rows, n, L)[:, None]  # (B, 1)
-        p_mask = count / L
-        xt, is_masked = mask_count(x0, count, mask_id, generator, rows)
-    else:
-        t = (rows[:, None] + uniform(draw_seed(generator), rows, 1)) / n  # (B, 1)
-        p_mask = mask_probability(t, eps)
-        xt, is_masked = mask_tokens(x0, p_mask, mask_id, generator, rows)
-    loss = nll(model, xt, x0, is_masked)
-    return (loss * ((2 - weighting) * p_mask**-weighting).to(loss.dtype)).mean()
+    n = global_batch_size or len(rows)
+    t = (rows[:, None] + hash_noise(draw_seed(generator), rows, 1)) / n  # (B, 1)
+    p_mask = mask_probability(t, eps)
+    xt, is_masked = mask_tokens(x0, p_mask, mask_id, generator, rows)
+    loss = nll(xt, x0, is_masked)  # (B, L), 0 where nothing is masked
+    weight = (2 - weighting) * p_mask**-weighting  # (B, 1)
+    return (loss * weight.to(loss)).mean()
 
 
-def check_loss(eps: float, masking: str, weighting: float) -> None:
-    """Raise `ValueError` for a setting of `masked_diffusion_loss` that is out of its range."""
-    if not 0 < eps < 1:
-        raise ValueError(f"diffusion.eps={eps} must lie between 0 and 1")
-    if masking not in ("bernoulli", "count"):
-        raise ValueError(f"diffusion.masking={masking} is unknown: choose bernoulli or count")
-    if not 0 <= weighting <= 1:
-        raise ValueError(
-            f"diffusion.weighting={weighting} must lie in [0, 1]; 1 is the weight of the bound"
-        )
+def nll_from_logits(model: Callable, xt: Tensor, x0: Tensor, where: Tensor) -> Tensor:
+    """Cross-entropies (B, L) in nats, 0 outside `where` (B, L), from a model's logits (B, L, V).
 
-
-def mirrored_counts(seed: int, rows: Tensor, n: int, L: int) -> Tensor:
-    """Masked counts (B,) in 1 ... L of some rows of n: stratified, l + l' = L + 1 in mirror rows.
-
-    Row i has u uniform in its stratum, the i-th of n, in the first half, and l = floor(u L) + 1;
-    row n - 1 - i mirrors it. The middle row of an odd n has no mirror and needs none.
+    In float32 at least, in float64 for a float64 model.
     """
-    low = torch.minimum(rows, n - 1 - rows)
-    count = ((low + uniform(seed, low, 1).squeeze(1)) / n * L).long() + 1
-    return torch.where(rows > low, L + 1 - count, count)
+    logits = model(xt)[where]  # (N, V)
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    nll = F.cross_entropy(logits, x0[where], reduction="none")
+    return nll.new_zeros(x0.shape).masked_scatter(where, nll)
 
 
-def mask_capacity(rows: Tensor, length: int, n: int, eps: float, masking: str = "bernoulli") -> int:
-    """How many tokens `masked_diffusion_loss` masks at most in these rows of a batch of n.
+# --- Likelihood bound ----------------------------------------------------------------------------
 
-    Counts: those of the latest times. Bernoulli: the mean and six standard deviations, exceeded
-    once in 1e9 batches; stratified times make the number nearly constant. The variance is that of
-    the masks, L p (1 - p) a row, and that of the times within their strata.
+
+def any_order(u: Tensor, noise: Tensor) -> Iterator:
+    """The estimator of `nelbo`: l ~ U{1 ... M} random tokens masked, weight M / l (2110.02037).
+
+    An estimator turns u (B,), uniform and stratified, and noise (B, L), uniform where a token is to
+    be predicted and 2 where it is context, into queries (hidden, scored, weight): mask `hidden` (B,
+    L), sum the cross-entropies over `scored` (B, L), multiply by `weight` (B,). This one needs no
+    eps and has a finite variance. It is the bound of the sampler that reveals one uniformly random
+    position a call.
     """
-    if masking == "count":
-        return int((-(-(rows + 1) * length // n)).sum())  # rounded up, in integers
-    p = mask_probability((rows.double() + 0.5) / n, eps)
-    variance = length * (p * (1 - p)).sum() + length**2 * len(rows) / (12 * n**2)
-    return min(len(rows) * length, math.ceil(length * p.sum() + 6 * variance.sqrt()))
+    M = (noise < 1).sum(dim=1)
+    masked = (u * M).long() + 1
+    hidden = noise.argsort(dim=1).argsort(dim=1) < masked[:, None]
+    yield hidden, hidden, M.double() / masked
 
 
-# --- Reverse process: settings and results -------------------------------------------------------
+def nelbo(
+    model: Callable, x0: Tensor, *, nll: Callable | None = None, **options
+) -> tuple[float, float]:
+    """(value, standard error) of an upper bound on -log p(x0), in nats per token.
 
-ANY_ORDER, LEFT_TO_RIGHT = "any-order exact", "left-to-right exact"  # docs/sampling.md
-K_STEP, OWN_ORDER, HEURISTIC = "K-step", "K-step, in an order of its own", "heuristic"
+    The text is given and the masks are random: the error is that over the masks (nan for one draw).
+    `options` are those of `estimate`.
+    """
+    nats, _, counts = estimate(any_order, nll or partial(nll_from_logits, model), x0, **options)
+    values = nats.sum(dim=1) / counts.sum()  # (draws,)
+    error = values.std() / len(values) ** 0.5 if len(values) > 1 else math.nan
+    return float(values.mean()), float(error)
 
 
-@dataclass(frozen=True)
-class Sampling:
-    """The settings of `sample`; configs/config.yaml explains them. Raises `ValueError`."""
+@torch.no_grad()
+def estimate(
+    estimator: Callable,
+    nll: Callable,
+    x0: Sequence[Tensor],
+    *,
+    mask_id: int,
+    predict: Sequence[Tensor] | None = None,
+    generator: Generator | None = None,
+    draws: int = 8,
+    batch_size: int = 64,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """-log p of the rows of x0 in `draws` independent passes of an `estimator` (`any_order`).
 
-    strategy: str = "spread"
-    steps: int = 32
-    temperature: float = 1.0
-    top_k: int = 0
-    top_p: float = 1.0
-    guidance: float = 0.0
-    block_length: int = 0
-    threshold: float = 0.9
-    gamma: float = 0.1
-    remask_rate: float = 0.05
-    remask_unsure: bool = False
+    x0 is (N, L), or N rows (L_i,) that may differ in length. `nll` as in `masked_diffusion_loss`.
+    `predict` are N rows of booleans, True for a token to be predicted (default: all); the others
+    are context: always visible, never scored, not counted. All noise of a pass is drawn at once, on
+    the CPU, and u is stratified over the N rows, so that the result does not depend on
+    `batch_size` or the device, but for rounding.
 
-    def __post_init__(self):
-        checks = {
-            "strategy": (self.strategy in STRATEGIES, f"one of {', '.join(STRATEGIES)}"),
-            "steps": (self.steps >= 1, "at least 1"),
-            "top_p": (0 < self.top_p <= 1, "in (0, 1]; 1 keeps every token"),
-        }
-        for name in ("temperature", "top_k", "guidance", "block_length", "gamma"):
-            checks[name] = (0 <= getattr(self, name) < math.inf, "0 or more")
-        for name in ("threshold", "remask_rate"):
-            checks[name] = (0 <= getattr(self, name) <= 1, "in [0, 1]")
-        for name, (holds, wanted) in checks.items():
-            if not holds:
-                raise ValueError(f"sampling.{name}={getattr(self, name)} must be {wanted}")
+    Returns, on the CPU: nats (draws, N) float64, the estimates, summed over the tokens of a row; u
+    (draws, N) float64; counts (N,) int64, the tokens of each row that are predicted.
+    """
+    predict = predict or [torch.ones(len(row), dtype=torch.bool) for row in x0]
+    lengths = torch.tensor([len(row) for row in predict])
+    counts = torch.stack([row.sum() for row in predict])
+    nats = torch.zeros(draws, len(counts), dtype=torch.float64)
+    u = torch.zeros_like(nats)
+    for draw in range(draws):
+        u[draw] = stratified_pairs(len(counts), generator)
+        noise = [
+            torch.rand(len(row), dtype=u.dtype, generator=generator).masked_fill(~row, 2.0)
+            for row in predict
+        ]
+        for length in lengths.unique():
+            for rows in (lengths == length).nonzero().squeeze(1).split(batch_size):
+                batch = torch.stack([x0[i] for i in rows])  # (B, L)
+                queries = estimator(u[draw, rows], torch.stack([noise[i] for i in rows]))
+                for hidden, scored, weight in queries:
+                    hidden, scored = hidden.to(batch.device), scored.to(batch.device)
+                    costs = nll(batch.masked_fill(hidden, mask_id), batch, scored).cpu()  # (B, L)
+                    nats[draw, rows] += costs.sum(dim=1, dtype=u.dtype) * weight
+    return nats, u, counts
 
-    @property
-    def label(self) -> str:
-        """Of what law a sample is a draw, if it is a draw from a known one at all."""
-        label = STRATEGIES[self.strategy].label
-        unsure = self.strategy == "remask" and self.remask_unsure
-        if label == HEURISTIC or self.guidance or self.block_length or unsure:
-            return HEURISTIC
-        filtered = self.temperature != 1 or self.top_k or self.top_p < 1
-        return f"{label}, of filtered predictions" if filtered else label
+
+def stratified_pairs(n: int, generator: Generator | None = None) -> Tensor:
+    """n uniform float64 draws in [0, 1): stratified, in pairs (u, 1 - u), in random order."""
+    pairs = (n + 1) // 2
+    jitter = torch.rand(pairs, dtype=torch.float64, generator=generator)
+    u = (torch.arange(pairs) + jitter) / (2 * pairs)  # in [0, 1/2)
+    slots = torch.cat((u, (1 - u).clamp(max=1 - 2**-53)))
+    return slots[torch.randperm(2 * pairs, generator=generator)[:n]]
+
+
+# --- Reverse process -----------------------------------------------------------------------------
 
 
 class Event(NamedTuple):
-    """N tokens that a step (1 ...) revealed, or N positions that it masked again.
-
-    Probabilities are the network's, before temperature and filters.
-    """
+    """What step 1, 2, ... did: N positions were revealed, others were masked again."""
 
     step: int
-    where: Tensor  # (N, 2): rows and positions
-    tokens: Tensor | None = None  # (N,); None: masked again
-    confidence: Tensor | None = None  # (N,): the tokens' probabilities
-    likeliest: Tensor | None = None  # (N, 5): the best tokens there, or all V
-    probabilities: Tensor | None = None  # (N, 5): theirs
+    revealed: Tensor  # (B, L)
+    tokens: Tensor | None  # (N,), in the order of the rows; None if N is 0
+    logits: Tensor | None  # (N, V) that they were drawn from
+    again: Tensor | None  # (B, L)
 
 
 class Sampled(NamedTuple):
-    """The filled canvas (B, L), the number of network calls and, if asked, what each step did."""
+    """The filled canvas (B, L), the number of network calls and, if asked for, the history."""
 
     ids: Tensor
     calls: int
     history: list[Event] | None = None
 
 
-# --- Reverse process: one step -------------------------------------------------------------------
-
-
 @dataclass
-class Reverse:
-    """A reverse process on its way, and what a strategy may ask it. Tensors are (B, L)."""
+class State:
+    """What a strategy sees: the reverse process before one of its steps. Tensors are (B, L)."""
 
-    model: Model
-    xt: Tensor
-    given: Tensor  # the tokens that never change
-    mask_id: int
-    settings: Sampling
-    seed: int
-    rows: Tensor  # (B,)
-    history: list[Event] | None
-    calls: int = 0
-    step: int = 0  # 1 ..., over all blocks
+    model: Callable
+    xt: Tensor  # ids, the mask's where is_masked
+    block: Tensor  # the positions that these steps fill: all, or those of a block
+    is_masked: Tensor  # those of them that are still masked
+    noise: Tensor  # uniform in [0, 1), kept from step to step: when to reveal a position
+    token_noise: Tensor  # uniform in [0, 1), kept from step to step: which token it gets
+    more_noise: Callable  # more_noise(columns, *salt): further uniform draws (B, columns)
+    index: int  # of the step: 0, 1, ... steps - 1
+    steps: int
+    calls: int = 0  # of the network
+    again: Tensor | None = None  # a strategy may set it: what to mask again after the step
 
-    def __post_init__(self):
-        self.columns = torch.arange(L := self.xt.size(1), device=self.xt.device)
-        self.noise = uniform(self.seed, self.rows, L, 0)  # when to reveal
-        self.token_noise = uniform(self.seed, self.rows, L, 1)  # what
-        self.confidence = torch.ones_like(self.noise)  # of what was revealed
-        self.guided = self.settings.guidance > 0 and bool(self.given.any())
+    @property
+    def s(self) -> float:
+        """The time after the step, 1 - 1 / steps ... 0; the time before it is t = s + 1 / steps."""
+        return 1 - (self.index + 1) / self.steps
 
-    def begin(self, is_hole: Tensor) -> None:
-        """Go to t = 1, with these holes to fill."""
-        self.is_hole, self.is_masked, self.level = is_hole, is_hole.clone(), 1.0
-        self.holes = is_hole.sum(dim=1, keepdim=True).cpu()  # (B, 1)
-        paced = STRATEGIES[self.settings.strategy].paced
-        self.steps = self.settings.steps if paced else int(self.holes.amax())
+    @property
+    def quota(self) -> Tensor:
+        """(B, 1): how many of M to reveal now, so that floor(M j / K) are filled after step j."""
+        M = self.block.sum(dim=1, keepdim=True)
+        return M * (self.index + 1) // self.steps - M * self.index // self.steps
 
-    def advance(self, index: int) -> None:
-        """Go to step `index`, from time t to s; a revealed token has the chance sigma of a mask."""
-        vars(self).pop("logits", None)
-        self.index, self.step = index, self.step + 1
-        self.t, self.s, self.sigma = 1 - index / self.steps, 1 - (index + 1) / self.steps, 0.0
-        if self.settings.strategy == "remask" and index:
-            self.sigma = min(self.settings.remask_rate, self.s / (1 - self.t))
-
-    @functools.cached_property
+    @cached_property
     def logits(self) -> Tensor:
-        """The network's answer (B, L, V): called for when a step first looks at it, if at all."""
-        self.calls += 1 + self.guided
-        logits = _at_least_float32(self.model(self.xt))
-        if self.guided:  # unsupervised, SMDM (arXiv 2410.18514)
-            blind = _at_least_float32(self.model(self.xt.masked_fill(self.given, self.mask_id)))
-            logits = logits + self.settings.guidance * (logits - blind)
-        return logits
-
-    def score(self, name: str) -> Tensor:
-        """One of SCORES at the masked positions, before temperature and filters."""
-        scores = SCORES[name](self.logits[self.is_masked].softmax(dim=-1))
-        return scores.new_zeros(self.xt.shape).masked_scatter(self.is_masked, scores)
+        """(B, L, V) float32. A step that neither reads them nor reveals anything costs no call."""
+        self.calls += 1
+        return self.model(self.xt).float()
 
     def best(self, score: Tensor, count: Tensor | int) -> Tensor:
-        """The `count` (B, 1) masked positions of the highest score; the leftmost of equal ones."""
-        score = torch.where(self.is_masked, score, -math.inf)
-        order = score.argsort(dim=1, descending=True, stable=True)
-        first = self.columns.expand_as(order) < count
-        return torch.zeros_like(self.is_masked).scatter(1, order, first) & self.is_masked
-
-    def fill(self, revealed: Tensor) -> int:
-        """Draw the tokens of the N positions `revealed`; returns N."""
-        where, settings = revealed.nonzero(as_tuple=True), self.settings
-        if not (N := len(where[0])):
-            return 0
-        logits, u = self.logits[where], self.token_noise[where]  # (N, V), (N,)
-        tokens = draw_tokens(logits, u, settings.temperature, settings.top_k, settings.top_p)
-        self.xt[where] = tokens
-        if self.history is not None or settings.remask_unsure:
-            probabilities = logits.softmax(dim=-1)
-            confidence = probabilities.gather(1, tokens[:, None]).squeeze(1)
-            self.confidence[where] = confidence.to(self.confidence.dtype)
-        if self.history is not None:
-            best, places = probabilities.topk(min(5, logits.size(-1))), torch.stack(where, dim=1)
-            event = Event(self.step, places, tokens, confidence, best.indices, best.values)
-            self.history.append(event)
-        return N
-
-    def mask_again(self) -> None:
-        """Mask each token revealed before this step with probability sigma; it then waits anew.
-
-        With `remask_unsure`, n revealed tokens share n sigma by the softmax of -confidence
-        (ReMDM-conf, arXiv 2503.00307, where they share sigma: less than one token a step).
-        """
-        revealed, rate = self.is_hole & ~self.is_masked, self.sigma
-        if self.settings.remask_unsure:
-            shares = (-self.confidence).masked_fill(~revealed, -math.inf).softmax(dim=1)
-            rate = rate * revealed.sum(dim=1, keepdim=True) * shares
-        draws = uniform(self.seed, self.rows, 3 * self.xt.size(1), 2, self.index)
-        u, noise, token_noise = draws.chunk(3, dim=1)
-        again = revealed & (u < rate)
-        self.noise = torch.where(again, noise * self.level, self.noise)
-        self.token_noise = torch.where(again, token_noise, self.token_noise)
-        self.xt.masked_fill_(again, self.mask_id)
-        self.is_masked |= again
-        if self.history is not None and again.any():
-            self.history.append(Event(self.step, again.nonzero()))
+        """The `count` (B, 1) masked positions of the highest `score`; of equals, the leftmost."""
+        score = score.masked_fill(~self.is_masked, -math.inf)
+        ranks = score.argsort(dim=1, descending=True, stable=True).argsort(dim=1)
+        return self.is_masked & (ranks < count)
 
 
-# --- Reverse process: strategies, and which masked positions (B, L) each reveals in a step --------
-
-SCORES = {  # (N,) of probabilities (N, V)
-    # MaskGIT (arXiv 2202.04200) and LLaDA (2502.09992) score the token that was drawn.
-    "confidence": lambda p: p.amax(dim=-1),
-    # The best minus the second best: Kim et al., arXiv 2502.06768.
-    "margin": lambda p: p.amax(dim=-1) - p.topk(min(2, p.size(-1))).values[:, 1:].sum(dim=-1),
-    "entropy": lambda p: -torch.special.entr(p).sum(dim=-1),
-}
+def stochastic(state: State) -> Tensor:
+    """Each masked position independently with probability 1 - s/t (MDLM, arXiv 2406.07524)."""
+    return state.is_masked & (state.noise >= state.s)
 
 
-def ancestral(step: Reverse) -> Tensor:
-    """Each by itself with probability 1 - s/t (MDLM, arXiv 2406.07524).
+def confidence(state: State) -> Tensor:
+    """The positions whose most probable token is the most probable; M / K of M in each step.
 
-    With remasking (t - s + sigma (1 - t)) / t, so that at time s the share s is masked as before.
+    MaskGIT (arXiv 2202.04200) and LLaDA (2502.09992) take the probability of the token drawn.
     """
-    step.level *= max(0.0, (step.s - step.sigma * (1 - step.t)) / step.t)
-    return step.is_masked & (step.noise >= step.level)
-
-
-def spread(step: Reverse) -> Tensor:
-    """As many as `ancestral`, but far apart, since neighbours depend on each other most.
-
-    A low-discrepancy order, as in the Halton scheduler for images (arXiv 2503.17076).
-    """
-    return step.is_masked & ((step.noise[:, :1] + step.columns * PHI) % 1 >= step.s)
-
-
-def in_order(step: Reverse) -> Tensor:
-    """The highest scores, so that floor(holes j / K) are filled after step j."""
-    before, after = (step.holes * j // step.steps for j in (step.index, step.index + 1))
-    if torch.equal(before, after):
-        return torch.zeros_like(step.is_masked)
-    return step.best(step.score(step.settings.strategy), (after - before).to(step.xt.device))
-
-
-def above_threshold(step: Reverse) -> Tensor:
-    """All whose top probability exceeds the threshold, and the best (Fast-dLLM, 2505.22618)."""
-    score = step.score("confidence")
-    return step.best(score, 1) | step.is_masked & (score > step.settings.threshold)
-
-
-def entropy_bounded(step: Reverse) -> Tensor:
-    """By rising entropy H, as many as keep sum H - max H <= gamma (EB-sampler, 2505.24857)."""
-    score = step.score("entropy")
-    entropies = (-score).masked_fill(~step.is_masked, math.inf).sort(dim=1).values
-    costs = entropies.cumsum(dim=1) - entropies  # nan where none is masked
-    return step.best(score, (costs <= step.settings.gamma).sum(dim=1, keepdim=True))
-
-
-class Strategy(NamedTuple):
-    reveal: Callable[[Reverse], Tensor]
-    label: str
-    paced: bool = True  # takes `steps` steps; others reveal in every step until no hole is left
-
-
-STRATEGIES = {
-    "stochastic": Strategy(ancestral, K_STEP),
-    "remask": Strategy(ancestral, K_STEP),  # and Reverse.mask_again (ReMDM, arXiv 2503.00307)
-    "spread": Strategy(spread, OWN_ORDER),
-    # One of each row, uniformly: the first-hitting sampler (Zheng et al., arXiv 2409.02908).
-    "first_hitting": Strategy(lambda step: step.best(step.noise, 1), ANY_ORDER, paced=False),
-    # How an autoregressive network is sampled exactly.
-    "left_to_right": Strategy(lambda step: step.best(-step.columns, 1), LEFT_TO_RIGHT, paced=False),
-    "confidence": Strategy(in_order, HEURISTIC),
-    "margin": Strategy(in_order, HEURISTIC),
-    "entropy": Strategy(in_order, HEURISTIC),
-    "threshold": Strategy(above_threshold, HEURISTIC, paced=False),
-    "eb": Strategy(entropy_bounded, HEURISTIC, paced=False),
-}
-
-
-# --- Reverse process: all steps ------------------------------------------------------------------
+    if not state.quota.any():
+        return torch.zeros_like(state.is_masked)
+    return state.best(state.logits.softmax(dim=-1).amax(dim=-1), state.quota)
 
 
 @torch.no_grad()
 def sample(
-    model: Model,
+    model: Callable,
     canvas: Tensor,
     *,
     is_masked: Tensor,
     mask_id: int,
+    strategy: Callable | str = "stochastic",
+    steps: int = 32,
+    temperature: float = 1.0,
+    truncate: Callable | None = None,
+    block_length: int = 0,
     generator: Generator | None = None,
     rows: Tensor | None = None,
-    callback: Callable[[int, float, Tensor], None] | None = None,
+    callback: Callable | None = None,
     history: list[Event] | None = None,
-    **settings,
 ) -> Sampled:
-    """Fill the positions `is_masked` of `canvas` (B, L), and change no other.
+    """Fill the positions `is_masked` of `canvas` (B, L) in `steps` steps, and change no other.
 
-    The other keywords are those of `Sampling`. Each step asks the network for all positions at once
-    and reveals those that the strategy chooses; one that reveals nothing does not call it. Row i
-    draws from (seed, rows[i]) alone (0 ... B - 1 by default). `callback(j, t, xt)` sees the state
-    after step j = 1, 2, ... at time t (without a pace: the share of holes left), and copies what
-    it keeps. A list given as `history` gets the events of each step. Raises `ValueError`.
+    A `strategy` (`stochastic`, `confidence` or any function, such as those of strategies.py) maps a
+    `State` to the positions (B, L) to reveal in this step. Their tokens are drawn independently
+    from the network's prediction, at `temperature` (0: the most probable one), after `truncate` has
+    mapped probabilities (N, V) to those that may be drawn (top-k, top-p). A strategy with the
+    attribute `adaptive` has no fixed number of steps: it goes on until no mask is left, and has to
+    reveal something in each. With a `block_length` the masked positions are filled block by block,
+    from left to right, in `steps` steps each (semi-autoregressive, LLaDA).
+
+    Row i draws from (seed, rows[i]) alone (default 0 ... B - 1). `callback(j, s, xt)` sees the
+    state after step j = 1, 2, ... at time s, and copies what it keeps. A list given as `history`
+    gets an `Event` for each step. Raises `ValueError`.
     """
-    settings = Sampling(**settings)
-    strategy, xt = STRATEGIES[settings.strategy], canvas.masked_fill(is_masked, mask_id)
-    seed, rows = draw_seed(generator), _rows(canvas, rows)
-    state = Reverse(model, xt, ~is_masked, mask_id, settings, seed, rows, history)
-    for is_hole in blocks(is_masked, settings.block_length):
-        state.begin(is_hole)
-        total = left = int(state.holes.sum())
-        for index in range(state.steps):
-            state.advance(index)
-            revealed = strategy.reveal(state)
-            left -= state.fill(revealed)
-            if state.sigma:
-                state.mask_again()
-            state.is_masked ^= revealed
-            if callback is not None:
-                callback(state.step, state.s if strategy.paced else left / total, xt)
-            if not left and not strategy.paced:
+    strategy = {"stochastic": stochastic, "confidence": confidence}.get(strategy, strategy)
+    if not callable(strategy) or steps < 1 or temperature < 0:
+        raise ValueError(f"{strategy=} must be a function, {steps=} >= 1, {temperature=} >= 0")
+    adaptive, xt = getattr(strategy, "adaptive", False), canvas.masked_fill(is_masked, mask_id)
+    L, calls, step = canvas.size(1), 0, 0
+    draws = partial(hash_noise, draw_seed(generator), _rows(canvas, rows))
+    noise, token_noise = draws(L, 0), draws(L, 1)  # (B, L)
+    number = (is_masked.cumsum(dim=1) - 1) // (block_length or L)  # of the block
+    for i in range(int(number.amax()) + 1):
+        block = masked = is_masked & (number == i)
+        count = int(block.sum(dim=1).amax()) if adaptive else steps
+        for index in range(count):
+            state = State(model, xt, block, masked, noise, token_noise, draws, index, count)
+            revealed, tokens, logits, step = strategy(state), None, None, step + 1
+            if revealed.any():
+                logits = state.logits[revealed]  # (N, V)
+                tokens = draw_tokens(logits, token_noise[revealed], temperature, truncate)
+                xt[revealed], masked = tokens, masked & ~revealed
+            if state.again is not None:
+                xt[state.again], masked = mask_id, masked | state.again
+            calls += state.calls
+            if history is not None:
+                history.append(Event(step, revealed, tokens, logits, state.again))
+            if callback:
+                callback(step, state.s, xt)
+            if adaptive and not masked.any():
                 break
-    return Sampled(xt, state.calls, history)
-
-
-def blocks(is_masked: Tensor, length: int) -> list[Tensor]:
-    """The holes (B, L) of each row in portions of `length`, from left to right; 0: all at once."""
-    if not length:
-        return [is_masked]
-    number = (is_masked.cumsum(dim=1) - 1) // length
-    return [is_masked & (number == i) for i in range(int(number.amax()) + 1)]
+    return Sampled(xt, calls, history)
 
 
 def draw_tokens(
-    logits: Tensor, u: Tensor, temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0
+    logits: Tensor, u: Tensor, temperature: float = 1.0, truncate: Callable | None = None
 ) -> Tensor:
     """Tokens (N,) from logits (N, V) by inverting the distribution function at u (N,) in [0, 1).
 
     In float64: Gumbel noise from float32 uniforms cuts off the tail and so lowers the effective
-    temperature (Zheng et al., arXiv 2409.02908). On the CPU where the device has no float64.
+    temperature (Zheng et al., arXiv 2409.02908).
     """
     if temperature == 0:
         return logits.argmax(dim=-1)
-    device = "cpu" if logits.device.type == "mps" else logits.device
-    logits64 = logits.to(device).double()
-    below = logits64 - logits64.amax(dim=-1, keepdim=True)  # no overflow at tiny temperatures
-    probabilities = keep_likeliest((below / temperature).softmax(dim=-1), top_k, top_p)
-    cdf = probabilities.cumsum(dim=-1)
-    u = u.to(device).double()[:, None] * cdf[:, -1:]
-    tokens = torch.searchsorted(cdf, u, right=True).squeeze(1)
-    return tokens.clamp(max=logits.size(-1) - 1).to(logits.device)
+    logits = logits.double() - logits.amax(dim=-1, keepdim=True)  # at tiny temperatures, too
+    probabilities = (logits / temperature).softmax(dim=-1)
+    cdf = (truncate(probabilities) if truncate else probabilities).cumsum(dim=-1)
+    tokens = torch.searchsorted(cdf, u[:, None] * cdf[:, -1:], right=True).squeeze(1)
+    return tokens.clamp(max=logits.size(-1) - 1)
 
 
-def keep_likeliest(probabilities: Tensor, top_k: int = 0, top_p: float = 1.0) -> Tensor:
-    """Zero all of (N, V) but the `top_k` likeliest (0: all) and, of them, the fewest that reach
-    `top_p` of what they have, the crossing one kept."""
-    if not top_k and top_p == 1:
-        return probabilities
-    ordered, order = probabilities.sort(dim=-1, descending=True, stable=True)
-    if top_k:
-        ordered[:, top_k:] = 0
-        ordered /= ordered.sum(dim=-1, keepdim=True)
-    if top_p < 1:
-        ordered *= ordered.cumsum(dim=-1) - ordered < top_p  # what is more probable than each
-    return torch.zeros_like(probabilities).scatter(-1, order, ordered)
+# --- Randomness ----------------------------------------------------------------------------------
+
+
+def hash_noise(seed: int, rows: Tensor, columns: int, *salt: int) -> Tensor:
+    """Uniform float64 draws in [0, 1) of shape (len(rows), columns), on the device of `rows`.
+
+    A counter-based generator (SplitMix64, Steele et al. 2014): entry (i, j) depends on (seed, salt,
+    rows[i], j) alone.
+    """
+    key = torch.tensor(seed)
+    for value in salt:
+        key = _mix(key + torch.tensor(value) * GOLDEN)
+    row_keys = _mix(_mix(key + rows * GOLDEN))  # (B,)
+    bits = _mix(row_keys[:, None] + torch.arange(1, columns + 1, device=rows.device) * GOLDEN)
+    return ((bits >> 11) & 0x1FFFFFFFFFFFFF).double() * 2.0**-53  # (B, columns)
+
+
+def _mix(x):
+    """SplitMix64's finaliser on int64 (products wrap, and a mask makes the shifts logical)."""
+    x = (x ^ ((x >> 30) & 0x3FFFFFFFF)) * -0x40A7B892E31B1A47
+    x = (x ^ ((x >> 27) & 0x1FFFFFFFFF)) * -0x6B2FB644ECCEEE15
+    return x ^ ((x >> 31) & 0x1FFFFFFFF)
+
+
+def draw_seed(generator: Generator | None) -> int:
+    """A seed for `hash_noise` from `generator` (PyTorch's global one if None)."""
+    device = getattr(generator, "device", "cpu")
+    return int(torch.randint(2**62, (), generator=generator, device=device))
+
+
+def _rows(x: Tensor, rows: Tensor | None) -> Tensor:
+    return torch.arange(len(x), device=x.device) if rows is None else rows

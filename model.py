@@ -1,4 +1,4 @@
-"""The denoiser: a transformer that sees the whole sequence and predicts every position of it."""
+"""The network: a transformer that sees the whole sequence and predicts every position of it."""
 
 import math
 from dataclasses import dataclass, fields
@@ -10,12 +10,11 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-# On a CPU, PyTorch's fused attention loses to softmax(QK^T)V written out up to this length
-# (docs/LOG.md).
+# On a CPU, softmax(QK^T)V written out beats PyTorch's fused attention up to this length.
 WRITTEN_OUT_UP_TO = 512
-LONGEST = 2**25  # block_size times the width of a head: the tables of positions take half a GiB
+LONGEST = 2**25  # block_size times the width of a head: the rotary tables take half a GiB
 LOGITS_AT_ONCE = 2**27  # of cross-entropies: half a GiB in float32
-TILES = {"cuda": 64}  # matrix products want their sizes in multiples of it
+TILES = {"cuda": 64}  # matrix products are fast where their sizes are multiples of this
 
 
 @dataclass(frozen=True)
@@ -28,53 +27,45 @@ class ModelConfig:
     """
 
     vocab_size: int
-    block_size: int = 128
+    block_size: int = 128  # context: the longest sequence, in tokens
     n_layer: int = 4
     n_head: int = 4
-    n_embd: int = 128
+    n_embd: int = 128  # width of the residual stream
     dropout: float = 0.0
-    tie_weights: bool = True
-    qk_norm: bool = True
-    conv_width: int = 0  # of the short convolutions; 0 for none
+    tie_weights: bool = True  # the head uses the rows of the embedding
+    qk_norm: bool = True  # queries and keys are normalised
+    conv_width: int = 0  # positions that a short convolution sees; 0 for none
     mlp_size: int = 0  # width of the SwiGLU layer; 0 for 8/3 of n_embd
     norm_eps: float = 1e-5  # of the RMSNorms
-    rope_base: float = 10000.0  # of the rotary embedding: its longest wave, over 2 pi
+    rope_base: float = 10000.0  # longest wavelength of the rotary embedding, over 2 pi
     rope_rounded: bool = False  # its tables in the precision of bfloat16
-    causal: bool = False  # the autoregressive control: position i is predicted from those before it
+    causal: bool = False  # autoregressive: position i is predicted from the positions before it
 
     def __post_init__(self):
         for field in fields(self):
             value, kind = getattr(self, field.name), field.type
             if type(value) is not kind and (type(value), kind) != (int, float):
                 raise ValueError(f"model.{field.name}={value!r} is not of type {kind.__name__}")
-        for name in ("vocab_size", "block_size", "n_layer", "n_head", "n_embd"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"model.{name}={getattr(self, name)} must be at least 1")
-        if self.n_embd % self.n_head:
-            raise ValueError(
-                f"model.n_embd={self.n_embd} is not divisible by model.n_head={self.n_head}: "
-                f"choose a multiple of {self.n_head}"
-            )
-        if self.head_size % 2:
-            raise ValueError(
-                f"model.n_embd / model.n_head = {self.head_size} is odd, but rotary embeddings "
-                "turn pairs: choose an even head width"
-            )
-        if self.block_size * self.head_size > LONGEST:
-            raise ValueError(
-                f"model.block_size={self.block_size} is too long: choose at most "
-                f"{LONGEST // self.head_size} for heads of width {self.head_size}"
-            )
-        if self.conv_width < 0 or (self.conv_width and self.conv_width % 2 == 0):
-            raise ValueError(
-                f"model.conv_width={self.conv_width} must be odd, for as many neighbours on each "
-                "side, or 0 for none"
-            )
-        for name, least in (("mlp_size", 0), ("norm_eps", 0), ("rope_base", 1)):
-            if getattr(self, name) < least:
-                raise ValueError(f"model.{name}={getattr(self, name)} must be at least {least}")
-        if not 0 <= self.dropout < 1:
-            raise ValueError(f"model.dropout={self.dropout} must lie in [0, 1)")
+        least = dict.fromkeys(("vocab_size", "block_size", "n_layer", "n_head", "n_embd"), 1)
+        least |= {"conv_width": 0, "mlp_size": 0, "norm_eps": 0, "rope_base": 1, "dropout": 0}
+        for name, limit in least.items():
+            if not limit <= getattr(self, name) < math.inf:
+                raise ValueError(f"model.{name}={getattr(self, name)} must be at least {limit}")
+        K = self.head_size
+        wrong = {
+            f"model.n_embd={self.n_embd} is not divisible by model.n_head={self.n_head}: "
+            f"choose a multiple of {self.n_head}": self.n_embd % self.n_head,
+            f"model.n_embd / model.n_head = {K} is odd, but rotary embeddings turn pairs: "
+            "choose an even head width": K % 2,
+            f"model.block_size={self.block_size} times the head width {K} must be at most "
+            f"{LONGEST}: choose a smaller block": self.block_size * K > LONGEST,
+            f"model.conv_width={self.conv_width} must be odd, for as many neighbours on each "
+            "side, or 0 for none": self.conv_width and self.conv_width % 2 == 0,
+            f"model.dropout={self.dropout} must lie in [0, 1)": self.dropout >= 1,
+        }
+        for message, is_wrong in wrong.items():
+            if is_wrong:
+                raise ValueError(message)
 
     @property
     def mask_id(self) -> int:
@@ -95,11 +86,12 @@ def rope_tables(
 ) -> tuple[Tensor, Tensor]:
     """Cosines and sines of the rotary embedding (arXiv 2104.09864), each (length, head_size / 2).
 
-    Always float32: in bfloat16 the angles of neighbouring positions collapse. `rounded` takes the
-    nearest that bfloat16 can say of each cosine and sine, for networks that were trained so.
+    Always float32: in bfloat16 the angles of neighbouring positions collapse. `rounded` rounds each
+    cosine and sine to bfloat16, for networks that were trained so.
     """
-    count = partial(torch.arange, dtype=torch.float64, device="cpu")  # even for a meta model
-    angles = torch.outer(count(length), base ** (-count(0, head_size, 2) / head_size))
+    with torch.device("cpu"):  # also where the model is built on the meta device
+        frequencies = base ** (-torch.arange(0, head_size, 2, dtype=torch.float64) / head_size)
+        angles = torch.outer(torch.arange(length, dtype=torch.float64), frequencies)
     cos, sin = angles.cos().float(), angles.sin().float()
     return (cos.bfloat16().float(), sin.bfloat16().float()) if rounded else (cos, sin)
 
@@ -124,8 +116,8 @@ def attend(q: Tensor, k: Tensor, v: Tensor, causal: bool = False) -> Tensor:
 class ShortConvolution(nn.Module):
     """x (B, L, D) plus, channel by channel, a weighted sum of its `conv_width` nearest positions.
 
-    Letters make words without attention having to find the neighbours first (Primer, arXiv
-    2109.08668). It begins as the identity. A causal one looks back only.
+    It mixes neighbours before attention has learnt to find them (Primer, arXiv 2109.08668). It
+    starts as the identity. A causal one looks back only.
     """
 
     def __init__(self, config: ModelConfig):
@@ -194,12 +186,12 @@ class Block(nn.Module):
 class Transformer(nn.Module):
     """Ids with masks (B, L) in, logits (B, L, V) out; L may be anything up to `block_size`.
 
-    No causal mask, and no input for the time t: the share of masks in the input says it (RADD,
-    arXiv 2406.03736). The embedding has V + 1 rows, the last for the mask; the head has V, so that
-    the mask cannot be predicted.
+    No causal mask, and no input for the time t: the share of masked tokens tells it (RADD, arXiv
+    2406.03736). The embedding has V + 1 rows, the last for the mask; the head has V, so that the
+    mask cannot be predicted.
 
-    With `config.causal` it is an autoregressive network behind the same interface: the answer at
-    position i sees the ids before i only, the mask's row standing for the beginning of the text.
+    With `config.causal` it is an autoregressive network behind the same interface: the prediction
+    at position i sees the ids before i only, and the mask's row stands for the start of the text.
     """
 
     def __init__(self, config: ModelConfig):
@@ -212,9 +204,10 @@ class Transformer(nn.Module):
             None if config.tie_weights else nn.Linear(config.n_embd, config.vocab_size, bias=False)
         )
         self.dropout = nn.Dropout(config.dropout)
-        self.recompute = False  # blocks in the backward pass, to keep no activations inside them
-        rope = (config.head_size, config.rope_base, config.rope_rounded)
-        cos, sin = rope_tables(config.block_size, *rope)
+        self.recompute = False  # activation checkpointing: blocks again in the backward pass
+        cos, sin = rope_tables(
+            config.block_size, config.head_size, config.rope_base, config.rope_rounded
+        )
         self.register_buffer("cos", cos, persistent=False)
         self.register_buffer("sin", sin, persistent=False)
         self.initialise()
@@ -224,7 +217,7 @@ class Transformer(nn.Module):
         return self.cos.device
 
     def initialise(self) -> None:
-        """Normal weights of deviation 0.02, less by depth where they write to the residual."""
+        """Normal weights of deviation 0.02, divided by sqrt(2 n_layer) before the residual sum."""
         for name, parameter in self.named_parameters():
             if parameter.ndim == 2:
                 depth = 2 * self.config.n_layer if name.endswith("out.weight") else 1
@@ -270,30 +263,26 @@ class Transformer(nn.Module):
     ) -> Tensor:
         """Logits (B, L, V); given `targets` and `where` (B, L), cross-entropies (B, L) in nats.
 
-        The cross-entropies are float32, 0 outside `where`, and logits are built for the positions
-        in `where` alone, no more than `LOGITS_AT_ONCE` of them: beyond that in chunks, which the
-        backward pass computes again. `capacity` fixes how many positions are computed (static
-        shapes for torch.compile, no wait for the GPU): positions beyond it are left out of the
-        result, so it has to be an upper bound on their number.
+        The cross-entropies are float32, 0 outside `where`; logits are built for the positions in
+        `where` alone, at most `LOGITS_AT_ONCE` of them at a time. `capacity`, an upper bound on the
+        number of those positions, gives static shapes: for torch.compile, and for a GPU that need
+        not wait to learn their number. Positions beyond it are left out.
         """
-        hidden = self.hidden(xt)
+        hidden = self.hidden(xt)  # (B, L, D)
         if targets is None:
             return self.logits(hidden)
-        size, rows = where.numel(), where.flatten()
         if capacity is None:
-            rows = rows.nonzero().squeeze(1)
-        else:  # slots that stay unused point at one position past the end, which is cut off again
-            rows = rows.nonzero_static(size=capacity, fill_value=size).squeeze(1)
-        read = rows.clamp(max=size - 1)
-        nll = self.in_chunks(hidden.flatten(0, 1)[read], targets.flatten()[read])
-        spread = nll.new_zeros(size + 1).index_put((rows,), nll)[:size].view_as(xt)
-        return spread.clone()  # FSDP warns of views, which must not be changed in place
-
-    def in_chunks(self, hidden: Tensor, targets: Tensor) -> Tensor:
-        """`cross_entropy` with no more than `LOGITS_AT_ONCE` logits at any time."""
-        rows = max(1, LOGITS_AT_ONCE // self.config.vocab_size)
-        if len(targets) <= rows:
-            return self.cross_entropy(hidden, targets)
-        chunks = zip(hidden.split(rows), targets.split(rows), strict=True)
-        again = {"use_reentrant": False, "preserve_rng_state": False}
-        return torch.cat([checkpoint(self.cross_entropy, *chunk, **again) for chunk in chunks])
+            chosen = where.flatten().nonzero()
+        else:
+            chosen = where.flatten().nonzero_static(size=capacity)  # -1 in unused slots
+        used, chosen = chosen[:, 0] >= 0, chosen[:, 0].clamp(min=0)  # (N,)
+        hidden, targets = hidden.flatten(0, 1)[chosen], targets.flatten()[chosen]
+        rows, cross_entropy = LOGITS_AT_ONCE // self.config.vocab_size, self.cross_entropy
+        if len(targets) > rows:  # in chunks, which the backward pass computes again
+            cross_entropy = partial(
+                checkpoint, cross_entropy, use_reentrant=False, preserve_rng_state=False
+            )
+        nll = torch.cat(list(map(cross_entropy, hidden.split(rows), targets.split(rows))))
+        nll = torch.where(used, nll, 0.0)
+        flat = nll.new_zeros(where.numel()).index_add(0, chosen, nll)
+        return flat.view_as(xt).clone()  # FSDP warns of a view, which must not be changed in place

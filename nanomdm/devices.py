@@ -1,0 +1,116 @@
+"""Device, precision and torch.compile."""
+
+import math
+import os
+import shutil
+import sys
+import sysconfig
+from collections.abc import Callable
+from contextlib import nullcontext
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from .errors import UserError
+
+WORTH_COMPILING = 500  # steps on a CPU after which the start-up time is earned back (docs/LOG.md)
+
+
+def pick_device(name: str, local_rank: int = 0) -> torch.device:
+    """`auto` takes the first of cuda, mps, cpu; each process of a machine gets a GPU of its own.
+
+    Raises `UserError` for a device that is not there.
+    """
+    available = [kind for kind in ("cuda", "mps") if getattr(torch, kind).is_available()] + ["cpu"]
+    name = available[0] if name == "auto" else name
+    if name == "cuda" and local_rank:
+        name = f"cuda:{local_rank}"
+    cards = [f"cuda:{i}" for i in range(torch.cuda.device_count())]
+    if name not in available + cards:
+        raise UserError(f"system.device={name} is not there: choose auto or {', '.join(available)}")
+    return torch.device(name)
+
+
+def pick_dtype(name: str, device: torch.device, training: bool) -> torch.dtype:
+    """`auto` is bfloat16 in training where the hardware multiplies it natively, else float32.
+
+    Sampling and evaluation stay in float32, so that a result does not depend on the batch size or
+    the machine beyond rounding.
+    """
+    if name != "auto":
+        return getattr(torch, name)
+    return torch.bfloat16 if training and _multiplies_bfloat16(device) else torch.float32
+
+
+def _multiplies_bfloat16(device: torch.device) -> bool:
+    if device.type == "cuda":
+        return torch.cuda.get_device_capability(device) >= (8, 0)
+    if device.type == "cpu" and hasattr(torch.cpu, "get_capabilities"):  # not in every torch 2
+        has = torch.cpu.get_capabilities()
+        intel = "intel" in str(has.get("cpu_name")).lower()  # half the speed of its float32
+        return bool(has.get("amx_bf16") or has.get("avx512_bf16") and not intel)
+    return False
+
+
+def autocast(device: torch.device, dtype: torch.dtype):
+    """Mixed precision: matrix products in `dtype`, weights and sums in float32."""
+    return nullcontext() if dtype == torch.float32 else torch.autocast(device.type, dtype)
+
+
+def move(ids: Tensor, device: torch.device) -> Tensor:
+    """ids on the device, by a copy that does not wait for the GPU's queue to run empty."""
+    return (
+        ids.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else ids.to(device)
+    )
+
+
+def masked_capacity(p_mask: Tensor, L: int, n: int) -> int:
+    """How many tokens a part of a batch of n rows masks at most: shapes that never change.
+
+    `p_mask` (B, 1) are the masking probabilities at the middle of the rows' strata. The mean and
+    six standard deviations, exceeded once in 1e9 batches. The variance is that of the masks, L p
+    (1 - p) a row, and that of the times within their strata.
+    """
+    variance = L * (p_mask * (1 - p_mask)).sum() + L**2 * len(p_mask) / (12 * n**2)
+    return min(len(p_mask) * L, math.ceil(L * p_mask.sum() + 6 * variance.sqrt()))
+
+
+# --- torch.compile -------------------------------------------------------------------------------
+
+
+def pays_to_compile(setting: str, device: torch.device, steps: int) -> bool:
+    """`auto`: always on a GPU; on a CPU where there is a C++ compiler and the run is long enough."""
+    if setting != "auto" or device.type != "cpu":
+        return setting == "true" or (setting == "auto" and device.type == "cuda")
+    compiler = shutil.which(os.environ.get("CXX", "g++")) or shutil.which("clang++")
+    headers = Path(sysconfig.get_path("include"), "Python.h").exists()
+    return bool(compiler) and headers and steps >= WORTH_COMPILING
+
+
+def compile_parts(model: nn.Module) -> None:
+    """torch.compile, in place, of a block (one compilation serves all) and of a GPU's large head.
+
+    Parts and not the whole: it starts sooner, and leaves the hooks of FSDP and DDP where they are.
+    """
+    for block in model.blocks:
+        block.forward = torch.compile(block.forward, fullgraph=True, dynamic=False)
+    if model.device.type == "cuda":
+        model.cross_entropy = torch.compile(model.cross_entropy, fullgraph=True, dynamic=False)
+
+
+def eager_if_compiling_fails(step: Callable) -> Callable:
+    """A training step that goes on without torch.compile from the first failure of it."""
+    from torch._dynamo.exc import TorchDynamoException  # a second, which few commands need
+
+    def attempt(run):
+        try:
+            return step(run)
+        except TorchDynamoException as error:
+            print(
+                f"torch.compile failed ({type(error).__name__}): going on without", file=sys.stderr
+            )
+            torch.compiler.set_stance("force_eager")
+            return step(run)
+
+    return attempt

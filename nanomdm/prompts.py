@@ -1,0 +1,110 @@
+"""Prompts: templates with blanks, as canvases; windows of texts that are longer than the context."""
+
+import re
+from collections import defaultdict
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .errors import UserError
+
+BLANK = re.compile(r"(?<!\\)(\\*)\[MASK(?:\*(\d+))?\]")
+
+
+class Canvas(NamedTuple):
+    """A text with masked positions: ids (N,), and which of them are to be filled (N,)."""
+
+    ids: Tensor
+    is_masked: Tensor
+
+
+def read_prompts(prompt: str, path: str) -> list[str]:
+    """The one `prompt`, or the lines of the file `path` that are not blank."""
+    if not path:
+        return [prompt]
+    if prompt:
+        raise UserError("prompt and prompt_file are both given: leave one of them out")
+    try:
+        lines = Path(path).read_text(encoding="utf-8-sig").split("\n")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"cannot read prompt_file={path} ({error}): name a UTF-8 text") from error
+    if not any(line.strip() for line in lines):
+        raise UserError(f"prompt_file={path} holds no prompt: write one a line")
+    return [line for line in lines if line.strip()]
+
+
+def parse(prompt: str) -> list[str | int]:
+    r"""The texts of a prompt and, between them, its blanks as their numbers of tokens.
+
+    [MASK] is a blank of one token, [MASK*n] one of n. A backslash before it makes it text, and two
+    are one backslash before a blank.
+    """
+    pieces, text, end = [], "", 0
+    for match in BLANK.finditer(prompt):
+        slashes, count = match[1], int(match[2] or 1)
+        text += prompt[end : match.start()] + slashes[: len(slashes) // 2]
+        end = match.end()
+        if len(slashes) % 2:
+            text += match[0].lstrip("\\")
+        elif count:
+            pieces, text = [*pieces, text, count], ""
+        else:
+            raise UserError(f"prompt holds {match[0]}: a blank has at least one token")
+    return [*pieces, text + prompt[end:]]
+
+
+def make_canvas(prompt: str, length: int, tokenizer, context: int) -> Canvas:
+    """The canvas of a template with blanks, or of a prompt that a text begins with.
+
+    A prompt without blanks is continued up to `length` tokens (0: the model's `context`). Raises
+    `UserError` where it does not fit, and for a length beside blanks, which have their own.
+    """
+    pieces, ids, is_masked = parse(prompt), [], []
+    for piece in pieces:
+        is_blank = isinstance(piece, int)
+        new = torch.zeros(piece, dtype=torch.long) if is_blank else tokenizer.encode(piece)
+        ids.append(torch.as_tensor(new))
+        is_masked.append(torch.full((len(new),), is_blank))
+    ids, is_masked = torch.cat(ids), torch.cat(is_masked)
+    if len(pieces) > 1:
+        if length:
+            raise UserError(
+                f"sampling.length={length} does not go with [MASK] in the prompt, which says how "
+                "many tokens are missing: leave it out"
+            )
+        return Canvas(ids, is_masked)
+    rest = (length or context) - len(ids)
+    if rest < 0:
+        name = "sampling.length" if length else "model.block_size"
+        raise UserError(
+            f"prompt has {len(ids)} tokens but {name} is {len(ids) + rest}: shorten the prompt or "
+            "set a larger sampling.length"
+        )
+    return Canvas(F.pad(ids, (0, rest)), F.pad(is_masked, (0, rest), value=True))
+
+
+def batches(canvases: list[Canvas], size: int = 64) -> Iterator[tuple[list[int], Tensor, Tensor]]:
+    """(numbers of the canvases, ids (B, N), is_masked (B, N)), each of canvases of one length.
+
+    Attention goes both ways and would see padding.
+    """
+    by_length = defaultdict(list)
+    for number, canvas in enumerate(canvases):
+        by_length[len(canvas.ids)].append(number)
+    for numbers in by_length.values():
+        for i in range(0, len(numbers), size):
+            rows = numbers[i : i + size]
+            yield rows, *map(torch.stack, zip(*(canvases[row] for row in rows), strict=True))
+
+
+def windows(length: int, context: int) -> list[slice]:
+    """The parts of a text in which it is filled, one after the other.
+
+    Each begins with half of the one before as its prompt.
+    """
+    last, half = max(0, length - context), max(1, context // 2)
+    return [slice(min(a, last), min(a, last) + context) for a in range(0, last + half, half)]

@@ -1,0 +1,232 @@
+"""Sampling strategies: which masked positions a step of the reverse process reveals.
+
+A strategy is a function from a `diffusion.State` to the positions (B, L) to reveal in this step. Its
+own settings are further arguments, which `sampling.options` sets by name. To add one, write the
+function and its entry in STRATEGIES; `diffusion.sample(strategy=f)` takes any function, too. A
+strategy that is `adaptive` ignores `steps`: it reveals at least one position in each step, and goes
+on until none is masked.
+"""
+
+import inspect
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial, update_wrapper
+
+import torch
+from torch import Generator, Tensor
+
+GOLDEN_RATIO = (1 + math.sqrt(5)) / 2
+
+
+def adaptive(strategy: Callable) -> Callable:
+    """Mark a strategy that takes as many steps as it needs."""
+    strategy.adaptive = True
+    return strategy
+
+
+# --- Positions in random order -------------------------------------------------------------------
+
+
+def spread(state) -> Tensor:
+    """As many as `stochastic`, but far apart, since neighbours depend on each other most.
+
+    A low-discrepancy order with a random start, as in the Halton scheduler for images (arXiv
+    2503.17076): position i waits for the time (u + i / golden ratio) mod 1.
+    """
+    positions = torch.arange(state.xt.size(1), device=state.xt.device)
+    times = (state.noise[:, :1] + positions * (GOLDEN_RATIO - 1)) % 1
+    return state.is_masked & (times >= state.s)
+
+
+@adaptive
+def first_hitting(state) -> Tensor:
+    """One uniformly random position (Zheng et al., arXiv 2409.02908)."""
+    return state.best(state.noise, 1)
+
+
+def remask(state, remask_rate: float = 0.05) -> Tensor:
+    """As `stochastic`, but each revealed token is masked again with probability sigma.
+
+    sigma = min(remask_rate, s / (1 - t)). A masked position stays masked with probability
+    (s - sigma (1 - t)) / t, so that at time s the share s is masked (ReMDM, arXiv 2503.00307).
+    """
+    t, s = 1 - state.index / state.steps, state.s
+    sigma = min(remask_rate, s / (1 - t)) if state.index else 0.0
+    stays = max(0.0, (s - sigma * (1 - t)) / t)
+    revealed = state.is_masked & (state.noise >= stays)
+    # What waits has noise below `stays`: divided by it, it is uniform in [0, 1) for the next step.
+    state.noise.copy_(torch.where(state.is_masked, state.noise / stays, state.noise))
+    if sigma:
+        u, noise, token_noise = state.more_noise(3 * state.xt.size(1), 2, state.index).chunk(3, 1)
+        state.again = again = state.block & ~state.is_masked & (u < sigma)
+        state.noise.copy_(torch.where(again, noise, state.noise))
+        state.token_noise.copy_(torch.where(again, token_noise, state.token_noise))
+    return revealed
+
+
+# --- Positions by what the network predicts, or from left to right -------------------------------
+
+
+@adaptive
+def left_to_right(state) -> Tensor:
+    """The leftmost position: how an autoregressive network is sampled."""
+    return state.best(torch.zeros_like(state.noise), 1)
+
+
+def margin(state) -> Tensor:
+    """The largest gap between the two most probable tokens (Kim et al., arXiv 2502.06768)."""
+    return _in_quota(state, _gap)
+
+
+def entropy(state) -> Tensor:
+    """The lowest entropy of the prediction (Dream, arXiv 2508.15487)."""
+    return _in_quota(state, _negative_entropy)
+
+
+@adaptive
+def threshold(state, threshold: float = 0.9) -> Tensor:
+    """All whose top probability exceeds the threshold, and the best (Fast-dLLM, 2505.22618)."""
+    top = state.logits.softmax(dim=-1).amax(dim=-1)
+    return state.best(top, 1) | state.is_masked & (top > threshold)
+
+
+@adaptive
+def eb(state, gamma: float = 0.1) -> Tensor:
+    """By rising entropy H, as many as keep sum H - max H <= gamma (EB-sampler, 2505.24857)."""
+    score = _negative_entropy(state.logits.softmax(dim=-1))
+    entropies = (-score).masked_fill(~state.is_masked, math.inf).sort(dim=1).values
+    costs = entropies.cumsum(dim=1) - entropies  # nan where none is masked
+    return state.best(score, (costs <= gamma).sum(dim=1, keepdim=True))
+
+
+def _in_quota(state, score: Callable[[Tensor], Tensor]) -> Tensor:
+    """The best by `score`(probabilities (B, L, V)) -> (B, L), M / K of M in each of K steps."""
+    if not state.quota.any():
+        return torch.zeros_like(state.is_masked)
+    return state.best(score(state.logits.softmax(dim=-1)), state.quota)
+
+
+def _gap(p: Tensor) -> Tensor:
+    return p.amax(dim=-1) - p.topk(min(2, p.size(-1))).values[..., 1:].sum(dim=-1)
+
+
+def _negative_entropy(p: Tensor) -> Tensor:
+    return -torch.special.entr(p).sum(dim=-1)
+
+
+STRATEGIES = {
+    "stochastic": "stochastic",  # these two are diffusion.py's own
+    "confidence": "confidence",
+    "spread": spread,
+    "first_hitting": first_hitting,
+    "remask": remask,
+    "left_to_right": left_to_right,
+    "margin": margin,
+    "entropy": entropy,
+    "threshold": threshold,
+    "eb": eb,
+}
+# What can be said of -log p of a sample under its own sampler: it has an exact value where the
+# choice of positions is a function of the state, an upper bound where it is random.
+EXACT, BOUND, NONE = "exact likelihood", "upper bound on the likelihood", "no likelihood"
+LIKELIHOODS = dict.fromkeys(STRATEGIES, EXACT) | {
+    "stochastic": BOUND,
+    "spread": BOUND,
+    "first_hitting": BOUND,
+    "remask": NONE,
+}
+
+
+# --- Predictions changed -------------------------------------------------------------------------
+
+
+def keep_likeliest(probabilities: Tensor, top_k: int = 0, top_p: float = 1.0) -> Tensor:
+    """Zero all of (N, V) but the `top_k` likeliest (0: all) and, of them, the fewest that reach
+    `top_p` of what they have, the crossing one kept."""
+    ordered, order = probabilities.sort(dim=-1, descending=True, stable=True)
+    if top_k:
+        ordered[:, top_k:] = 0
+        ordered /= ordered.sum(dim=-1, keepdim=True)
+    if top_p < 1:
+        ordered *= ordered.cumsum(dim=-1) - ordered < top_p  # what is more probable than each
+    return torch.zeros_like(probabilities).scatter(-1, order, ordered)
+
+
+def guided(model: Callable, is_masked: Tensor, mask_id: int, guidance: float) -> Callable:
+    """(1 + w) logits(canvas) - w logits(canvas without its context), w = `guidance`.
+
+    Away from what is predicted without the prompt: unsupervised guidance (SMDM, arXiv 2410.18514).
+    """
+
+    def logits(xt: Tensor) -> Tensor:
+        prediction, blind = model(xt).float(), model(xt.masked_fill(~is_masked, mask_id)).float()
+        return prediction + guidance * (prediction - blind)
+
+    return logits
+
+
+# --- Settings ------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Sampler:
+    """`diffusion.sample` with the settings of a run."""
+
+    sample: Callable
+    name: str  # of the strategy
+    settings: dict  # arguments of `sample`
+    guidance: float = 0.0
+
+    @property
+    def label(self) -> str:
+        """What can be said of the likelihood of a sample."""
+        return LIKELIHOODS.get(self.name, "likelihood not stated")
+
+    def fill(self, model, canvas: Tensor, is_masked: Tensor, **options):
+        """`sample` of a canvas (B, L) on the model's device; guidance takes two calls for one."""
+        network, device, mask_id = model, model.device, model.config.mask_id
+        if device.type == "mps":  # it has no float64: only the network runs there
+            network, device = lambda xt: model(xt.to(model.device)).cpu(), torch.device("cpu")
+        canvas, is_masked = canvas.to(device), is_masked.to(device)
+        guidance = 0.0 if is_masked.all() else self.guidance
+        if guidance:
+            network = guided(network, is_masked, mask_id, guidance)
+        options = self.settings | {"is_masked": is_masked, "mask_id": mask_id} | options
+        if options.get("rows") is not None:
+            options["rows"] = options["rows"].to(device)
+        sampled = self.sample(network, canvas, **options)
+        return sampled._replace(calls=sampled.calls * (2 if guidance else 1))
+
+    def text(self, model, tokenizer, generator: Generator) -> str:
+        """One text of the model's context's length, from masks alone."""
+        is_masked = torch.ones((1, model.config.block_size), dtype=torch.bool)
+        sampled = self.fill(model, is_masked.long(), is_masked, generator=generator)
+        return tokenizer.decode(sampled.ids[0].tolist())
+
+
+def from_config(section, sample: Callable, causal: bool = False) -> Sampler:
+    """The `Sampler` of a `sampling` section; an autoregressive network goes from left to right.
+
+    `sample` is `diffusion.sample`. Raises `ValueError` for a strategy or an option that is unknown
+    or out of its range.
+    """
+    name, options = "left_to_right" if causal else section.strategy, dict(section.options)
+    if name not in STRATEGIES:
+        raise ValueError(f"sampling.strategy={name} is unknown: choose {', '.join(STRATEGIES)}")
+    strategy = STRATEGIES[name]
+    general = {option: options.pop(option, 0) for option in ("top_k", "guidance", "block_length")}
+    taken = list(inspect.signature(strategy).parameters)[1:] if callable(strategy) else []
+    for option in options:
+        if option not in taken:
+            raise ValueError(
+                f"sampling.options.{option} is no option of {name}: choose "
+                f"{', '.join([*taken, *general])}"
+            )
+    if options:
+        strategy = update_wrapper(partial(strategy, **options), strategy)
+    settings = {"strategy": strategy, "steps": section.steps, "temperature": section.temperature}
+    settings["block_length"] = general["block_length"]
+    if general["top_k"] or section.top_p < 1:
+        settings["truncate"] = partial(keep_likeliest, top_k=general["top_k"], top_p=section.top_p)
+    return Sampler(sample, name, settings, general["guidance"])
