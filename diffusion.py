@@ -45,7 +45,7 @@ def mask_tokens(
     data may hold that id.
     """
     noise = hash_noise(draw_seed(generator), _rows(x0, rows), x0.size(1))
-    is_masked = (noise < p_mask).to(x0.device)
+    is_masked = (noise < p_mask).to(x0.device)  # (B, L)
     return x0.masked_fill(is_masked, mask_id), is_masked
 
 
@@ -60,26 +60,25 @@ def masked_diffusion_loss(
     generator: Generator | None = None,
     eps: float = 1e-3,
     weighting: float = 1.0,
-    rows: Tensor | None = None,
-    global_batch_size: int | None = None,
+    share: tuple[Tensor, int] | None = None,
     nll: Callable | None = None,
 ) -> Tensor:
     """The training loss E_t[ sum of CE over the masked tokens / p_mask(t) ] / L, nats per token.
 
-    x0 (B, L) are clean ids. The times are stratified over the global batch: row i has t uniform in
-    [i / n, (i + 1) / n), n = `global_batch_size` and i = `rows` where x0 is a part of a larger
-    batch (give both), else n = B and i = 0 ... B - 1. The sum is divided by L, not by the number of
-    masked tokens: that mean would be no likelihood bound (SMDM, arXiv 2410.18514; LLaDA,
-    2502.09992).
+    x0 (B, L) are clean ids. The times are stratified over the batch: row i of n has t uniform in
+    [i / n, (i + 1) / n). Where x0 is a `share` (rows (B,), n) of a larger batch, these are its rows
+    in it. The sum is divided by L, not by the number of masked tokens: that mean would be no
+    likelihood bound (SMDM, arXiv 2410.18514; LLaDA, 2502.09992).
 
     A `weighting` g below 1 is another objective, which learns faster: the weight (2 - g) / p_mask^g
     counts rows with few masks less. Its factor keeps the scale: a loss of c nats at every masked
     token is c. `nll(xt, x0, is_masked)` -> (B, L) replaces `nll_from_logits` for a model that
-    computes its own cross-entropies, as a `Transformer` does.
+    computes its own cross-entropies, as a `Transformer` does. Raises `ValueError`.
     """
+    if not 0 <= weighting <= 1:
+        raise ValueError(f"{weighting=} must lie in [0, 1]; 1 is the weight of the bound")
     nll = nll or partial(nll_from_logits, model)
-    rows = _rows(x0, rows)
-    n = global_batch_size or len(rows)
+    rows, n = share or (_rows(x0, None), len(x0))
     t = (rows[:, None] + hash_noise(draw_seed(generator), rows, 1)) / n  # (B, 1)
     p_mask = mask_probability(t, eps)
     xt, is_masked = mask_tokens(x0, p_mask, mask_id, generator, rows)
@@ -113,7 +112,7 @@ def any_order(u: Tensor, noise: Tensor) -> Iterator:
     """
     M = (noise < 1).sum(dim=1)
     masked = (u * M).long() + 1
-    hidden = noise.argsort(dim=1).argsort(dim=1) < masked[:, None]
+    hidden = noise.argsort().argsort() < masked[:, None]
     yield hidden, hidden, M.double() / masked
 
 
@@ -242,7 +241,7 @@ class State:
     def best(self, score: Tensor, count: Tensor | int) -> Tensor:
         """The `count` (B, 1) masked positions of the highest `score`; of equals, the leftmost."""
         score = score.masked_fill(~self.is_masked, -math.inf)
-        ranks = score.argsort(dim=1, descending=True, stable=True).argsort(dim=1)
+        ranks = score.argsort(descending=True, stable=True).argsort()
         return self.is_masked & (ranks < count)
 
 
@@ -365,8 +364,9 @@ def _mix(x):
 
 def draw_seed(generator: Generator | None) -> int:
     """A seed for `hash_noise` from `generator` (PyTorch's global one if None)."""
-    device = getattr(generator, "device", "cpu")
-    return int(torch.randint(2**62, (), generator=generator, device=device))
+    return int(
+        torch.randint(2**62, (), generator=generator, device=getattr(generator, "device", None))
+    )
 
 
 def _rows(x: Tensor, rows: Tensor | None) -> Tensor:

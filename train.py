@@ -75,8 +75,7 @@ def training_step(run: "Run") -> tuple[Tensor, Tensor]:
                     mask_id=shape.mask_id,
                     generator=generator(seed, "masks", run.step),
                     weighting=run.config.diffusion.weighting,
-                    rows=rows,
-                    global_batch_size=B,
+                    share=(rows, B),
                     nll=partial(run.forward, capacity=run.capacity),
                 )
         run.scaler.scale(loss / parts).backward()

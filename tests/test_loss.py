@@ -11,9 +11,7 @@ from problems import (
     CHAIN_TEXT,
     LOOP,
     arbitrary_network,
-    chi_square_z,
     cost_at,
-    costs_per_token,
     cross_entropies,
     exact_denoiser,
     expected_costs,
@@ -60,7 +58,7 @@ def masks(B: int, L: int, seed: int, **settings) -> torch.Tensor:
         torch.zeros(B, L, dtype=torch.long),
         mask_id=1,
         generator=seeded(seed),
-        nll=lambda model, xt, x0, is_masked: seen.append(is_masked) or x0.float(),
+        nll=lambda xt, x0, is_masked: seen.append(is_masked) or x0.float(),
         **settings,
     )
     return seen[0]
@@ -185,7 +183,7 @@ def test_all_tokens_of_a_row_have_the_weight_of_one_time():
 
 def test_a_part_of_a_batch_has_the_times_that_its_rows_have_in_the_whole():
     rows = torch.arange(1, 12, 3)
-    part = times(4, rows=rows, global_batch_size=12)
+    part = times(4, share=(rows, 12))
     torch.testing.assert_close(part, times(12)[rows], rtol=0, atol=1e-12)
 
 
@@ -199,8 +197,7 @@ def test_the_mean_over_the_interleaved_parts_of_a_batch_is_the_loss_of_the_whole
             x0[rows],
             mask_id=LOOP.V,
             generator=seeded(5),
-            rows=rows,
-            global_batch_size=12,
+            share=(rows, 12),
         ).item()
 
     mean = sum(loss(torch.arange(part, 12, parts)) for part in range(parts)) / parts
@@ -277,7 +274,7 @@ def test_the_loss_of_a_network_that_knows_nothing_averages_to_ln_v(B, batches):
 def test_the_loss_is_the_sum_over_the_masked_divided_by_p_and_by_all_tokens():
     x0, model, seen = LOOP.draw(32, 0), arbitrary_network(LOOP), []
 
-    def nll(model, xt, x0, is_masked):
+    def nll(xt, x0, is_masked):
         seen.append(cross_entropies(model, xt, x0, is_masked))
         return seen[0]
 
@@ -296,69 +293,13 @@ def test_the_logits_at_visible_positions_have_a_gradient_of_exactly_zero():
     assert torch.equal((logits.grad != 0).any(dim=-1), seen[0] == 5)
 
 
-# --- Counts instead of coins ---------------------------------------------------------------------
-
-
-def masked_counts(n: int, L: int, seed: int) -> torch.Tensor:
-    """How many tokens of each row (n,) are masked under diffusion.masking=count."""
-    return masks(n, L, seed, masking="count").sum(dim=1)
-
-
-@pytest.mark.parametrize("n", [2, 8, 9])
-def test_two_rows_that_mirror_each_other_have_one_mask_more_than_tokens_in_a_row(n):
-    counts = torch.stack([masked_counts(n, 11, seed) for seed in range(100)])
-    pairs = counts + counts.flip(1)
-    assert (pairs[:, : n // 2] == 11 + 1).all()
-
-
-@pytest.mark.parametrize("n", [1, 4, 5])
-def test_every_count_of_masks_is_equally_likely_in_a_batch(n):
-    drawn = torch.cat([masked_counts(n, 7, seed) for seed in range(1000)]).bincount(minlength=8)
-    assert drawn[0] == 0 and len(drawn) == 8
-    # a row and its mirror are one draw: half as many count; strata make it smaller still
-    assert chi_square_z(drawn[1:] / 2, torch.full((7,), 1 / 7, dtype=torch.float64)) < 4
-
-
-def test_every_subset_of_so_many_masks_is_equally_likely():
-    drawn = torch.cat([masks(60, 4, seed, masking="count") for seed in range(100)])
-    pairs = drawn[drawn.sum(dim=1) == 2]
-    codes = (pairs * torch.tensor([8, 4, 2, 1])).sum(dim=1).bincount(minlength=16)
-    subsets = codes[[3, 5, 6, 9, 10, 12]]
-    assert subsets.sum() == len(pairs)
-    assert abs(chi_square_z(subsets, torch.full((6,), 1 / 6, dtype=torch.float64))) < 4
-
-
-def test_a_row_with_l_masks_has_the_weight_of_all_tokens_over_l():
-    weights = training_weights(8, 5, masking="count")[:, 0]
-    torch.testing.assert_close(weights, 5 / masked_counts(8, 5, seed=0).double(), rtol=1e-6, atol=0)
-
-
-def test_counts_and_coins_have_the_same_expected_loss_but_for_eps():
-    costs = expected_costs(exact_denoiser(CHAIN), CHAIN, diffusion.nll_from_logits)
-    assert costs_per_token(costs).sum().item() == pytest.approx(expected_loss(1e-7), abs=1e-6)
-
-
-@pytest.mark.parametrize("n", [2, 3, 8])
-def test_the_loss_over_counts_averages_to_the_mean_cost_over_the_number_of_masks(n):
-    model = arbitrary_network(CHAIN)
-    expected = costs_per_token(expected_costs(model, CHAIN)).mean().item()
-    losses = [
-        diffusion.masked_diffusion_loss(
-            model, CHAIN.draw(n, seed), mask_id=CHAIN.V, generator=seeded(seed), masking="count"
-        )
-        for seed in range(1000)
-    ]
-    assert z_score(torch.stack(losses), expected) < 4
-
-
 # --- Other weights -------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("g", [0.0, 0.3, 1.0])
-@pytest.mark.parametrize("masking", ["bernoulli", "count"])
-def test_a_weighting_weighs_a_row_by_its_formula(g, masking):
-    p = 1 / training_weights(16, 5, masking=masking)
-    weights = training_weights(16, 5, masking=masking, weighting=g)
+def test_a_weighting_weighs_a_row_by_its_formula(g):
+    p = 1 / training_weights(16, 5)
+    weights = training_weights(16, 5, weighting=g)
     torch.testing.assert_close(weights, (2 - g) / p**g, rtol=1e-6, atol=0)
 
 
@@ -374,56 +315,6 @@ def test_a_weighting_keeps_the_scale_of_a_loss_that_is_the_same_at_every_token(g
     assert z_score(torch.stack(losses), math.log(5)) < 4
 
 
-@pytest.mark.parametrize(
-    "settings, message",
-    [
-        ({"masking": "half"}, "diffusion.masking=half is unknown: choose bernoulli or count"),
-        ({"weighting": 1.5}, r"diffusion.weighting=1.5 must lie in \[0, 1\]"),
-    ],
-)
-def test_a_loss_that_is_not_known_is_refused(settings, message):
-    with pytest.raises(ValueError, match=message):
-        masks(2, 4, 0, **settings)
-
-
-# --- Capacity ------------------------------------------------------------------------------------
-
-
-def capacity(rows: range, length: int, n: int, eps: float = 1e-3, **options) -> int:
-    return diffusion.mask_capacity(torch.tensor(rows), length, n, eps, **options)
-
-
-def test_no_batch_masks_more_tokens_than_the_capacity():
-    most = max(masked_in_a_batch(32, 128, seed) for seed in range(2000))
-    assert most <= capacity(range(32), 128, 32)
-
-
-def test_the_capacity_is_little_more_than_half_of_a_batch():
-    assert capacity(range(32), 128, 32) < 0.6 * 32 * 128
-
-
-@pytest.mark.parametrize("masking", ["bernoulli", "count"])
-def test_the_capacity_is_never_more_than_there_are_tokens(masking):
-    assert capacity(range(1), 2, 1, masking=masking) == 2
-
-
-@pytest.mark.parametrize("part", [0, 7])
-@pytest.mark.parametrize("masking", ["bernoulli", "count"])
-def test_no_interleaved_part_of_a_batch_masks_more_tokens_than_its_capacity(part, masking):
-    rows = range(part, 32, 8)
-    options = {"rows": torch.tensor(rows), "global_batch_size": 32, "masking": masking}
-    most = max(masked_in_a_batch(4, 128, seed, **options) for seed in range(500))
-    assert most <= capacity(rows, 128, 32, masking=masking)
-
-
-def test_a_larger_eps_masks_no_more_tokens_than_its_capacity():
-    most = max(masked_in_a_batch(32, 128, seed, eps=0.1) for seed in range(500))
-    assert most <= capacity(range(32), 128, 32, eps=0.1)
-
-
-@pytest.mark.parametrize("given", [{"rows": torch.tensor([4, 5])}, {"global_batch_size": 8}])
-def test_rows_and_the_size_of_the_global_batch_are_given_together(given):
-    with pytest.raises(ValueError, match="go together"):
-        diffusion.masked_diffusion_loss(
-            zero_logits(2), torch.zeros(2, 4).long(), mask_id=2, **given
-        )
+def test_a_weighting_that_is_out_of_its_range_is_refused():
+    with pytest.raises(ValueError, match=r"weighting=1.5 must lie in \[0, 1\]"):
+        masks(2, 4, 0, weighting=1.5)

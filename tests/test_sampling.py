@@ -1,5 +1,7 @@
 """The reverse process against laws by enumeration, its strategies, draws and random numbers."""
 
+import functools
+import inspect
 import math
 
 import pytest
@@ -19,20 +21,51 @@ from problems import (
 )
 
 import diffusion
+from nanomdm import strategies
 
 PROBLEMS = {"chain": CHAIN, "loop": LOOP}
-STRATEGIES = list(diffusion.STRATEGIES)
-PACED = [name for name, strategy in diffusion.STRATEGIES.items() if strategy.paced]
-UNPACED = [name for name in STRATEGIES if name not in PACED]
+STRATEGIES = list(strategies.STRATEGIES)
+ADAPTIVE = [name for name, f in strategies.STRATEGIES.items() if hasattr(f, "adaptive")]
+FIXED_STEPS = [name for name in STRATEGIES if name not in ADAPTIVE]
 V, L = 5, 12  # of `linear_network`
 
 
-def fill(model, canvas, is_masked, mask_id: int, seed: int = 0, **settings) -> torch.Tensor:
-    """The ids (B, L) of diffusion.sample."""
-    settings = {"strategy": "stochastic", "steps": 128, **settings}
-    return diffusion.sample(
-        model, canvas, is_masked=is_masked, mask_id=mask_id, generator=seeded(seed), **settings
-    ).ids
+def sampled(
+    model,
+    canvas,
+    is_masked,
+    mask_id: int,
+    seed: int | None = 0,
+    strategy: str = "stochastic",
+    top_k: int = 0,
+    top_p: float = 1.0,
+    guidance: float = 0.0,
+    **settings,
+) -> diffusion.Sampled:
+    """`diffusion.sample` with a strategy by its name, its options, truncation and guidance."""
+    function = strategies.STRATEGIES[strategy]
+    known = inspect.signature(function).parameters if callable(function) else {}
+    options = {name: settings.pop(name) for name in OPTIONS & settings.keys()}
+    if options := {name: value for name, value in options.items() if name in known}:
+        function = functools.update_wrapper(functools.partial(function, **options), function)
+    if top_k or top_p < 1:
+        settings["truncate"] = functools.partial(
+            strategies.keep_likeliest, top_k=top_k, top_p=top_p
+        )
+    if guidance:
+        model = strategies.guided(model, is_masked, mask_id, guidance)
+    settings = {"steps": 128, "strategy": function} | settings
+    if seed is not None:
+        settings["generator"] = seeded(seed)
+    return diffusion.sample(model, canvas, is_masked=is_masked, mask_id=mask_id, **settings)
+
+
+OPTIONS = {"threshold", "gamma", "remask_rate"}
+
+
+def fill(*canvas, **settings) -> torch.Tensor:
+    """The ids (B, L) of `sampled`."""
+    return sampled(*canvas, **settings).ids
 
 
 def linear_network(xt: torch.Tensor) -> torch.Tensor:
@@ -189,10 +222,9 @@ def test_the_canvas_and_its_mask_are_left_as_they_are():
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_a_canvas_without_holes_comes_back_without_a_call(strategy):
     canvas, model = prompts(6)[0], Counting(linear_network)
-    sampled = diffusion.sample(
-        model, canvas, is_masked=torch.zeros_like(canvas).bool(), mask_id=V, strategy=strategy
-    )
-    assert torch.equal(sampled.ids, canvas) and sampled.calls == model.calls == 0
+    nowhere = torch.zeros_like(canvas).bool()
+    result = sampled(model, canvas, nowhere, V, strategy=strategy)
+    assert torch.equal(result.ids, canvas) and result.calls == model.calls == 0
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
@@ -216,13 +248,13 @@ def test_without_a_generator_the_global_seed_decides_the_sample():
     def ids(seed: int) -> torch.Tensor:
         torch.manual_seed(seed)
         canvas, is_masked = prompts(6)
-        return diffusion.sample(linear_network, canvas, is_masked=is_masked, mask_id=V).ids
+        return fill(linear_network, canvas, is_masked, V, seed=None)
 
     first, again, other = ids(0), ids(0), ids(1)
     assert torch.equal(first, again) and not torch.equal(first, other)
 
 
-@pytest.mark.parametrize("strategy", PACED)
+@pytest.mark.parametrize("strategy", FIXED_STEPS)
 def test_in_one_step_at_temperature_0_every_hole_gets_its_most_probable_token(strategy):
     canvas, is_masked = prompts(6)
     best = linear_network(canvas.masked_fill(is_masked, V)).argmax(dim=-1)
@@ -230,24 +262,23 @@ def test_in_one_step_at_temperature_0_every_hole_gets_its_most_probable_token(st
     assert torch.equal(ids, torch.where(is_masked, best, canvas))
 
 
-@pytest.mark.parametrize("strategy", UNPACED)
-def test_the_callback_of_an_unpaced_strategy_sees_the_share_of_holes_left(strategy):
-    canvas, is_masked = prompts(6)
+@pytest.mark.parametrize("strategy", ADAPTIVE)
+def test_an_adaptive_strategy_ends_as_soon_as_no_mask_is_left(strategy):
     seen = []
     fill(
         linear_network,
-        canvas,
-        is_masked,
+        *prompts(6),
         V,
+        steps=1,
         strategy=strategy,
-        callback=lambda j, t, xt: seen.append((j, t, (xt == V).sum().item())),
+        callback=lambda j, t, xt: seen.append((j, (xt == V).sum().item())),
     )
-    holes = is_masked.sum().item()
-    assert seen == [(j, left / holes, left) for j, (_, _, left) in enumerate(seen, start=1)]
-    assert seen[-1][1] == 0
+    steps, left = zip(*seen, strict=True)
+    assert steps == tuple(range(1, len(steps) + 1)) and left[-1] == 0 and 0 not in left[:-1]
+    assert sorted(set(left), reverse=True) == list(left)  # something is revealed in each step
 
 
-@pytest.mark.parametrize("strategy", PACED)
+@pytest.mark.parametrize("strategy", FIXED_STEPS)
 def test_the_callback_sees_every_step_at_its_time(strategy):
     seen = []
     canvas, is_masked = prompts(2)
@@ -276,12 +307,9 @@ def test_the_callback_sees_the_result_after_the_last_step(strategy):
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_the_calls_reported_are_those_that_were_made(strategy):
-    canvas, is_masked = prompts(1)
     model = Counting(linear_network)
-    sampled = diffusion.sample(
-        model, canvas, is_masked=is_masked, mask_id=V, steps=20, strategy=strategy
-    )
-    assert sampled.calls == model.calls > 0
+    result = sampled(model, *prompts(1), V, steps=20, strategy=strategy)
+    assert result.calls == model.calls > 0
 
 
 def test_a_step_that_reveals_nothing_does_not_call_the_network():
@@ -302,15 +330,7 @@ def test_one_row_needs_as_many_calls_on_average_as_the_formula_says():
     K = 8
     canvas = torch.full((1, K), 2)
     calls = [
-        diffusion.sample(
-            lambda xt: torch.zeros(*xt.shape, 2),
-            canvas,
-            is_masked=canvas == 2,
-            mask_id=2,
-            strategy="stochastic",
-            steps=K,
-            generator=seeded(seed),
-        ).calls
+        sampled(lambda xt: torch.zeros(*xt.shape, 2), canvas, canvas == 2, 2, seed, steps=K).calls
         for seed in range(200)
     ]
     assert z_score(torch.tensor(calls).double(), K * (1 - (1 - 1 / K) ** K)) < 4
@@ -382,12 +402,17 @@ def middles(n: int) -> torch.Tensor:
     return (torch.arange(n, dtype=torch.float64) + 0.5) / n
 
 
+def keep(top_p: float = 1.0, top_k: int = 0):
+    """`truncate` of diffusion.sample."""
+    return functools.partial(strategies.keep_likeliest, top_k=top_k, top_p=top_p)
+
+
 def drawn(
     probabilities: list[float], u: torch.Tensor, temperature: float = 1.0, top_p: float = 1.0
 ) -> torch.Tensor:
     """The tokens for every u (N,), under one distribution."""
     logits = torch.tensor(probabilities, dtype=torch.float64).log().expand(len(u), -1)
-    return diffusion.draw_tokens(logits, u, temperature, top_p=top_p)
+    return diffusion.draw_tokens(logits, u, temperature, keep(top_p))
 
 
 @pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0])
@@ -429,7 +454,8 @@ def test_the_extreme_draws_never_give_a_token_of_probability_zero(u, top_p):
     allowed = torch.rand(2000, 50, generator=seeded(1)) < 0.5
     allowed[:, 0] = allowed[:, -1] = False
     u = torch.full((2000,), u, dtype=torch.float64)
-    tokens = diffusion.draw_tokens(logits.masked_fill(~allowed, -math.inf), u, top_p=top_p)
+    logits = logits.masked_fill(~allowed, -math.inf)
+    tokens = diffusion.draw_tokens(logits, u, truncate=keep(top_p))
     assert allowed.gather(1, tokens[:, None]).all()
 
 
@@ -458,37 +484,18 @@ def test_temperature_0_takes_the_most_probable_token_whatever_the_draw():
 # --- Settings ------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    "key, value",
-    [
-        ("steps", 0),
-        ("steps", -1),
-        ("temperature", -0.1),
-        ("temperature", math.inf),
-        ("temperature", math.nan),
-        ("top_p", 0.0),
-        ("top_p", 1.1),
-        ("top_p", math.nan),
-        ("strategy", "greedy"),
-        ("top_k", -1),
-        ("guidance", -0.5),
-        ("guidance", math.nan),
-        ("block_length", -1),
-        ("threshold", 1.5),
-        ("threshold", math.nan),
-        ("gamma", -1.0),
-        ("remask_rate", 1.5),
-        ("remask_rate", -0.1),
-    ],
-)
-def test_a_setting_out_of_its_range_is_refused_by_its_name(key, value):
-    with pytest.raises(ValueError, match=f"sampling.{key}={value}"):
-        fill(exact_denoiser(CHAIN), *CHAIN.blank(1), CHAIN.V, **{key: value})
+@pytest.mark.parametrize("settings", [{"steps": 0}, {"steps": -1}, {"temperature": -0.1}])
+def test_a_setting_out_of_its_range_is_refused(settings):
+    with pytest.raises(ValueError, match="{}={}".format(*next(iter(settings.items())))):
+        fill(exact_denoiser(CHAIN), *CHAIN.blank(1), CHAIN.V, **settings)
 
 
-def test_an_unknown_strategy_is_answered_with_the_known_ones():
-    with pytest.raises(ValueError, match="stochastic, remask, spread, first_hitting"):
-        fill(exact_denoiser(CHAIN), *CHAIN.blank(1), CHAIN.V, strategy="greedy")
+def test_a_strategy_by_name_is_one_of_the_two_of_this_file():
+    canvas, is_masked = prompts(2)
+    for name in ("stochastic", "confidence"):
+        diffusion.sample(linear_network, canvas, is_masked=is_masked, mask_id=V, strategy=name)
+    with pytest.raises(ValueError, match="strategy='margin'"):
+        diffusion.sample(linear_network, canvas, is_masked=is_masked, mask_id=V, strategy="margin")
 
 
 # --- Random numbers ------------------------------------------------------------------------------
@@ -496,7 +503,7 @@ def test_an_unknown_strategy_is_answered_with_the_known_ones():
 
 def block(*salt: int, seed: int = 5, first_row: int = 0) -> torch.Tensor:
     """A million draws (1000, 1000)."""
-    return diffusion.uniform(seed, torch.arange(first_row, first_row + 1000), 1000, *salt)
+    return diffusion.hash_noise(seed, torch.arange(first_row, first_row + 1000), 1000, *salt)
 
 
 def correlation_z(x: torch.Tensor, y: torch.Tensor) -> float:
@@ -552,7 +559,7 @@ def test_all_of_two_million_draws_differ():
 
 def test_a_row_has_the_same_draws_in_every_batch_and_at_every_width():
     rows = torch.tensor([999, 0, 17, 17])
-    assert torch.equal(diffusion.uniform(5, rows, 10), block()[rows, :10])
+    assert torch.equal(diffusion.hash_noise(5, rows, 10), block()[rows, :10])
 
 
 def test_the_mixer_gives_the_published_outputs_of_splitmix64():

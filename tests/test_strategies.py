@@ -1,12 +1,11 @@
 """Every strategy of the reverse process against enumerated laws and definitions in plain Python."""
 
-import dataclasses
 import math
+from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import ROOT
-from omegaconf import OmegaConf
 from problems import (
     CHAIN,
     LOOP,
@@ -21,20 +20,15 @@ from problems import (
     total_variation,
     z_score,
 )
-from test_sampling import L, V, linear_network, prompts
+from test_sampling import L, V, linear_network, prompts, sampled
 
 import diffusion
+from nanomdm import strategies
+from nanomdm.strategies import STRATEGIES
 
 PROBLEMS = {"chain": CHAIN, "loop": LOOP}
 NETWORKS = {"exact": exact_denoiser, "arbitrary": arbitrary_network}
 GREEDY = ["confidence", "margin", "entropy", "threshold", "eb"]
-
-
-def sampled(model, canvas, is_masked, mask_id: int, **settings) -> diffusion.Sampled:
-    settings = {"strategy": "stochastic", "steps": 128, **settings}
-    return diffusion.sample(
-        model, canvas, is_masked=is_masked, mask_id=mask_id, generator=seeded(0), **settings
-    )
 
 
 def counts(model, problem, **settings) -> torch.Tensor:
@@ -98,7 +92,7 @@ def test_what_spread_reveals_together_is_far_apart(steps):
     events, canvas = [], torch.full((20, 300), 2)
     network = lambda xt: torch.zeros(*xt.shape, 2)  # noqa: E731
     sampled(network, canvas, canvas == 2, 2, strategy="spread", steps=steps, history=events)
-    for rows, columns in (event.where.unbind(dim=1) for event in events):
+    for rows, columns in (event.revealed.nonzero(as_tuple=True) for event in events):
         same_row = rows[1:] == rows[:-1]
         assert (columns[1:] - columns[:-1])[same_row].min() >= steps / math.sqrt(5)
 
@@ -136,8 +130,7 @@ def test_two_rows_that_share_a_seed_are_independent():
     assert chi_square_z(pairs.bincount(minlength=4), torch.full((4,), 0.25).double()) < 4
 
 
-@pytest.mark.parametrize("unsure", [False, True])
-def test_remasking_leaves_the_share_of_masks_at_time_s_at_s(unsure):
+def test_remasking_leaves_the_share_of_masks_at_time_s_at_s():
     left = []
     sampled(
         arbitrary_network(LOOP),
@@ -146,7 +139,6 @@ def test_remasking_leaves_the_share_of_masks_at_time_s_at_s(unsure):
         strategy="remask",
         steps=10,
         remask_rate=0.3,
-        remask_unsure=unsure,
         callback=lambda j, t, xt: left.append((t, (xt == LOOP.V).double().mean(dim=1))),
     )
     assert all(z_score(share, t) < 4 for t, share in left[:-1])
@@ -156,13 +148,12 @@ def test_remasking_leaves_the_share_of_masks_at_time_s_at_s(unsure):
 
 
 @pytest.mark.parametrize("steps", [1, 4, 30])
-@pytest.mark.parametrize("unsure", [False, True])
-def test_remasking_at_rate_0_is_ancestral_sampling_token_for_token(steps, unsure):
-    remasked = ids_of(strategy="remask", steps=steps, remask_rate=0.0, remask_unsure=unsure)
+def test_remasking_at_rate_0_is_ancestral_sampling_token_for_token(steps):
+    remasked = ids_of(strategy="remask", steps=steps, remask_rate=0.0)
     assert torch.equal(remasked, ids_of(strategy="stochastic", steps=steps))
 
 
-@pytest.mark.parametrize("strategy", diffusion.STRATEGIES)
+@pytest.mark.parametrize("strategy", STRATEGIES)
 def test_settings_that_say_nothing_change_nothing(strategy):
     neutral = {"guidance": 0.0, "temperature": 1.0, "top_k": V, "top_p": 1.0, "block_length": L}
     plain = ids_of(strategy=strategy, steps=5)
@@ -283,18 +274,20 @@ def test_a_greedy_strategy_is_its_definition_token_for_token(strategy, steps, bl
 def test_top_k_keeps_the_k_likeliest_in_their_proportions():
     logits = torch.tensor([0.1, 0.4, 0.2, 0.3], dtype=torch.float64).log().expand(700, -1)
     u = (torch.arange(700, dtype=torch.float64) + 0.5) / 700
-    drawn = diffusion.draw_tokens(logits, u, top_k=2).bincount(minlength=4)
+    drawn = diffusion.draw_tokens(
+        logits, u, truncate=partial(strategies.keep_likeliest, top_k=2)
+    ).bincount(minlength=4)
     assert drawn.tolist() == pytest.approx([0, 400, 0, 300], abs=1)
 
 
 def test_top_p_counts_what_top_k_has_left():
     """Of 0.4 and 0.3, the first has 0.57."""
-    p = diffusion.keep_likeliest(torch.tensor([[0.1, 0.4, 0.2, 0.3]]), top_k=2, top_p=0.55)
+    p = strategies.keep_likeliest(torch.tensor([[0.1, 0.4, 0.2, 0.3]]), top_k=2, top_p=0.55)
     assert (p > 0).tolist() == [[False, True, False, False]]
 
 
 def test_of_equal_tokens_top_k_keeps_k():
-    assert (diffusion.keep_likeliest(torch.full((1, 8), 1 / 8), top_k=3) > 0).sum() == 3
+    assert (strategies.keep_likeliest(torch.full((1, 8), 1 / 8), top_k=3) > 0).sum() == 3
 
 
 @pytest.mark.parametrize("temperature", [1e-300, 1e-3])
@@ -323,14 +316,7 @@ def test_guided_samples_follow_the_guided_law():
 def test_guidance_costs_two_calls_a_step():
     model = Counting(linear_network)
     result = sampled(model, *prompts(6), V, strategy="confidence", steps=3, guidance=1.0)
-    assert result.calls == model.calls == 6
-
-
-def test_guidance_without_a_given_token_costs_nothing_and_changes_nothing():
-    blank = torch.full((6, L), V), torch.ones(6, L, dtype=torch.bool)
-    plain = sampled(linear_network, *blank, V, steps=3, strategy="confidence")
-    guided = sampled(linear_network, *blank, V, steps=3, strategy="confidence", guidance=2.0)
-    assert torch.equal(plain.ids, guided.ids) and plain.calls == guided.calls == 3
+    assert 2 * result.calls == model.calls == 6
 
 
 def test_guidance_sees_as_prompt_what_was_given_and_not_the_blocks_before():
@@ -351,7 +337,7 @@ def test_guidance_sees_as_prompt_what_was_given_and_not_the_blocks_before():
 # --- Blocks --------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("strategy", diffusion.STRATEGIES)
+@pytest.mark.parametrize("strategy", STRATEGIES)
 def test_blocks_are_filled_from_left_to_right(strategy):
     canvas, is_masked = prompts(6)
     block = (is_masked.cumsum(dim=1) - 1) // 3
@@ -376,11 +362,11 @@ def test_blocks_are_filled_from_left_to_right(strategy):
     assert (ids < V).all()
 
 
-@pytest.mark.parametrize("strategy", diffusion.STRATEGIES)
+@pytest.mark.parametrize("strategy", STRATEGIES)
 def test_a_row_of_a_batch_is_what_it_is_alone_with_everything_switched_on(strategy):
     canvas, is_masked = prompts(6)
     settings = {"strategy": strategy, "steps": 4, "block_length": 3, "guidance": 0.5}
-    settings |= {"temperature": 1.0, "top_k": 4, "top_p": 0.95, "remask_unsure": True}
+    settings |= {"temperature": 1.0, "top_k": 4, "top_p": 0.95}
     batch = sampled(linear_network, canvas, is_masked, V, **settings).ids
     for i in range(6):
         row = torch.tensor([i])
@@ -406,14 +392,14 @@ def test_a_step_that_only_masks_again_makes_no_call():
         callback=lambda j, t, xt: changes.append(model.calls),
     )  # fmt: skip
     revealing = {event.step for event in events if event.tokens is not None}
-    masking = {event.step for event in events if event.tokens is None}
+    masking = {event.step for event in events if event.again is not None and event.again.any()}
     assert masking - revealing and len(revealing) == model.calls
 
 
 # --- History -------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("strategy", diffusion.STRATEGIES)
+@pytest.mark.parametrize("strategy", STRATEGIES)
 def test_the_history_replays_every_state(strategy):
     canvas, is_masked = prompts(6)
     states, events = [], []
@@ -422,15 +408,18 @@ def test_the_history_replays_every_state(strategy):
         history=events, callback=lambda j, t, xt: states.append(xt.clone()),
     )  # fmt: skip
     xt = canvas.masked_fill(is_masked, V)
-    for j, state in enumerate(states, start=1):
-        for event in (event for event in events if event.step == j):
-            xt[event.where.unbind(dim=1)] = V if event.tokens is None else event.tokens
+    assert [event.step for event in events] == list(range(1, len(states) + 1))
+    for event, state in zip(events, states, strict=True):
+        if event.tokens is not None:
+            xt[event.revealed] = event.tokens
+        if event.again is not None:
+            xt[event.again] = V
         assert torch.equal(xt, state)
     assert result.history is events and torch.equal(xt, result.ids)
 
 
-@pytest.mark.parametrize("strategy", diffusion.STRATEGIES)
-def test_the_history_tells_the_probabilities_before_temperature_and_filters(strategy):
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_the_history_has_the_logits_before_temperature_and_truncation(strategy):
     canvas, is_masked = prompts(6)
     events, states = [], [canvas.masked_fill(is_masked, V)]
     sampled(
@@ -438,12 +427,8 @@ def test_the_history_tells_the_probabilities_before_temperature_and_filters(stra
         history=events, steps=20, callback=lambda j, t, xt: states.append(xt.clone()),
     )  # fmt: skip
     for event in (event for event in events if event.tokens is not None):
-        table = linear_network(states[event.step - 1]).softmax(dim=-1)[event.where.unbind(dim=1)]
-        chosen = table[torch.arange(len(event.tokens)), event.tokens]
-        assert torch.allclose(event.confidence, chosen)
-        ranked = table.sort(dim=1, descending=True)
-        assert torch.equal(event.likeliest, ranked.indices[:, :5])
-        assert torch.allclose(event.probabilities, ranked.values[:, :5])
+        table = linear_network(states[event.step - 1]).float()[event.revealed]
+        assert torch.equal(event.logits, table) and len(event.tokens) == len(table)
 
 
 def test_a_history_changes_no_sample():
@@ -454,7 +439,7 @@ def test_a_history_changes_no_sample():
 
 def test_a_vocabulary_of_one_token_can_be_sampled_by_every_strategy():
     canvas = torch.full((2, 5), 1)
-    for strategy in diffusion.STRATEGIES:
+    for strategy in STRATEGIES:
         network = lambda xt: torch.zeros(*xt.shape, 1)  # noqa: E731
         result = sampled(network, canvas, canvas == 1, 1, strategy=strategy, history=[])
         assert (result.ids == 0).all()
@@ -463,27 +448,86 @@ def test_a_vocabulary_of_one_token_can_be_sampled_by_every_strategy():
 # --- Settings and labels -------------------------------------------------------------------------
 
 
-def test_the_library_has_the_defaults_of_the_scripts():
-    section = OmegaConf.to_container(OmegaConf.load(ROOT / "configs" / "config.yaml").sampling)
-    defaults = dataclasses.asdict(diffusion.Sampling())
-    assert defaults == {name: section[name] for name in defaults}
+def section(**settings) -> SimpleNamespace:
+    """The `sampling` section of a configuration."""
+    defaults = {"strategy": "stochastic", "steps": 4, "temperature": 1.0, "top_p": 1.0}
+    return SimpleNamespace(**defaults | {"options": {}} | settings)
+
+
+class Network(torch.nn.Module):
+    """`linear_network` as what `Sampler.fill` takes."""
+
+    device, config = torch.device("cpu"), SimpleNamespace(mask_id=V, block_size=L)
+
+    def __init__(self):
+        super().__init__()
+        self.calls = 0
+
+    def forward(self, xt):
+        self.calls += 1
+        return linear_network(xt)
+
+
+def from_config(**settings) -> strategies.Sampler:
+    return strategies.from_config(section(**settings), diffusion.sample)
+
+
+def filled(**settings) -> torch.Tensor:
+    canvas, is_masked = prompts(6)
+    sampler = from_config(**settings)
+    return sampler.fill(Network(), canvas, is_masked, generator=seeded(0)).ids
 
 
 @pytest.mark.parametrize(
-    "settings, label",
+    "settings, options",
     [
-        ({"strategy": "first_hitting"}, "any-order exact"),
-        ({"strategy": "stochastic"}, "K-step"),
-        ({"strategy": "remask"}, "K-step"),
-        ({"strategy": "spread"}, "K-step, in an order of its own"),
-        ({"strategy": "remask", "remask_unsure": True}, "heuristic"),
-        *(({"strategy": strategy}, "heuristic") for strategy in GREEDY),
-        ({"strategy": "stochastic", "guidance": 1.0}, "heuristic"),
-        ({"strategy": "first_hitting", "block_length": 8}, "heuristic"),
-        ({"strategy": "stochastic", "temperature": 0.8}, "K-step, of filtered predictions"),
-        ({"strategy": "first_hitting", "top_k": 3}, "any-order exact, of filtered predictions"),
-        ({"strategy": "confidence", "top_p": 0.9}, "heuristic"),
+        ({"strategy": "threshold"}, {"threshold": 0.5}),
+        ({"strategy": "eb"}, {"gamma": 1.2}),
+        ({"strategy": "remask"}, {"remask_rate": 0.4}),
+        ({"strategy": "margin", "top_p": 0.8}, {"top_k": 3}),
+        ({"strategy": "entropy", "temperature": 0.5}, {"block_length": 3, "guidance": 0.5}),
     ],
 )
-def test_a_label_says_what_a_sample_is_a_draw_from(settings, label):
-    assert diffusion.Sampling(**settings).label == label
+def test_the_settings_of_a_run_reach_the_sampler(settings, options):
+    expected = ids_of(**{"steps": 4} | settings | options)
+    assert torch.equal(filled(**settings, options=options), expected)
+
+
+@pytest.mark.parametrize(
+    "settings, message",
+    [
+        ({"strategy": "greedy"}, "greedy is unknown: choose stochastic, confidence, spread"),
+        ({"options": {"gamma": 1}}, "options.gamma is no option of stochastic: choose top_k"),
+        (
+            {"strategy": "eb", "options": {"threshold": 1}},
+            "options.threshold is no option of eb: choose gamma, top_k",
+        ),
+    ],
+)
+def test_a_setting_that_no_strategy_has_is_answered_with_those_that_there_are(settings, message):
+    with pytest.raises(ValueError, match=message):
+        from_config(**settings)
+
+
+def test_an_autoregressive_network_is_sampled_from_left_to_right():
+    sampler = strategies.from_config(section(), diffusion.sample, causal=True)
+    assert sampler.name == "left_to_right"
+
+
+def test_guidance_costs_two_calls_a_step_and_none_without_a_given_token():
+    sampler, model = from_config(strategy="confidence", options={"guidance": 2.0}), Network()
+    assert sampler.fill(model, *prompts(6), generator=seeded(0)).calls == model.calls == 8
+    blank = torch.full((6, L), V), torch.ones(6, L, dtype=torch.bool)
+    model = Network()
+    assert sampler.fill(model, *blank, generator=seeded(0)).calls == model.calls == 4
+
+
+EXACT = ["confidence", "margin", "entropy", "threshold", "eb", "left_to_right"]
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_a_label_says_what_is_known_of_the_likelihood_of_a_sample(strategy):
+    """Exact where the positions are a function of the state (DUEL, arXiv 2603.01367)."""
+    label = from_config(strategy=strategy).label
+    random = {"remask": "no likelihood"}.get(strategy, "upper bound on the likelihood")
+    assert label == ("exact likelihood" if strategy in EXACT else random)
