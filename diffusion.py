@@ -8,7 +8,7 @@ batch, the device or the number of processes.
 
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -197,6 +197,133 @@ def mask_capacity(rows: Tensor, length: int, n: int, eps: float, masking: str = 
     p = mask_probability((rows.double() + 0.5) / n, eps)
     variance = length * (p * (1 - p)).sum() + length**2 * len(rows) / (12 * n**2)
     return min(len(rows) * length, math.ceil(length * p.sum() + 6 * variance.sqrt()))
+
+
+# --- Likelihood bounds ---------------------------------------------------------------------------
+# A value with its standard error over the masks (nan for one draw) is a tuple. All noise of a pass
+# is drawn at once, on the CPU and in float64, so that no number depends on the batch size.
+
+
+def any_order(u: Tensor, noise: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """l ~ U{1..M} random tokens are masked, at weight M / l (ARDM, arXiv 2110.02037).
+
+    Needs no epsilon and has finite variance. The bound of the sampler that reveals one uniformly
+    random position at a time. An estimator: from u (B,), uniform on [0, 1) and stratified, and
+    noise (B, L), uniform on [0, 1) where a token is to be predicted and 2 where it is given, to
+    queries (hidden (B, L), scored (B, L), weight (B,)), whose summed cost is unbiased for each row.
+    """
+    counts = (noise < 1).sum(dim=1)
+    masked = masked_counts(u, counts)
+    hidden = _ranks(noise) < masked[:, None]
+    yield hidden, hidden, counts.double() / masked
+
+
+def masked_counts(u: Tensor, counts: Tensor) -> Tensor:
+    """How many of a row's `counts` predicted tokens are masked: uniform on 1 ... counts."""
+    return (u * counts).long() + 1
+
+
+def _ranks(noise: Tensor) -> Tensor:
+    return noise.argsort(dim=1).argsort(dim=1)
+
+
+class NLLSamples(NamedTuple):
+    """Monte Carlo samples of what the rows of a text cost."""
+
+    nats: Tensor  # (draws, N) float64: the estimated cost of every row, summed over its tokens
+    u: Tensor  # (draws, N) float64: the draw that decided how much of the row was masked
+    counts: Tensor  # (N,) int64: the tokens of the row that were predicted
+
+    @property
+    def tokens(self) -> int:
+        return int(self.counts.sum())
+
+    def bound(self) -> tuple[float, float]:
+        """In nats per predicted token, with the standard error over the draws."""
+        return self.mean_and_error(self.nats.sum(dim=1) / self.tokens)
+
+    def part(self, rows: Sequence[int] | Tensor) -> "NLLSamples":
+        """The samples of some of the rows."""
+        return NLLSamples(self.nats[:, rows], self.u[:, rows], self.counts[rows])
+
+    @staticmethod
+    def mean_and_error(values: Tensor) -> tuple[float, float]:
+        """The mean of independent values (n,) and its standard error (nan for one value)."""
+        n = len(values)
+        error = float(values.std()) / math.sqrt(n) if n > 1 else math.nan
+        return float(values.mean()), error
+
+
+@torch.no_grad()
+def estimate(
+    estimator: Callable[[Tensor, Tensor], Iterator[tuple[Tensor, Tensor, Tensor]]],
+    model: Model,
+    x0: Tensor | Sequence[Tensor],
+    *,
+    mask_id: int,
+    predict: Sequence[Tensor] | None = None,
+    generator: Generator | None = None,
+    draws: int = 8,
+    batch_size: int = 64,
+    nll: Callable | None = None,
+    progress: Callable[[int], None] | None = None,
+) -> NLLSamples:
+    """The costs of x0 in `draws` independent passes by an `estimator`.
+
+    x0 is (N, L), or a sequence of N rows (L_i,) that may differ in length. `predict` are as many
+    rows of booleans, True for a token to be predicted (all, by default); the others are given:
+    always visible, never scored, not counted. The u of a pass are stratified over all N rows, in
+    antithetic pairs (u, 1 - u). The result depends on neither `batch_size` nor device, but for
+    rounding. `nll(xt, targets, where)` gives cross-entropies (B, L). `progress` is told the tokens
+    of every network call.
+    """
+    nll = nll or functools.partial(nll_from_logits, model)
+    predict = predict or [torch.ones(len(row), dtype=torch.bool) for row in x0]
+    lengths, counts = (torch.tensor([f(row) for row in predict]) for f in (len, torch.sum))
+    if draws < 1:
+        raise ValueError(f"eval.draws={draws} must be at least 1")
+    if not len(counts) or counts.min() < 1:
+        raise ValueError("there is nothing to evaluate: a text or one of its rows is empty")
+    given, nats, us = ~torch.cat(list(predict)), [], []
+    for _ in range(draws):
+        u = stratified_pairs(len(counts), generator)  # (N,)
+        noise = torch.rand(len(given), dtype=torch.float64, generator=generator)
+        noise = noise.masked_fill(given, 2.0).split(lengths.tolist())
+        cost = torch.zeros(len(counts), dtype=torch.float64)
+        for rows in _batches_of_equal_length(lengths, batch_size):
+            batch = torch.stack([x0[i] for i in rows])  # (B, L)
+            for hidden, scored, weight in estimator(u[rows], torch.stack([noise[i] for i in rows])):
+                if scored.any():
+                    hidden, scored = hidden.to(batch.device), scored.to(batch.device)
+                    costs = nll(batch.masked_fill(hidden, mask_id), batch, scored)  # (B, L)
+                    cost[rows] += costs.cpu().sum(dim=1, dtype=torch.float64) * weight
+                if progress:
+                    progress(batch.numel())
+        nats.append(cost)
+        us.append(u)
+    return NLLSamples(torch.stack(nats), torch.stack(us), counts)
+
+
+def nelbo(model: Model, x0: Tensor | Sequence[Tensor], **options) -> tuple[float, float]:
+    """The negative evidence lower bound of x0, an upper bound on -log p(x0) per token, in nats.
+
+    By the estimator `any_order`; the `options` are those of `estimate`.
+    """
+    return estimate(any_order, model, x0, **options).bound()
+
+
+def _batches_of_equal_length(lengths: Tensor, batch_size: int) -> Iterator[Tensor]:
+    for length in lengths.unique():
+        yield from (lengths == length).nonzero().squeeze(1).split(batch_size)
+
+
+def stratified_pairs(n: int, generator: Generator | None = None) -> Tensor:
+    """n uniform float64 draws in [0, 1): stratified, in pairs (u, 1 - u), in random order."""
+    pairs = (n + 1) // 2
+    jitter = torch.rand(pairs, dtype=torch.float64, generator=generator)
+    u = (torch.arange(pairs) + jitter) / (2 * pairs)  # in [0, 1/2)
+    slots = torch.cat((u, (1 - u).clamp(max=1 - 2**-53)))
+    return slots[torch.randperm(2 * pairs, generator=generator)[:n]]
 
 
 # --- Reverse process: settings and results -------------------------------------------------------

@@ -2,66 +2,68 @@
 
 import sys
 import time
-from functools import partial
 from pathlib import Path
-from typing import NamedTuple
 
-import numpy as np
 import torch
-from torch import Tensor
 
+import diffusion
 import runtime
-from nanomdm import bounds, cli, report, text
-from nanomdm.bounds import Passes
+from diffusion import NLLSamples
+from nanomdm import bounds, cli, report, texts
+from nanomdm.bounds import AUTOREGRESSIVE, BOUNDS, Bound
 from nanomdm.cli import Section
 from nanomdm.errors import UserError, visible
 from nanomdm.runlog import import_wandb, progress, start_wandb
+from nanomdm.texts import Texts
 from runtime import Loaded
-
-BINS = 20  # of the masking rate
 
 
 def main(config: Section, explicit: set[str]) -> None:
     runtime.refuse_what_the_checkpoint_decides(explicit)
     check(config)
+    chosen = bounds.choose(config.eval.bounds, config.sampling.steps, config.sampling.strategy)
     device = runtime.pick_device(config.system.device)
     names = [config.checkpoint, *filter(None, [config.eval.against])]
     models = [runtime.load(name, device) for name in names]
     exact = [loaded.model.config.causal for loaded in models]
-    about_masks = sorted(explicit & {"eval.bounds", "eval.curve", "eval.plot"})
+    about_masks = sorted(explicit & {"eval.bounds", "eval.curve"})
     if exact[0] and about_masks:
         raise UserError(
             f"{about_masks[0]} is about masks, and {names[0]} is autoregressive, scored exactly: "
             "leave it out"
         )
-    texts = choose_texts(config, explicit, models)
-    dtype = runtime.pick_dtype(config.system.dtype, device, training=False)
-    scoring = Scoring(config.system.seed, config.eval.draws, config.eval.batch_size, dtype)
+    scored = choose_texts(config, explicit, models)
+    settings = {
+        "seed": config.system.seed,
+        "draws": config.eval.draws,
+        "batch_size": config.eval.batch_size,
+        "dtype": runtime.pick_dtype(config.system.dtype, device, training=False),
+    }
+    figures = {"checkpoint": names[0], "source": scored.source, "exact": exact[0]}
+    figures |= {"seed": config.system.seed, "draws": 1 if exact[0] else config.eval.draws}
     for name, loaded in zip(names, models, strict=True):
         print(f"{name}: {loaded.weights}, on {device}")
-    how = "exactly" if exact[0] else f"{scoring.draws} passes"
-    print(f"{texts.source}: {texts.tokens:,} tokens, {how}", flush=True)
+    how = "exactly" if exact[0] else f"{config.eval.draws} passes"
+    print(f"{scored.source}: {scored.tokens:,} tokens, {how}", flush=True)
 
-    passes, seconds = measure(models[0], texts, scoring)
-    figures = {"checkpoint": names[0], "source": texts.source, "exact": exact[0]}
-    figures |= {"seed": scoring.seed, "draws": len(passes.nats)}
-    figures |= tell_likelihood(passes, texts)
+    def show(part: dict) -> None:
+        figures.update(part)
+        for line in report.lines(part, config.eval.curve):
+            print(visible(line, sys.stdout), flush=True)
+
+    samples, seconds = measure(models[0], scored, **settings)
+    show(report.likelihood(samples, scored))
     if not exact[0]:
-        figures |= tell_curve(passes, config.eval.curve)
-        figures |= tell_bounds(passes, seconds, models[0], texts, scoring, config)
+        show(report.cost_by_rate(samples))
+        measured = {"uniform": (chosen.pop("uniform"), samples, seconds)}
+        for name, bound in chosen.items():
+            measured[name] = (bound, *measure(models[0], scored, bound, **settings))
+        show(report.side_by_side(measured))
     if len(models) > 1:
-        other, _ = measure(models[1], texts, scoring)
-        figures["against"] = report.comparison(passes, other, names, exact)
-        say(report.comparison_lines(figures["against"], names, len(texts.rows)))
-    speed = len(passes.nats) * texts.tokens / seconds
-    figures |= {"seconds": seconds, "tokens_per_second": speed}
-    print(f"{seconds:.1f} s, {speed:,.0f} tokens/s")
+        other, _ = measure(models[1], scored, **settings)
+        show(report.comparison(samples, other, names, exact))
+    show(report.speed(samples, seconds))
     publish(figures, config)
-
-
-def say(lines: list[str]) -> None:
-    for line in lines:
-        print(visible(line, sys.stdout), flush=True)
 
 
 def check(config: Section) -> None:
@@ -71,57 +73,11 @@ def check(config: Section) -> None:
     for name, limit in least.items():
         if (value := getattr(settings, name)) < limit:
             raise UserError(f"eval.{name}={value} must be at least {limit}")
-    for name in settings.bounds:
-        if name not in forms(config):
-            raise UserError(
-                f"eval.bounds={name} is unknown: choose some of {', '.join(forms(config))}"
-            )
-    for key in ("output", "plot"):
-        path = getattr(settings, key)
-        if path and not Path(path).resolve().parent.is_dir():
-            raise UserError(f"eval.{key}={path} lies in a folder that is not there: make it first")
-    if settings.plot:
-        report.import_pyplot()
+    path = settings.output
+    if path and not Path(path).resolve().parent.is_dir():
+        raise UserError(f"eval.output={path} lies in a folder that is not there: make it first")
     if config.logging.wandb:
         import_wandb()
-
-
-def forms(config: Section) -> dict[str, tuple[bounds.Form, str]]:
-    """Each bound, and the sampler whose -log p it bounds."""
-    steps, eps = max(1, config.sampling.steps), config.diffusion.eps
-    strategy = config.sampling.strategy
-    other = "" if strategy == "stochastic" else f"; sampling.strategy={strategy} has no bound"
-    return {
-        "uniform": (bounds.uniform, "reveals one random position a call"),
-        "continuous": (
-            partial(bounds.continuous, eps=eps),
-            f"stops at a masking rate of {eps:g} and fills the rest at once",
-        ),
-        "discrete": (
-            partial(bounds.discrete, steps=steps),
-            f"takes {steps} ancestral steps{other}",
-        ),
-        "chain": (bounds.chain, "reveals one random position a call: the same number"),
-        "left_to_right": (bounds.left_to_right, "goes from left to right: exact, another model"),
-    }
-
-
-# --- What is scored -----------------------------------------------------------------------------
-
-
-class Texts(NamedTuple):
-    """Rows of ids, fit for the context, and what of them is to be predicted."""
-
-    source: str
-    names: list[str]  # of the documents
-    rows: list[Tensor]  # each (L,)
-    predict: list[Tensor]  # each (L,) bool; the rest is seen by way of context
-    document: Tensor  # (N,): which document a row belongs to
-    sizes: Tensor  # (N,): bytes of what is predicted
-
-    @property
-    def tokens(self) -> int:
-        return sum(int(row.sum()) for row in self.predict)
 
 
 def choose_texts(config: Section, explicit: set[str], models: list[Loaded]) -> Texts:
@@ -137,25 +93,17 @@ def choose_texts(config: Section, explicit: set[str], models: list[Loaded]) -> T
         )
     if "data.path" in explicit and config.data.path:
         source = config.data.path
-        found = text.documents(source)
-        documents = [(name, encode(tokenizer, name, content)) for name, content in found]
+        documents = texts.read(source, tokenizer)
     else:
         source, tokens = validation_split(config, explicit, models[0])
         documents = [(source, tokens)]
     context = min(loaded.model.config.block_size for loaded in models)
-    half = max(1, context // 2)
-    stride = config.eval.stride or (half if len(documents) > 1 else context)
-    return cut(source, documents, tokenizer, context, stride, config.eval.tokens)
+    return texts.cut(
+        source, documents, tokenizer, context, config.eval.stride, limit=config.eval.tokens
+    )
 
 
-def encode(tokenizer, name: str, content: str) -> np.ndarray:
-    try:
-        return tokenizer.encode(content)
-    except ValueError as error:
-        raise UserError(f"{name}: {error}") from error
-
-
-def validation_split(config: Section, explicit: set[str], loaded: Loaded) -> tuple[str, np.ndarray]:
+def validation_split(config: Section, explicit: set[str], loaded: Loaded) -> tuple:
     named = "data.dataset" in explicit or config.data.dir
     settings, sha256 = vars(config.data), ""
     if not named:
@@ -169,130 +117,43 @@ def validation_split(config: Section, explicit: set[str], loaded: Loaded) -> tup
     return f"validation split of {corpus.name}", corpus.val
 
 
-def cut(
-    source: str, documents: list, tokenizer, context: int, stride: int, limit: int = 0
-) -> Texts:
-    """The windows over all documents; with a `limit`, as many as predict so many tokens, spread."""
-    windows = [
-        (number, *window)
-        for number, (_, ids) in enumerate(documents)
-        for window in bounds.windows(len(ids), context, stride)
-    ]
-    keep = max(1, limit // stride)
-    if limit and keep < len(windows):
-        windows = [windows[i * len(windows) // keep] for i in range(keep)]
-    rows, predict = [], []
-    for number, start, stop, first in windows:
-        rows.append(torch.from_numpy(documents[number][1][start:stop].astype(np.int64)))
-        predict.append(torch.arange(start, stop) >= first)
-    sizes = [
-        len(tokenizer.decode_bytes(row[where].tolist()))
-        for row, where in zip(rows, predict, strict=True)
-    ]
-    document = torch.tensor([number for number, *_ in windows])
-    return Texts(
-        source, [name for name, _ in documents], rows, predict, document, torch.tensor(sizes)
-    )
-
-
-# --- Scoring ------------------------------------------------------------------------------------
-
-
-class Scoring(NamedTuple):
-    """How texts are scored."""
-
-    seed: int
-    draws: int = 8
-    batch_size: int = 64
-    dtype: torch.dtype = torch.float32
-
-
 def measure(
     loaded: Loaded,
-    texts: Texts,
-    scoring: Scoring,
-    form: bounds.Form = bounds.uniform,
-    calls: int = 1,
-) -> tuple[Passes, float]:
-    """The passes of a form over the texts, and the seconds that they took.
+    scored: Texts,
+    bound: Bound = BOUNDS["uniform"],
+    *,
+    seed: int,
+    draws: int = 8,
+    batch_size: int = 64,
+    dtype: torch.dtype = torch.float32,
+) -> tuple[NLLSamples, float]:
+    """The costs of the texts by a bound, and the seconds that they took.
 
-    What is exact takes one pass. `calls` says how often a pass shows each row to the network; only
-    the progress depends on it.
+    An autoregressive model is scored exactly, whatever the `bound` is. What is exact takes one
+    pass.
     """
-    one = loaded.model.config.causal or form is bounds.left_to_right
-    draws = 1 if one else scoring.draws
-    total, start = draws * calls * sum(map(len, texts.rows)), time.perf_counter()
-    with runtime.autocast(loaded.model.device, scoring.dtype), progress(total, "token") as told:
-        passes = runtime.passes(
+    bound = AUTOREGRESSIVE if loaded.model.config.causal else bound
+    draws = 1 if bound.exact else draws
+    calls = bound.calls or max(int(where.sum()) for where in scored.predict)
+    total, start = draws * calls * sum(map(len, scored.rows)), time.perf_counter()
+    with runtime.autocast(loaded.model.device, dtype), progress(total, "token") as told:
+        samples = runtime.passes(
             loaded.model,
-            texts.rows,
-            scoring.seed,
+            scored.rows,
+            seed,
             draws,
-            form,
-            predict=texts.predict,
-            batch_size=scoring.batch_size,
+            bound.estimator or diffusion.any_order,
+            predict=scored.predict,
+            batch_size=batch_size,
             progress=told,
         )
-    return passes, time.perf_counter() - start
-
-
-# --- Telling ------------------------------------------------------------------------------------
-
-
-def tell_likelihood(passes: Passes, texts: Texts) -> dict:
-    """Loss, perplexity and bits per byte of all texts, and of each document by itself."""
-    figures = report.likelihood(passes, texts.sizes)
-    say(report.likelihood_lines(figures))
-    if len(texts.names) == 1:
-        return figures
-    documents = []
-    for number, name in enumerate(texts.names):
-        rows = (texts.document == number).nonzero().squeeze(1)
-        if len(rows):  # eval.tokens may have left it out
-            each = report.likelihood(passes.part(rows), texts.sizes[rows])
-            documents.append({"name": name} | each)
-    say(report.document_lines(documents))
-    return figures | {"documents": documents}
-
-
-def tell_curve(passes: Passes, show: bool) -> dict:
-    figures = report.cost_by_rate(passes, BINS)
-    say(report.curve_lines(figures["curve"]) if show else [])
-    say([report.falls_line(figures["falls"])] if len(passes.nats) > 1 else [])
-    return figures
-
-
-def tell_bounds(
-    passes: Passes,
-    seconds: float,
-    loaded: Loaded,
-    texts: Texts,
-    scoring: Scoring,
-    config: Section,
-) -> dict:
-    """Every bound of eval.bounds beside the uniform one, and what must hold between them."""
-    falls = bool(bounds.falls(passes, BINS))
-    rows, one_by_one = [], max(int(where.sum()) for where in texts.predict)
-    for name in dict.fromkeys(["uniform", *config.eval.bounds]):
-        form, sampler = forms(config)[name]
-        calls = {"uniform": 1, "discrete": 1, "continuous": 2}.get(name, one_by_one)
-        if name != "uniform":
-            passes, seconds = measure(loaded, texts, scoring, form, calls)
-        about = {"name": name, "draws": len(passes.nats), "calls": calls, "seconds": seconds}
-        figure = report.figure(passes.bound(), len(passes.nats) - 1)
-        rows.append(about | {"sampler": sampler} | figure)
-    found = report.relations(rows, falls)
-    if len(rows) > 1:
-        say(report.bound_lines(rows) + report.relation_lines(found))
-    return {"bounds": rows, **found}
+    return samples, time.perf_counter() - start
 
 
 def publish(figures: dict, config: Section) -> None:
-    """Write what was printed: eval.output, eval.plot, W&B."""
+    """Write what was printed: eval.output, W&B."""
     if config.eval.output:
         report.write_json(figures, config.eval.output)
-    if config.eval.plot and "curve" in figures:
-        report.plot_curve(figures["curve"], figures["source"], config.eval.plot)
     if config.logging.wandb:
         Path(config.out_dir).mkdir(parents=True, exist_ok=True)
         run = start_wandb(config, {"evaluated": figures["checkpoint"]})

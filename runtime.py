@@ -6,7 +6,9 @@ import json
 import os
 import shutil
 import sysconfig
+from collections.abc import Callable
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import NamedTuple
@@ -18,7 +20,7 @@ import data
 import diffusion
 from model import ModelConfig, Transformer
 from nanomdm import bounds, checkpoint, text
-from nanomdm.errors import UserError
+from nanomdm.errors import UserError, as_user_error
 from nanomdm.tokenizers import TOKENIZERS, load_tokenizer, train_tokenizer
 
 PARTS = ("model_config", "tokenizer", "config", "corpus", "ema")  # of a checkpoint
@@ -308,22 +310,25 @@ def passes(
     rows: list[Tensor],
     seed: int,
     draws: int,
-    form: bounds.Form = bounds.uniform,
+    estimator: Callable = diffusion.any_order,
+    nll: Callable = nll,
     **options,
-) -> bounds.Passes:
-    """`bounds.estimate` of rows (L_i,) under a `Transformer`, on masks that follow from `seed`.
+) -> diffusion.NLLSamples:
+    """`diffusion.estimate` of rows (L_i,) under a `Transformer`, on masks that follow from `seed`.
 
-    A causal one is scored exactly, in one pass without any masks, whatever `form` and `draws` are.
+    A causal one is scored exactly, in one pass without any masks, whatever the `estimator` is.
     """
-    return bounds.estimate(
-        bounds.everything if model.config.causal else form,
-        model,
-        [row.to(model.device) for row in rows],
-        mask_id=model.config.mask_id,
-        generator=generator(seed, "evaluation"),
-        draws=1 if model.config.causal else draws,
-        **{"nll": nll} | options,
-    )
+    with as_user_error():
+        return diffusion.estimate(
+            bounds.everything if model.config.causal else estimator,
+            model,
+            [row.to(model.device) for row in rows],
+            mask_id=model.config.mask_id,
+            generator=generator(seed, "evaluation"),
+            draws=1 if model.config.causal else draws,
+            nll=partial(nll, model),
+            **options,
+        )
 
 
 def sampling(section: SimpleNamespace, model: Transformer | None = None) -> diffusion.Sampling:

@@ -341,7 +341,7 @@ def evaluate(run: Run, log: RunLog) -> None:
         found = runtime.passes(
             run.ema, rows, run.config.system.seed, draws=1, batch_size=batch_size, nll=nll
         )
-        values[f"eval/{split}_loss"] = loss = found.bound().value
+        values[f"eval/{split}_loss"] = loss = found.bound()[0]
         values[f"eval/{split}_ppl"] = math.exp(min(loss, 700.0))  # beyond, it overflows
         if len(rows) > 1 and not run.model.config.causal:
             values[f"eval/{split}_error"] = bounds.error_within(found)

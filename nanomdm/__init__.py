@@ -27,11 +27,11 @@ else:
     model, diffusion = _from_root("model"), _from_root("diffusion")
 
 from . import bounds, checkpoint, optim, text, tokenizers  # noqa: E402
-from .bounds import nelbo  # noqa: E402
 from .tokenizers import load_tokenizer  # noqa: E402
 
 ModelConfig, Transformer = model.ModelConfig, model.Transformer
 masked_diffusion_loss, sample = diffusion.masked_diffusion_loss, diffusion.sample
+nelbo = diffusion.nelbo
 
 __all__ = [
     "ModelConfig",
