@@ -15,10 +15,12 @@ from torch import Tensor
 
 import diffusion
 import runtime
-from eval import Scoring, Texts, measure
+from diffusion import NLLSamples
+from eval import measure
 from nanomdm import bounds, cli, report
 from nanomdm.cli import Section
 from nanomdm.errors import UserError
+from nanomdm.texts import Texts
 from runtime import Loaded
 
 TASKS = ("last_word", "choices")
@@ -164,13 +166,13 @@ def share(hits: Sequence[bool]) -> dict:
 
 def score_last_words(nats: Tensor, right: Sequence[bool], sizes: Tensor) -> dict:
     """Accuracy, perplexity of a word, bits per byte, from nats (draws, N) of words."""
-    per_word = bounds.ratio(nats.mean(dim=0), torch.ones(nats.size(1)))
-    bits = bounds.ratio(nats.mean(dim=0) / math.log(2), sizes)
+    nats_per_word, word_error = bounds.ratio(nats.mean(dim=0), torch.ones(nats.size(1)))
+    bits, bits_error = bounds.ratio(nats.mean(dim=0) / math.log(2), sizes)
     return {
         "accuracy": share(right),
-        "nats_per_word": {"value": per_word.value, "standard_error": per_word.standard_error},
-        "perplexity": math.exp(per_word.value),
-        "bits_per_byte": {"value": bits.value, "standard_error": bits.standard_error},
+        "nats_per_word": {"value": nats_per_word, "standard_error": word_error},
+        "perplexity": math.exp(nats_per_word),
+        "bits_per_byte": {"value": bits, "standard_error": bits_error},
     }
 
 
@@ -188,8 +190,9 @@ def score_choices(nats: Tensor, items: Sequence[Item], sizes: Tensor) -> dict:
         right_per_byte.append(int((mean / sizes[part]).argmin()) == item.answer)
         if len(item.fills) > 1:
             best, second = mean.argsort()[:2].tolist()
-            gap = bounds.mean_and_error(nats[:, part][:, second] - nats[:, part][:, best])
-            undecided.append(not gap.value > 2 * gap.standard_error)
+            gaps = nats[:, part][:, second] - nats[:, part][:, best]
+            gap, error = NLLSamples.mean_and_error(gaps)
+            undecided.append(not gap > 2 * error)
     figures = {"accuracy": share(right), "accuracy_per_byte": share(right_per_byte)}
     return figures | {"undecided": share(undecided)} if undecided else figures
 
@@ -209,8 +212,10 @@ def main(config: Section, explicit: set[str]) -> None:
         f"{config.path}: {len(chosen):,} of {len(items):,} items ({len(items) - len(known):,} have "
         "symbols that the tokenizer lacks)"
     )
-    passes, seconds = measure(loaded, texts, Scoring(config.seed, config.draws, config.batch_size))
-    nats, sizes = by_fill(passes.nats, texts), by_fill(texts.sizes, texts)
+    samples, seconds = measure(
+        loaded, texts, seed=config.seed, draws=config.draws, batch_size=config.batch_size
+    )
+    nats, sizes = by_fill(samples.nats, texts), by_fill(texts.sizes, texts)
     if config.task == "last_word":
         figures = score_last_words(nats, greedy_fills(loaded, texts, config.batch_size), sizes)
     else:
@@ -220,7 +225,7 @@ def main(config: Section, explicit: set[str]) -> None:
     print(f"{seconds:.1f} s")
     if config.output:
         about = {"checkpoint": config.checkpoint, "path": config.path, "task": config.task}
-        about |= {"items": len(chosen), "draws": len(passes.nats), "seed": config.seed}
+        about |= {"items": len(chosen), "draws": len(samples.nats), "seed": config.seed}
         costs = nats.mean(dim=0).tolist()
         report.write_json(about | figures | {"nats": costs, "seconds": seconds}, config.output)
 

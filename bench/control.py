@@ -15,10 +15,13 @@ import numpy as np
 import torch
 
 import runtime
-from eval import Scoring, cut, measure
+from diffusion import NLLSamples
+from eval import measure
 from nanomdm import bounds, cli, report
 from nanomdm.cli import Section
 from nanomdm.errors import UserError
+from nanomdm.texts import cut
+from tools.plot import import_pyplot
 
 ROOT = Path(__file__).resolve().parent.parent
 OBJECTIVES = ("diffusion", "ar")
@@ -40,16 +43,16 @@ def train(config: Section, objective: str, seed: int) -> Path:
     return folder
 
 
-def score(folder: Path, config: Section) -> tuple[bounds.Passes, dict]:
+def score(folder: Path, config: Section) -> tuple[NLLSamples, dict]:
     """The latest weights of a run on its validation split, and what is said of it."""
     loaded = runtime.load(folder / "ckpt.pt", runtime.pick_device(config.device))
     corpus = runtime.load_corpus(loaded.config["data"], loaded.tokenizer)
     context = loaded.model.config.block_size
-    texts = cut(corpus.name, [("", np.asarray(corpus.val))], loaded.tokenizer, context, context)
-    passes, _ = measure(loaded, texts, Scoring(1337, config.draws, config.batch_size))
+    texts = cut(corpus.name, [("", np.asarray(corpus.val))], loaded.tokenizer, context)
+    samples, _ = measure(loaded, texts, seed=1337, draws=config.draws, batch_size=config.batch_size)
     seconds = json.loads((folder / "seconds.json").read_text())
     about = {"steps": loaded.state["step"], "seconds": seconds, "corpus": corpus.name}
-    return passes, {"run": folder.name, **about, **report.likelihood(passes, texts.sizes)}
+    return samples, {"run": folder.name, **about, **report.likelihood(samples, texts)}
 
 
 def history(folder: Path) -> list[tuple[int, float]]:
@@ -59,7 +62,7 @@ def history(folder: Path) -> list[tuple[int, float]]:
 
 
 def plot(folders: dict[str, list[Path]], path: str) -> None:
-    pyplot = report.import_pyplot()
+    pyplot = import_pyplot()
     figure, axes = pyplot.subplots(figsize=(6, 4), layout="constrained")
     for (objective, runs), colour in zip(folders.items(), ("C0", "C1"), strict=True):
         for number, folder in enumerate(runs):
@@ -77,7 +80,7 @@ def main(config: Section, explicit: set[str]) -> None:
     if config.seeds < 1:
         raise UserError(f"seeds={config.seeds} must be at least 1")
     if config.plot:
-        report.import_pyplot()
+        import_pyplot()
     seeds = range(1, config.seeds + 1)
     folders = {name: [train(config, name, seed) for seed in seeds] for name in OBJECTIVES}
     rows, gaps = [], []
@@ -91,10 +94,10 @@ def main(config: Section, explicit: set[str]) -> None:
             print(
                 f"{row['run']:<14} {row['steps']:>6} {row['seconds']:>8.0f}  {'  '.join(figures)}"
             )
-        gaps.append(bounds.difference(scored[0][0], scored[1][0]))
-        print(f"  diffusion - ar {gaps[-1].masks.value:+.4f} ± {gaps[-1].rows.standard_error:.4f}")
-    gap = bounds.mean_and_error(torch.tensor([each.masks.value for each in gaps]))
-    figure = report.figure(gap, len(gaps) - 1)
+        (gap, _), (_, over_rows) = bounds.difference(scored[0][0], scored[1][0])
+        gaps.append(gap)
+        print(f"  diffusion - ar {gap:+.4f} ± {over_rows:.4f}")
+    figure = report.figure(NLLSamples.mean_and_error(torch.tensor(gaps)), len(gaps) - 1)
     print(f"diffusion - ar, over {len(gaps)} seeds: {report.text_of(figure, '+')} nats/token")
     if config.output:
         figures = {"runs": rows, "gap": figure, "train": config.train, "train_ar": config.train_ar}

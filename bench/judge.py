@@ -25,6 +25,7 @@ from nanomdm import bounds, cli
 from nanomdm import text as texts_of
 from nanomdm.cli import Section
 from nanomdm.errors import UserError
+from nanomdm.texts import windows
 
 NGRAMS = (2, 4)  # lengths, in tokens of the judge
 
@@ -56,13 +57,13 @@ class Judge:
         A text longer than the context is read in windows that move by half of it, each token being
         scored once, with at least half a context before it.
         """
-        total, windows = [0.0] * len(texts), []
+        total, found = [0.0] * len(texts), []
         for number, text in enumerate(texts):
             ids = torch.tensor(self.encode(text), dtype=torch.long)
-            for start, stop, first in bounds.windows(len(ids), self.context, self.context // 2):
-                windows.append((number, ids[start:stop], first - start))
-        windows.sort(key=lambda window: len(window[1]))
-        for part in _runs_of_equal_length(windows, batch_size):
+            for start, stop, first in windows(len(ids), self.context, self.context // 2):
+                found.append((number, ids[start:stop], first - start))
+        found.sort(key=lambda window: len(window[1]))
+        for part in _runs_of_equal_length(found, batch_size):
             costs = self.nll(torch.stack([ids for _, ids, _ in part]).to(self.device)).double()
             for (number, _, given), cost in zip(part, costs.cpu(), strict=True):
                 total[number] += float(cost[given:].sum())

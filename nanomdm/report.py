@@ -1,4 +1,8 @@
-"""What an evaluation tells: figures as plain values for JSON, and the lines that show them."""
+"""What an evaluation found: figures as plain values for JSON, and the lines that print them.
+
+Each function of the first part computes some of the figures; `lines` prints those that it is given.
+`samples` are `diffusion.NLLSamples`.
+"""
 
 import json
 import math
@@ -8,195 +12,139 @@ from pathlib import Path
 from torch import Tensor
 
 from . import bounds
-from .bounds import Bound, Passes
-from .errors import UserError
+from .bounds import BOUNDS, Estimate
+from .texts import Texts
 
-NEVER_BELOW = ("discrete", "continuous")  # the uniform bound, if the cost never falls with the rate
+# --- Figures -------------------------------------------------------------------------------------
 
 
-def figure(bound: Bound, freedom: int, factor: float = 1.0) -> dict:
+def figure(estimate: Estimate, df: int, factor: float = 1.0) -> dict:
     """A value, its standard error and its 95% interval (Student's t), all times `factor`."""
-    value, error = bound.value * factor, bound.standard_error * factor
+    value, error = (factor * number for number in estimate)
     if math.isnan(error):
         return {"value": value, "standard_error": None, "interval": None}
-    half = bounds.student_t(freedom) * error
+    half = bounds.student_t(df) * error
     return {"value": value, "standard_error": error, "interval": [value - half, value + half]}
 
 
-def text_of(figure: dict, sign: str = "") -> str:
-    error = figure["standard_error"]
-    return f"{figure['value']:{sign}.4f}" + ("" if error is None else f" ± {error:.4f}")
+def loss_of(samples, factor: float = 1.0) -> dict:
+    """Nats per token, times `factor`."""
+    return figure(samples.bound(), len(samples.nats) - 1, factor)
 
 
-# --- One text -----------------------------------------------------------------------------------
+def likelihood(samples, texts: Texts) -> dict:
+    """Loss, perplexity and bits per byte of all texts and, if there are several, of each."""
+    figures = _likelihood(samples, texts.sizes)
+    if len(texts.names) == 1:
+        return figures
+    documents = []
+    for number, name in enumerate(texts.names):
+        rows = texts.document == number
+        if rows.any():  # eval.tokens may have left it out
+            found = _likelihood(samples.part(rows), texts.sizes[rows])
+            documents.append({"name": name} | found)
+    return figures | {"documents": documents}
 
 
-def likelihood(passes: Passes, sizes: Tensor) -> dict:
-    """Loss, perplexity and bits per byte of rows that stand for `sizes` (N,) bytes."""
-    bound, freedom = passes.bound(), len(passes.nats) - 1
-    to_bits = passes.tokens / int(sizes.sum()) / math.log(2)  # nats per token to bits per byte
+def _likelihood(samples, sizes: Tensor) -> dict:
+    loss, size = loss_of(samples), int(sizes.sum())
     return {
-        "tokens": passes.tokens,
-        "bytes": int(sizes.sum()),
-        "loss": figure(bound, freedom),
-        "perplexity": math.exp(bound.value),
-        "bits_per_byte": figure(bound, freedom, to_bits),
+        "tokens": samples.tokens,
+        "bytes": size,
+        "loss": loss,
+        "perplexity": math.exp(loss["value"]),
+        "bits_per_byte": loss_of(samples, samples.tokens / size / math.log(2)),
     }
 
 
-def likelihood_lines(figures: dict) -> list[str]:
-    lines = [
-        f"loss {text_of(figures['loss'])} nats/token",
-        f"perplexity {figures['perplexity']:.2f}",
-        f"bits {text_of(figures['bits_per_byte'])} per byte",
+def cost_by_rate(samples, bins: int = 20) -> dict:
+    """The cost of a masked token by masking rate, and where it decreases (None: one pass)."""
+    df, curve = len(samples.nats) - 1, []
+    for b, cost in enumerate(bounds.curve(samples, bins)):
+        if not math.isnan(cost[0]):
+            curve.append({"low": b / bins, "high": (b + 1) / bins, **figure(cost, df)})
+    decreases = [
+        {"from": (b - 1) / bins, "to": (b + 1) / bins, **figure(step, df)}
+        for b, step in bounds.decreases(samples, bins)
     ]
-    if interval := figures["loss"]["interval"]:
-        lines.append(f"95% interval {interval[0]:.4f} to {interval[1]:.4f} nats/token")
-    return lines
+    return {"curve": curve, "decreases": decreases if df else None}
 
 
-def document_lines(documents: Sequence[dict]) -> list[str]:
-    """A table with a row for each document."""
-    width = max(len("document"), *(len(document["name"]) for document in documents))
-    lines = [f"{'document':<{width}} {'tokens':>10}  {'nats/token':<16}  bits/byte"]
-    for each in documents:
-        loss, bits = text_of(each["loss"]), text_of(each["bits_per_byte"])
-        lines.append(f"{each['name']:<{width}} {each['tokens']:>10,}  {loss:<16}  {bits}")
-    return lines
+def side_by_side(measured: dict[str, tuple]) -> dict:
+    """A row for each bound from its (entry, samples, seconds), and what must hold between them.
 
-
-# --- By masking rate ----------------------------------------------------------------------------
-
-
-def cost_by_rate(passes: Passes, bins: int = 20) -> dict:
-    """The cost of a masked token by masking rate, and where it falls with the rate."""
-    freedom = len(passes.nats) - 1
-    curve = [
-        {"low": low, "high": high, **figure(cost, freedom)}
-        for low, high, cost in bounds.curve(passes, bins)
-        if not math.isnan(cost.value)
-    ]
-    falls = [
-        {"from": (b - 1) / bins, "to": (b + 1) / bins, **figure(step, freedom)}
-        for b, step in bounds.falls(passes, bins)
-    ]
-    return {"curve": curve, "falls": falls}
-
-
-def curve_lines(curve: Sequence[dict]) -> list[str]:
-    rows = [f"{row['low']:>5.0%} to {row['high']:>4.0%}  {text_of(row)}" for row in curve]
-    return [f"{'tokens masked':<14} nats per masked token", *rows]
-
-
-def falls_line(falls: Sequence[dict]) -> str:
-    if not falls:
-        return "the cost of a masked token never falls with the share masked, beyond chance"
-    where = ", ".join(f"{f['from']:.0%} to {f['to']:.0%} ({text_of(f, '+')})" for f in falls)
-    return f"the cost of a masked token falls with the share masked: {where}"
-
-
-def plot_curve(curve: Sequence[dict], title: str, path: str) -> None:
-    """A picture of the cost by masking rate; twice its standard error as bars."""
-    pyplot = import_pyplot()
-    figure, axes = pyplot.subplots(figsize=(6, 4), layout="constrained")
-    middles = [(row["low"] + row["high"]) / 2 for row in curve]
-    errors = [2 * (row["standard_error"] or 0.0) for row in curve]
-    axes.errorbar(middles, [row["value"] for row in curve], errors, fmt="o-", ms=3, capsize=2)
-    axes.set(xlabel="share of tokens masked", ylabel="nats per masked token", title=title)
-    axes.set(xlim=(0, 1))
-    axes.grid(alpha=0.3)
-    figure.savefig(path, dpi=120)
-    pyplot.close(figure)
-
-
-def import_pyplot():
-    try:
-        import matplotlib
-    except ImportError:
-        raise UserError("a picture needs a package: pip install matplotlib") from None
-    matplotlib.use("agg")
-    from matplotlib import pyplot
-
-    return pyplot
-
-
-# --- Bounds side by side ------------------------------------------------------------------------
-
-
-def relations(rows: Sequence[dict], falls: bool) -> dict:
-    """What must hold between the bounds, and does not: alarms, and mere remarks.
-
-    `uniform` and `chain` are one number, always. The bounds in NEVER_BELOW lie above it only where
-    the cost of a masked token never falls with the share masked. `left_to_right` is the likelihood
-    of another sampler, in no order with any.
+    `uniform` comes first.
     """
-    found = {"alarms": [], "remarks": []}
-    by_name = {row["name"]: row for row in rows}
-    base = by_name["uniform"]
-    for name in (name for name in ("chain", *NEVER_BELOW) if name in by_name):
-        gap = by_name[name]["value"] - base["value"]
-        errors = [by_name[name]["standard_error"], base["standard_error"]]
-        if None in errors:
-            continue
-        limit = bounds.student_t(base["draws"] - 1, 0.999) * math.hypot(*errors)
-        if name == "chain" and abs(gap) > limit:
-            found["alarms"].append(
-                f"chain and uniform differ by {gap:+.4f}, more than chance allows "
+    rows = []
+    for name, (bound, samples, seconds) in measured.items():
+        about = {
+            "name": name,
+            "draws": len(samples.nats),
+            "calls": bound.calls or int(samples.counts.max()),
+            "seconds": seconds,
+            "sampler": bound.sampler,
+        }
+        rows.append(about | loss_of(samples))
+    decreases = bounds.decreases(measured["uniform"][1])
+    return {"bounds": rows} | relations(rows, bool(decreases))
+
+
+def relations(rows: Sequence[dict], decreases: bool) -> dict:
+    """What must hold between the bounds and does not: violations, and remarks where it may not.
+
+    `Bound.relation` says what must hold to `uniform`, the first row. Where the cost of a masked
+    token `decreases` with the share masked, a bound that is otherwise above may be below.
+    """
+    base, *others = rows
+    found = {"violations": [], "remarks": []}
+    if base["standard_error"] is None:  # one pass
+        return found
+    for row in others:
+        name, gap = row["name"], row["value"] - base["value"]
+        error = math.hypot(base["standard_error"], row["standard_error"] or 0.0)
+        limit = bounds.student_t(base["draws"] - 1, 0.999) * error
+        if BOUNDS[name].relation == "equal" and abs(gap) > limit:
+            found["violations"].append(
+                f"{name} and uniform differ by {gap:+.4f}, more than chance allows "
                 f"(± {limit:.4f}): they are one number, so this is a bug"
             )
-        elif name in NEVER_BELOW and gap < -limit:
+        elif BOUNDS[name].relation == "above" and gap < -limit:
             why = (
-                "the cost of a masked token falls somewhere, and then it may"
-                if falls
+                "the cost of a masked token decreases somewhere, and then it may"
+                if decreases
                 else "a bug, or a network untrained where few tokens are masked"
             )
             found["remarks"].append(f"{name} lies {-gap:.4f} below uniform: {why}")
     return found
 
 
-def bound_lines(rows: Sequence[dict]) -> list[str]:
-    lines = [f"{'bound':<14} {'nats/token':<16} {'calls':>6} {'seconds':>8}  of the sampler that"]
-    return lines + [
-        f"{row['name']:<14} {text_of(row):<16} {row['calls']:>6} {row['seconds']:>8.1f}  "
-        f"{row['sampler']}"
-        for row in rows
-    ]
-
-
-def relation_lines(found: dict) -> list[str]:
-    alarms, remarks = found["alarms"], found["remarks"]
-    lines = [f"ALARM: {line}" for line in alarms] + [f"remark: {line}" for line in remarks]
-    return lines or ["every relation holds that must hold between these bounds"]
-
-
-# --- Two models ---------------------------------------------------------------------------------
-
-
-def comparison(one: Passes, other: Passes, names: Sequence[str], exact: Sequence[bool]) -> dict:
-    """The paired difference of two models, and who is better.
+def comparison(one, other, names: Sequence[str], exact: Sequence[bool]) -> dict:
+    """The paired difference of two models, and which one is better.
 
     The verdict goes by the error over the rows, which holds for texts of this kind; for a single
     row, by that over the masks, which holds for this very text.
     """
-    masks, rows = bounds.difference(one, other)
-    over_masks = figure(masks, max(1, len(one.nats), len(other.nats)) - 1)
-    over_rows = figure(rows, len(one.holes) - 1)
-    interval = over_rows["interval"] or over_masks["interval"]
-    decided = interval is not None and interval[0] * interval[1] > 0
-    better = names[int(masks.value > 0)] if decided else None
+    over_masks, over_rows = bounds.difference(one, other)
+    masks = figure(over_masks, max(len(one.nats), len(other.nats)) - 1)
+    rows = figure(over_rows, len(one.counts) - 1)
+    interval = rows["interval"] or masks["interval"]
+    decided = interval and interval[0] * interval[1] > 0
     return {
-        "checkpoint": names[1],
-        "loss": figure(other.bound(), len(other.nats) - 1),
-        "difference": over_masks,
-        "error_over_rows": over_rows["standard_error"],
-        "interval": interval,
-        "better": better,
-        "remark": bounded_remark(masks.value, exact),
+        "against": {
+            "checkpoint": names[1],
+            "loss": loss_of(other),
+            "difference": masks,
+            "rows": len(one.counts),
+            "error_over_rows": rows["standard_error"],
+            "interval": interval,
+            "better": names[int(over_masks[0] > 0)] if decided else None,
+            "remark": bounded_remark(over_masks[0], exact),
+        }
     }
 
 
 def bounded_remark(difference: float, exact: Sequence[bool]) -> str:
-    """What a bound against an exact likelihood leaves open."""
+    """What a bound beside an exact likelihood leaves open."""
     if exact[0] == exact[1]:
         return ""
     if (difference > 0) == exact[0]:  # the diffusion model has the lower figure
@@ -204,29 +152,116 @@ def bounded_remark(difference: float, exact: Sequence[bool]) -> str:
     return "the higher figure is a bound: the true gap may be smaller"
 
 
-def comparison_lines(found: dict, names: Sequence[str], rows: int) -> list[str]:
-    error = found["error_over_rows"]
-    over_rows = "" if error is None else f", ± {error:.4f} over {rows:,} rows of text"
-    over_masks = " over the masks" if found["difference"]["standard_error"] is not None else ""
-    lines = [
-        f"against {names[1]}: loss {text_of(found['loss'])} nats/token",
-        f"difference {text_of(found['difference'], '+')}{over_masks}{over_rows}",
-    ]
-    if found["better"]:
-        low, high = sorted(abs(end) for end in found["interval"])
-        verdict = f"{found['better']} is better, by {low:.4f} to {high:.4f} nats/token (95%)"
-    elif found["interval"]:
-        low, high = found["interval"]
-        verdict = f"no difference is certain (95% interval {low:+.4f} to {high:+.4f})"
-    else:
-        verdict = "no error can be told: raise eval.draws"
-    remark = f"; {found['remark']}" if found["remark"] else ""
-    return [*lines, f"verdict: {verdict}{remark}"]
-
-
-# --- Files --------------------------------------------------------------------------------------
+def speed(samples, seconds: float) -> dict:
+    """Of the passes that gave the loss."""
+    return {
+        "seconds": seconds,
+        "tokens_per_second": len(samples.nats) * samples.tokens / seconds,
+    }
 
 
 def write_json(figures: dict, path: str) -> None:
-    """Everything that was printed. Raises `OSError` where it cannot be written."""
+    """Raises `OSError`."""
     Path(path).write_text(json.dumps(figures, indent=1) + "\n")
+
+
+# --- Lines ---------------------------------------------------------------------------------------
+
+
+def lines(figures: dict, show_curve: bool = False) -> list[str]:
+    """The figures of an evaluation, or some of them, as they are printed."""
+    found = []
+    for key, render in SECTIONS.items():
+        if figures.get(key) is not None and (key != "curve" or show_curve):
+            found += render(figures)
+    return found
+
+
+def text_of(figure: dict, sign: str = "") -> str:
+    error = figure["standard_error"]
+    return f"{figure['value']:{sign}.4f}" + ("" if error is None else f" ± {error:.4f}")
+
+
+def likelihood_lines(figures: dict) -> list[str]:
+    found = [
+        f"loss {text_of(figures['loss'])} nats/token",
+        f"perplexity {figures['perplexity']:.2f}",
+        f"bits {text_of(figures['bits_per_byte'])} per byte",
+    ]
+    if interval := figures["loss"]["interval"]:
+        found.append(f"95% interval {interval[0]:.4f} to {interval[1]:.4f} nats/token")
+    return found
+
+
+def document_lines(figures: dict) -> list[str]:
+    width = max(len("document"), *(len(each["name"]) for each in figures["documents"]))
+    found = [f"{'document':<{width}} {'tokens':>10}  {'nats/token':<16}  bits/byte"]
+    for each in figures["documents"]:
+        loss, bits = text_of(each["loss"]), text_of(each["bits_per_byte"])
+        found.append(f"{each['name']:<{width}} {each['tokens']:>10,}  {loss:<16}  {bits}")
+    return found
+
+
+def curve_lines(figures: dict) -> list[str]:
+    rows = [
+        f"{row['low']:>5.0%} to {row['high']:>4.0%}  {text_of(row)}" for row in figures["curve"]
+    ]
+    return [f"{'tokens masked':<14} nats per masked token", *rows]
+
+
+def decreases_lines(figures: dict) -> list[str]:
+    where = [
+        f"{step['from']:.0%} to {step['to']:.0%} ({text_of(step, '+')})"
+        for step in figures["decreases"]
+    ]
+    if where:
+        return [f"the cost of a masked token decreases with the share masked: {', '.join(where)}"]
+    return ["the cost of a masked token never decreases with the share masked, beyond chance"]
+
+
+def bound_lines(figures: dict) -> list[str]:
+    if len(figures["bounds"]) == 1:
+        return []
+    found = [f"{'bound':<14} {'nats/token':<16} {'calls':>6} {'seconds':>8}  of the sampler that"]
+    for row in figures["bounds"]:
+        about = f"{row['calls']:>6} {row['seconds']:>8.1f}  {row['sampler']}"
+        found.append(f"{row['name']:<14} {text_of(row):<16} {about}")
+    broken = [f"VIOLATION: {line}" for line in figures["violations"]]
+    broken += [f"remark: {line}" for line in figures["remarks"]]
+    return found + (broken or ["every relation that must hold between these bounds holds"])
+
+
+def comparison_lines(figures: dict) -> list[str]:
+    found = figures["against"]
+    difference, error = found["difference"], found["error_over_rows"]
+    over_masks = "" if difference["standard_error"] is None else " over the masks"
+    over_rows = "" if error is None else f", ± {error:.4f} over {found['rows']:,} rows of text"
+    if not found["interval"]:
+        verdict = "no error is known: raise eval.draws"
+    elif found["better"]:
+        low, high = sorted(map(abs, found["interval"]))
+        verdict = f"{found['better']} is better, by {low:.4f} to {high:.4f} nats/token (95%)"
+    else:
+        low, high = found["interval"]
+        verdict = f"no difference is certain (95% interval {low:+.4f} to {high:+.4f})"
+    remark = f"; {found['remark']}" if found["remark"] else ""
+    return [
+        f"against {found['checkpoint']}: loss {text_of(found['loss'])} nats/token",
+        f"difference {text_of(difference, '+')}{over_masks}{over_rows}",
+        f"verdict: {verdict}{remark}",
+    ]
+
+
+def speed_lines(figures: dict) -> list[str]:
+    return [f"{figures['seconds']:.1f} s, {figures['tokens_per_second']:,.0f} tokens/s"]
+
+
+SECTIONS = {  # by the key of the figures that they print, in this order
+    "loss": likelihood_lines,
+    "documents": document_lines,
+    "curve": curve_lines,
+    "decreases": decreases_lines,
+    "bounds": bound_lines,
+    "against": comparison_lines,
+    "seconds": speed_lines,
+}

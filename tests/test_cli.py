@@ -17,7 +17,7 @@ from omegaconf import OmegaConf
 import model
 import runtime
 import train
-from nanomdm import bounds, cli
+from nanomdm import cli, texts
 from nanomdm.runlog import RunLog
 
 EXPERIMENTS = sorted(path.stem for path in (cli.CONFIGS / "experiment").glob("*.yaml"))
@@ -416,6 +416,6 @@ def test_an_error_of_shapes_in_our_own_code_keeps_its_traceback(short_run, monke
 
 
 def test_a_value_error_of_a_builtin_in_our_own_code_keeps_its_traceback(run, trained, monkeypatch):
-    monkeypatch.setattr(bounds, "windows", lambda *_: [(0, 5, 0, "one too many")])
+    monkeypatch.setattr(texts, "windows", lambda *_: [(0, 5, 0, "one too many")])
     with pytest.raises(ValueError, match="unpack"):
         run("eval.py", f"checkpoint={trained}/ckpt.pt", "system.device=cpu")

@@ -1,18 +1,14 @@
 """eval.py as a user sees it: bounds side by side, comparison, curve, windows, JSON."""
 
 import json
-import math
 import re
 import sys
 import types
 
 import pytest
-import torch
 from conftest import TEXT, TINY
-from problems import LOOP, arbitrary_network, seeded
 
-import eval as evaluation
-from nanomdm import bounds, report, runlog
+from nanomdm import runlog
 
 CPU = "system.device=cpu"
 
@@ -49,13 +45,6 @@ def test_what_is_printed_is_what_is_written(evaluated):
     assert f"{figures['tokens']:,} tokens, 3 passes" in out
 
 
-def test_the_interval_is_students_t_times_the_error(evaluated):
-    _, figures = evaluated("eval.draws=4")
-    loss = figures["loss"]
-    half = (loss["interval"][1] - loss["interval"][0]) / 2
-    assert half == pytest.approx(3.182 * loss["standard_error"], rel=1e-3)
-
-
 def test_one_pass_has_no_error_and_valid_json(evaluated):
     out, figures = evaluated("eval.draws=1")
     assert figures["loss"]["standard_error"] is None and "±" not in out and "nan" not in out
@@ -71,7 +60,7 @@ def test_all_bounds_stand_side_by_side(evaluated):
     assert [row["name"] for row in figures["bounds"]] == names
     assert all(re.search(rf"^{name} +\d", out, flags=re.M) for name in names)
     assert "takes 128 ancestral steps" in out and figures["tokens"] == 64
-    assert not figures["alarms"]
+    assert not figures["violations"]
 
 
 def test_the_discrete_bound_is_that_of_the_steps_that_would_run(evaluated):
@@ -79,31 +68,6 @@ def test_the_discrete_bound_is_that_of_the_steps_that_would_run(evaluated):
     out, figures = evaluated("eval.bounds=[discrete]", "sampling.steps=1", "eval.draws=3")
     assert "takes 1 ancestral" in out
     assert figures["bounds"][1]["standard_error"] < 1e-6 < figures["bounds"][0]["standard_error"]
-
-
-def row(name: str, value: float, error: float | None = 0.01) -> dict:
-    return {"name": name, "value": value, "standard_error": error, "draws": 8}
-
-
-def test_a_chain_that_differs_from_uniform_is_an_alarm():
-    found = report.relations([row("uniform", 2.0), row("chain", 2.5)], falls=False)
-    assert len(found["alarms"]) == 1 and not found["remarks"]
-
-
-def test_a_chain_that_differs_by_chance_is_none():
-    found = report.relations([row("uniform", 2.0), row("chain", 2.03)], falls=False)
-    assert found == {"alarms": [], "remarks": []}
-
-
-@pytest.mark.parametrize("falls, why", [(True, "then it may"), (False, "a bug, or a network")])
-def test_fewer_steps_below_the_bound_are_a_remark_that_says_why(falls, why):
-    found = report.relations([row("uniform", 2.0), row("discrete", 1.5)], falls)
-    assert not found["alarms"] and why in found["remarks"][0]
-
-
-def test_left_to_right_may_lie_anywhere():
-    rows = [row("uniform", 2.0), row("left_to_right", 1.0, None)]
-    assert report.relations(rows, falls=False) == {"alarms": [], "remarks": []}
 
 
 # --- Comparison ----------------------------------------------------------------------------------
@@ -146,21 +110,6 @@ def test_diffusion_against_autoregression_says_that_one_of_them_is_a_bound(
     assert figures["against"]["loss"]["standard_error"] is None
 
 
-@pytest.mark.parametrize(
-    "difference, exact, said",
-    [
-        (0.1, (False, True), "may be smaller"),  # the bound is the higher one
-        (-0.1, (False, True), "at least as large"),
-        (0.1, (True, False), "at least as large"),
-        (-0.1, (True, False), "may be smaller"),
-        (0.1, (False, False), ""),
-    ],
-)
-def test_what_a_bound_leaves_open_depends_on_which_is_lower(difference, exact, said):
-    remark = report.bounded_remark(difference, exact)
-    assert said in remark and bool(said) == bool(remark)
-
-
 def test_models_with_different_symbols_are_not_compared_by_token(run, trained, tmp_path):
     (tmp_path / "o.txt").write_text("abc " * 300)
     assert run("train.py", *TINY, "data.path=o.txt", "out_dir=other").code == 0
@@ -171,15 +120,9 @@ def test_models_with_different_symbols_are_not_compared_by_token(run, trained, t
 # --- By masking rate -----------------------------------------------------------------------------
 
 
-def test_the_curve_is_drawn(evaluated, tmp_path):
-    pytest.importorskip("matplotlib")
-    evaluated("eval.plot=curve.png")
-    assert (tmp_path / "curve.png").read_bytes()[:4] == b"\x89PNG"
-
-
-def test_whether_the_cost_falls_is_always_said(evaluated):
+def test_whether_the_cost_decreases_is_always_said(evaluated):
     out, figures = evaluated()
-    assert "the cost of a masked token" in out and "falls" in figures
+    assert "the cost of a masked token" in out and "decreases" in figures
 
 
 # --- Texts ---------------------------------------------------------------------------------------
@@ -195,51 +138,6 @@ def test_a_folder_gives_a_row_for_each_file_and_they_add_up(evaluated, tmp_path)
     whole = (100 * a["loss"]["value"] + 20 * b["loss"]["value"]) / 120
     assert figures["loss"]["value"] == pytest.approx(whole)
     assert re.search(r"^a\.txt +100 ", out, flags=re.M)
-
-
-def test_the_windows_of_a_folder_move_by_half_the_context():
-    ids = torch.arange(100).numpy()
-    texts = evaluation.cut("", [("a", ids)], Bytes(), context=32, stride=16)
-    assert [len(row) for row in texts.rows] == [32, 32, 32, 32, 32, 20 + 12]
-    assert texts.tokens == 100
-
-
-class Bytes:
-    def decode_bytes(self, ids):
-        return bytes(ids)
-
-
-def test_context_does_not_count(evaluated):
-    """A window's given part is seen, not scored: the number of tokens is that of the text."""
-    for stride in (0, 1, 8):
-        assert evaluated(f"eval.stride={stride}", "eval.draws=1")[1]["tokens"] == 1016
-
-
-def test_what_is_seen_before_a_window_cannot_be_worse_for_an_exact_model():
-    """The chain rule over windows of an exact network of a Markov chain needs one token before."""
-    from problems import chain, exact_denoiser
-
-    problem = chain(0.1, 0.1, 0.1, 0.1)
-    row, model = problem.draw(40, 0), exact_denoiser(problem)
-
-    def cost(given: int) -> float:
-        predict = [torch.arange(5) >= given] * 40
-        settings = {"mask_id": 2, "draws": 1, "predict": predict if given else None}
-        return bounds.estimate(bounds.left_to_right, model, row, **settings).bound().value
-
-    assert cost(1) < cost(0) < math.log(2)
-
-
-def test_a_part_of_a_text_is_spread_over_it():
-    ids = torch.arange(100).numpy()
-    texts = evaluation.cut("", [("a", ids)], Bytes(), context=10, stride=10, limit=30)
-    assert [int(row[0]) for row in texts.rows] == [0, 30, 60]
-
-
-def test_bytes_are_counted_for_what_is_predicted():
-    ids = torch.arange(100).numpy()
-    texts = evaluation.cut("", [("a", ids)], Bytes(), context=10, stride=5)
-    assert int(texts.sizes.sum()) == 100
 
 
 # --- Weights & Biases ----------------------------------------------------------------------------
@@ -297,23 +195,6 @@ def test_what_is_about_masks_is_refused_for_an_autoregressive_model(run, text_fi
     assert run("train.py", *TINY, f"data.path={text_file}", "training.objective=ar").code == 0
     result = run("eval.py", CPU, word)
     assert result.code == 2 and "leave it out" in result.err
-
-
-def test_every_form_is_the_same_for_any_batch_size():
-    text = [LOOP.draw(1, i)[0] for i in range(9)]
-    for form in (bounds.uniform, bounds.chain, lambda u, n: bounds.discrete(u, n, 5)):
-        one, other = (
-            bounds.estimate(
-                form,
-                arbitrary_network(LOOP),
-                text,
-                mask_id=LOOP.V,
-                generator=seeded(0),
-                batch_size=size,
-            ).nats
-            for size in (1, 4)
-        )
-        torch.testing.assert_close(one, other, rtol=0, atol=1e-12)
 
 
 @pytest.mark.parametrize("strategy", ["stochastic", "confidence"])

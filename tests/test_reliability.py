@@ -20,8 +20,8 @@ from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 import train as train_script
 from bench import torture
+from diffusion import NLLSamples
 from nanomdm import checkpoint, cli, folders, optim, parallel, runlog
-from nanomdm.bounds import Passes
 
 STEPS = 12  # of TINY, which saves after 6 and 12 and logs every step
 
@@ -559,9 +559,9 @@ def test_a_device_that_decides_by_itself_skips_the_same_steps(name):
 
 
 def test_a_bound_beyond_all_perplexities_does_not_end_a_run(train, monkeypatch):
-    bound = Passes.bound
-    far = lambda self: bound(self)._replace(value=1e6)  # noqa: E731
-    monkeypatch.setattr(Passes, "bound", far)
+    bound = NLLSamples.bound
+    far = lambda self: (1e6, bound(self)[1])  # noqa: E731
+    monkeypatch.setattr(NLLSamples, "bound", far)
     assert train().code == 0
     assert entries()[-1]["eval/val_loss"] == 1e6
 

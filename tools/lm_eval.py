@@ -17,7 +17,7 @@ import torch
 import diffusion
 import runtime
 from bench.cloze import Fill, as_texts, by_fill, greedy_fills
-from eval import Scoring, measure
+from eval import measure
 from nanomdm import cli
 from nanomdm.cli import Section
 from nanomdm.errors import UserError
@@ -46,9 +46,10 @@ def make_adapter(loaded: runtime.Loaded, config: Section):
 def score(loaded: runtime.Loaded, fills: list[Fill], config: Section):
     """The rows of the fills, and minus what each fill costs, in nats."""
     texts = as_texts(fills, loaded.tokenizer, loaded.model.config.block_size)
-    scoring = Scoring(config.seed, config.draws, config.batch_size)
-    passes, _ = measure(loaded, texts, scoring)
-    return texts, (-by_fill(passes.nats, texts).mean(dim=0)).tolist()
+    samples, _ = measure(
+        loaded, texts, seed=config.seed, draws=config.draws, batch_size=config.batch_size
+    )
+    return texts, (-by_fill(samples.nats, texts).mean(dim=0)).tolist()
 
 
 @torch.no_grad()

@@ -13,9 +13,9 @@ from pathlib import Path
 
 import numpy as np
 
-from nanomdm import cli, report
+from nanomdm import cli
 from nanomdm.cli import Section
-from nanomdm.errors import UserError
+from nanomdm.errors import UserError, optional
 
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000")
 STYLE = {  # the colours above are Okabe's and Ito's, which the colour-blind can tell apart
@@ -241,10 +241,16 @@ PANELS = {
 }
 
 
+def import_pyplot():
+    """matplotlib, set to draw into files. Raises `UserError` if it is not installed."""
+    optional("matplotlib").use("agg")
+    return optional("matplotlib.pyplot")
+
+
 def main(config: Section, explicit: set[str]) -> None:
     if config.x not in X:
         raise UserError(f"x={config.x} is unknown: choose steps or seconds")
-    pyplot, runs = report.import_pyplot(), read_runs(config.runs)
+    pyplot, runs = import_pyplot(), read_runs(config.runs)
     first = Path(config.runs[0])
     beside = (first if first.is_dir() else first.parent) / "metrics"
     output = config.output.removesuffix(".png").removesuffix(".svg") or str(beside)

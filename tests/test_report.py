@@ -1,0 +1,249 @@
+"""Figures from samples, what must hold between bounds, the verdict on two models, and the lines."""
+
+import json
+import math
+
+import pytest
+import torch
+
+from diffusion import NLLSamples
+from nanomdm import bounds, report
+from nanomdm.bounds import BOUNDS, Bound
+from nanomdm.texts import Texts
+
+
+def samples_of(nats: list[list[float]], counts: list[int]) -> NLLSamples:
+    """Samples with these costs (draws, N) of rows with these numbers of tokens."""
+    nats = torch.tensor(nats, dtype=torch.float64)
+    u = (torch.arange(nats.size(1)).double() + 0.5).expand_as(nats) / nats.size(1)
+    return NLLSamples(nats, u, torch.tensor(counts))
+
+
+def texts_of(document: list[int], sizes: list[int], names: list[str]) -> Texts:
+    return Texts("", names, [], [], torch.tensor(document), torch.tensor(sizes))
+
+
+TWO_DRAWS = samples_of([[2.0, 4.0, 6.0], [4.0, 2.0, 9.0]], [2, 2, 4])  # 1.5 and 1.875 nats a token
+
+
+# --- Figures -------------------------------------------------------------------------------------
+
+
+def test_the_interval_is_students_t_times_the_error():
+    figure = report.figure((2.0, 0.1), df=3)
+    assert figure["interval"] == pytest.approx([2 - 0.3182446, 2 + 0.3182446])
+
+
+def test_a_factor_scales_a_figure_its_error_and_its_interval():
+    one, ten = (report.figure((2.0, 0.1), 3, factor) for factor in (1, 10))
+    assert ten["value"] == 20 and ten["standard_error"] == 1
+    assert ten["interval"] == pytest.approx([10 * end for end in one["interval"]])
+
+
+def test_a_figure_without_an_error_has_no_interval_and_is_valid_json():
+    figure = report.figure((2.0, math.nan), df=0)
+    assert json.dumps(figure) == '{"value": 2.0, "standard_error": null, "interval": null}'
+
+
+def test_the_likelihood_is_per_token_and_per_byte():
+    figures = report.likelihood(TWO_DRAWS, texts_of([0, 0, 0], [3, 3, 10], ["a"]))
+    assert (figures["tokens"], figures["bytes"]) == (8, 16)
+    assert figures["loss"]["value"] == 1.6875 and figures["perplexity"] == math.exp(1.6875)
+    assert figures["loss"]["standard_error"] == pytest.approx(0.1875)  # (1.875 - 1.5) / 2
+    assert figures["bits_per_byte"]["value"] == pytest.approx(1.6875 * 8 / 16 / math.log(2))
+    assert "documents" not in figures
+
+
+def test_each_document_has_figures_of_its_own_but_one_that_a_limit_left_out():
+    texts = texts_of([0, 2, 2], [3, 3, 10], ["a", "b", "c"])
+    a, c = report.likelihood(TWO_DRAWS, texts)["documents"]
+    assert (a["name"], a["tokens"], a["loss"]["value"]) == ("a", 2, 1.5)
+    assert (c["name"], c["tokens"], c["loss"]["value"]) == ("c", 6, 1.75)
+
+
+def test_the_curve_has_the_bins_that_have_rows():
+    figures = report.cost_by_rate(TWO_DRAWS, bins=4)  # a row of 2 tokens has only halves
+    assert [(row["low"], row["high"]) for row in figures["curve"]] == [(0.25, 0.5), (0.75, 1.0)]
+    assert [row["value"] for row in figures["curve"]] == [pytest.approx(1.5), pytest.approx(1.75)]
+
+
+def test_one_pass_says_nothing_about_decreases():
+    figures = report.cost_by_rate(samples_of([[2.0, 4.0]], [2, 2]))
+    assert figures["decreases"] is None
+    assert report.lines(figures) == []
+
+
+def test_the_speed_is_that_of_all_passes():
+    assert report.speed(TWO_DRAWS, 4.0) == {"seconds": 4.0, "tokens_per_second": 4.0}
+
+
+def test_a_file_holds_the_figures(tmp_path):
+    report.write_json({"loss": 1.5}, str(tmp_path / "o.json"))
+    assert json.loads((tmp_path / "o.json").read_text()) == {"loss": 1.5}
+
+
+# --- Bounds side by side -------------------------------------------------------------------------
+
+
+def row(name: str, value: float, error: float | None = 0.01) -> dict:
+    return {"name": name, "value": value, "standard_error": error, "draws": 8}
+
+
+def test_a_row_says_what_its_bound_costs_and_of_which_sampler():
+    measured = {name: (BOUNDS[name], TWO_DRAWS, 0.5) for name in ("uniform", "chain")}
+    uniform, chain = report.side_by_side(measured)["bounds"]
+    assert (uniform["calls"], chain["calls"]) == (1, 4)  # of the longest row, token by token
+    assert uniform["draws"] == 2 and uniform["seconds"] == 0.5 and uniform["value"] == 1.6875
+    assert chain["sampler"] == BOUNDS["chain"].sampler
+
+
+def test_a_chain_that_differs_from_uniform_is_a_violation():
+    found = report.relations([row("uniform", 2.0), row("chain", 2.5)], decreases=False)
+    assert len(found["violations"]) == 1 and not found["remarks"]
+
+
+def test_a_chain_that_differs_by_chance_is_none():
+    found = report.relations([row("uniform", 2.0), row("chain", 2.03)], decreases=False)
+    assert found == {"violations": [], "remarks": []}
+
+
+@pytest.mark.parametrize("name", ["discrete", "continuous"])
+@pytest.mark.parametrize("decreases, why", [(True, "then it may"), (False, "a bug, or a network")])
+def test_fewer_steps_below_the_bound_are_a_remark_that_says_why(name, decreases, why):
+    found = report.relations([row("uniform", 2.0), row(name, 1.5)], decreases)
+    assert not found["violations"] and why in found["remarks"][0]
+
+
+def test_left_to_right_may_lie_anywhere():
+    rows = [row("uniform", 2.0), row("left_to_right", 1.0, None)]
+    assert report.relations(rows, decreases=False) == {"violations": [], "remarks": []}
+
+
+def test_one_pass_violates_nothing():
+    rows = [row("uniform", 2.0, None), row("chain", 3.0, None)]
+    assert report.relations(rows, decreases=False) == {"violations": [], "remarks": []}
+
+
+def test_what_a_bound_must_hold_to_comes_from_its_entry(monkeypatch):
+    monkeypatch.setitem(BOUNDS, "mine", Bound(bounds.everything, "is mine", relation="equal"))
+    found = report.relations([row("uniform", 2.0), row("mine", 2.5, None)], decreases=False)
+    assert "mine and uniform differ by +0.5000" in found["violations"][0]
+
+
+# --- Two models ----------------------------------------------------------------------------------
+
+
+def compared(one: NLLSamples, other: NLLSamples, exact=(False, False)) -> dict:
+    return report.comparison(one, other, ["a.pt", "b.pt"], exact)["against"]
+
+
+def shifted(by: float, rows: int = 50, draws: int = 4) -> NLLSamples:
+    """Rows of ten tokens that cost 20 nats, and `by` more, give or take one."""
+    noise = torch.randn(draws, rows, generator=torch.Generator().manual_seed(0))
+    return samples_of((20 + by + noise * bool(by)).tolist(), [10] * rows)
+
+
+@pytest.mark.parametrize("by, better", [(-5.0, "b.pt"), (5.0, "a.pt"), (0.0, None)])
+def test_the_model_that_costs_less_is_better(by, better):
+    found = compared(shifted(0.0), shifted(by))
+    assert found["better"] == better
+    assert found["difference"]["value"] == pytest.approx(-by / 10, abs=0.05)
+
+
+def test_the_verdict_on_a_single_row_goes_by_the_error_over_the_masks():
+    found = compared(shifted(0.0, rows=1), shifted(5.0, rows=1))
+    assert found["error_over_rows"] is None
+    assert found["interval"] == found["difference"]["interval"]
+
+
+def test_two_exact_figures_of_one_row_decide_nothing():
+    one, other = shifted(0.0, rows=1, draws=1), shifted(5.0, rows=1, draws=1)
+    found = compared(one, other, exact=(True, True))
+    assert found["interval"] is None and found["better"] is None
+    assert report.lines({"against": found})[-1] == "verdict: no error is known: raise eval.draws"
+
+
+@pytest.mark.parametrize(
+    "difference, exact, said",
+    [
+        (0.1, (False, True), "may be smaller"),  # the bound is the higher one
+        (-0.1, (False, True), "at least as large"),
+        (0.1, (True, False), "at least as large"),
+        (-0.1, (True, False), "may be smaller"),
+        (0.1, (False, False), ""),
+    ],
+)
+def test_what_a_bound_leaves_open_depends_on_which_is_lower(difference, exact, said):
+    remark = report.bounded_remark(difference, exact)
+    assert said in remark and bool(said) == bool(remark)
+
+
+# --- Lines ---------------------------------------------------------------------------------------
+
+
+def test_the_lines_of_a_likelihood():
+    figures = report.likelihood(TWO_DRAWS, texts_of([0, 0, 1], [3, 3, 10], ["a", "long name"]))
+    assert report.lines(figures) == [
+        "loss 1.6875 ± 0.1875 nats/token",
+        "perplexity 5.41",
+        "bits 1.2173 ± 0.1353 per byte",
+        "95% interval -0.6949 to 4.0699 nats/token",
+        "document      tokens  nats/token        bits/byte",
+        "a                  4  1.5000 ± 0.0000   1.4427 ± 0.0000",
+        "long name          4  1.8750 ± 0.3750   1.0820 ± 0.2164",
+    ]
+
+
+def test_the_lines_of_a_curve_are_printed_if_asked_for():
+    curve = [{"low": 0.0, "high": 0.05, **report.figure((1.5, 0.25), 3)}]
+    figures = {"curve": curve, "decreases": []}
+    never = "the cost of a masked token never decreases with the share masked, beyond chance"
+    assert report.lines(figures) == [never]
+    assert report.lines(figures, show_curve=True) == [
+        "tokens masked  nats per masked token",
+        "   0% to   5%  1.5000 ± 0.2500",
+        never,
+    ]
+
+
+def test_the_line_of_decreases_says_where_and_by_how_much():
+    step = {"from": 0.4, "to": 0.5, **report.figure((-0.25, 0.05), 3)}
+    assert report.lines({"decreases": [step]}) == [
+        "the cost of a masked token decreases with the share masked: 40% to 50% (-0.2500 ± 0.0500)"
+    ]
+
+
+def test_the_lines_of_several_bounds():
+    about = {"draws": 8, "seconds": 1.25}
+    uniform = {"name": "uniform", **about, "calls": 1, "sampler": "s", **report.figure((2, 0.5), 7)}
+    exact = {"name": "left_to_right", **about, "calls": 128, "sampler": "t"}
+    exact |= report.figure((1.5, math.nan), 0)
+    figures = {"bounds": [uniform, exact], "violations": [], "remarks": []}
+    assert report.lines(figures) == [
+        "bound          nats/token        calls  seconds  of the sampler that",
+        "uniform        2.0000 ± 0.5000       1      1.2  s",
+        "left_to_right  1.5000              128      1.2  t",
+        "every relation that must hold between these bounds holds",
+    ]
+    broken = report.lines(figures | {"violations": ["a"], "remarks": ["b"]})
+    assert broken[-2:] == ["VIOLATION: a", "remark: b"]
+
+
+def test_uniform_alone_has_no_table():
+    figures = report.side_by_side({"uniform": (BOUNDS["uniform"], TWO_DRAWS, 0.5)})
+    assert len(figures["bounds"]) == 1 and report.lines(figures) == []
+
+
+def test_the_lines_of_a_comparison():
+    found = compared(TWO_DRAWS, samples_of([[2.0, 4.0, 2.0]], [2, 2, 4]), exact=(False, True))
+    assert report.lines({"against": found}) == [
+        "against b.pt: loss 1.0000 nats/token",
+        "difference +0.6875 ± 0.1875 over the masks, ± 0.5592 over 3 rows of text",
+        "verdict: no difference is certain (95% interval -1.7187 to +3.0937); "
+        "the higher figure is a bound: the true gap may be smaller",
+    ]
+
+
+def test_the_line_of_a_verdict_names_the_better_model():
+    line = report.lines({"against": compared(shifted(0.0), shifted(5.0))})[-1]
+    assert line.startswith("verdict: a.pt is better, by 0.4") and line.endswith("nats/token (95%)")
