@@ -155,7 +155,9 @@ def estimate(
     """
     predict = predict or [torch.ones(len(row), dtype=torch.bool) for row in x0]
     lengths = torch.tensor([len(row) for row in predict])
-    counts = torch.stack([row.sum() for row in predict])
+    counts = torch.tensor([int(row.sum()) for row in predict])
+    if min([draws, len(counts), *counts]) < 1:
+        raise ValueError(f"{draws=} must be at least 1, and every row needs a token to predict")
     nats = torch.zeros(draws, len(counts), dtype=torch.float64)
     u = torch.zeros_like(nats)
     for draw in range(draws):
@@ -229,7 +231,7 @@ class State:
     @property
     def quota(self) -> Tensor:
         """(B, 1): how many of M to reveal now, so that floor(M j / K) are filled after step j."""
-        M = self.block.sum(dim=1, keepdim=True)
+        M = self.block.sum(1, keepdim=True)
         return M * (self.index + 1) // self.steps - M * self.index // self.steps
 
     @cached_property
@@ -334,8 +336,7 @@ def draw_tokens(
     logits = logits.double() - logits.amax(dim=-1, keepdim=True)  # at tiny temperatures, too
     probabilities = (logits / temperature).softmax(dim=-1)
     cdf = (truncate(probabilities) if truncate else probabilities).cumsum(dim=-1)
-    tokens = torch.searchsorted(cdf, u[:, None] * cdf[:, -1:], right=True).squeeze(1)
-    return tokens.clamp(max=logits.size(-1) - 1)
+    return torch.searchsorted(cdf, u[:, None] * cdf[:, -1:], right=True).squeeze(1)
 
 
 # --- Randomness ----------------------------------------------------------------------------------

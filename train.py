@@ -102,7 +102,7 @@ def evaluate(run: "Run", log) -> None:
     quarter = max(1, (limit or len(run.corpus.val)) // 4)
     for split, tokens in (("train", quarter), ("val", limit)):
         rows = data.blocks(getattr(run.corpus, split), shape.block_size, tokens)
-        samples = estimate(
+        found = estimate(
             bounds.everything if shape.causal else any_order,
             parallel.share_rows(run.ema),
             [row.to(run.device) for row in rows],
@@ -110,7 +110,7 @@ def evaluate(run: "Run", log) -> None:
             generator=generator(run.config.system.seed, "evaluation"),
             draws=1,
         )
-        for name, value in bounds.summary(samples).items():
+        for name, value in bounds.NLLSamples(*found).summary(shape.causal).items():
             values[f"eval/{split}_{name}"] = value
     log.metrics(run.step, values)
     train, val = values["eval/train_loss"], values["eval/val_loss"]
@@ -187,7 +187,9 @@ class Run:
         self.files = checkpoint.Files(config.out_dir, self.step, device)
         B = settings.batch_size
         times = (parallel.world().last_rows(B, settings.grad_accum).double() + 0.5) / B
-        self.capacity = devices.masked_capacity(mask_probability(times), shape.block_size, B)
+        self.capacity = devices.masked_capacity(
+            mask_probability(times), self.model.config.block_size, B
+        )
 
     @property
     def finished(self) -> bool:

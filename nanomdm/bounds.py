@@ -6,7 +6,7 @@ cross-entropies. The queries' summed cost is an unbiased estimate for every row.
 [0, 1) and stratified over all rows; noise is uniform on [0, 1) where a token is predicted, and 2
 where a token is context.
 
-`samples` are the `NLLSamples` of `diffusion.estimate`, which runs an estimator. A value with its
+`diffusion.estimate` runs an estimator, and `NLLSamples` hold what it returns. A value with its
 standard error is a tuple. The text is fixed and the masks are random: an error is that over the
 masks, from independent passes over the whole text, unless said otherwise.
 """
@@ -129,10 +129,47 @@ def choose(names: Sequence[str], steps: int, strategy: str = "stochastic") -> di
     return chosen
 
 
+# --- Samples -------------------------------------------------------------------------------------
+
+
+class NLLSamples(NamedTuple):
+    """What `diffusion.estimate` returns: Monte Carlo samples of what the rows of a text cost."""
+
+    nats: Tensor  # (draws, N) float64: the estimated cost of every row, summed over its tokens
+    u: Tensor  # (draws, N) float64: the draw that decided how much of the row was masked
+    counts: Tensor  # (N,) int64: the tokens of the row that were predicted
+
+    @property
+    def tokens(self) -> int:
+        return int(self.counts.sum())
+
+    def bound(self) -> Estimate:
+        """In nats per predicted token, with the standard error over the draws."""
+        return mean_and_error(self.nats.sum(dim=1) / self.tokens)
+
+    def part(self, rows: Sequence[int] | Tensor) -> "NLLSamples":
+        """The samples of some of the rows."""
+        return NLLSamples(self.nats[:, rows], self.u[:, rows], self.counts[rows])
+
+    def summary(self, exact: bool = False) -> dict[str, float]:
+        """The figures that a training log has of one pass: loss, ppl and error (of the masks)."""
+        loss, _ = self.bound()
+        figures = {"loss": loss, "ppl": math.exp(min(loss, 700.0))}  # beyond 700 it overflows
+        if len(self.counts) > 1 and not exact:
+            figures["error"] = error_within(self)
+        return figures
+
+
+def mean_and_error(values: Tensor) -> Estimate:
+    """The mean of independent values (n,) and its standard error (nan for one value)."""
+    n = len(values)
+    return float(values.mean()), float(values.std()) / math.sqrt(n) if n > 1 else math.nan
+
+
 # --- Standard errors -----------------------------------------------------------------------------
 
 
-def error_within(samples) -> float:
+def error_within(samples: NLLSamples) -> float:
     """The standard error of the bound, from as little as one pass; nan for one row.
 
     Rows that are neighbours in u are masked alike: their costs differ by the random masks and by
@@ -173,7 +210,7 @@ def ratio(values: Tensor, sizes: Tensor) -> Estimate:
     return rate, math.sqrt(variance) / float(sizes.double().mean())
 
 
-def difference(one, other) -> tuple[Estimate, Estimate]:
+def difference(one: NLLSamples, other: NLLSamples) -> tuple[Estimate, Estimate]:
     """How much more one model pays than another for the same text, in nats per token.
 
     From the samples of both on the same rows and, as far as both are masked, the same masks. Twice,
@@ -182,14 +219,14 @@ def difference(one, other) -> tuple[Estimate, Estimate]:
     pass, are paired with every pass of the other's.
     """
     nats = one.nats - other.nats  # (draws, N)
-    over_masks = one.mean_and_error(nats.sum(dim=1) / one.tokens)
+    over_masks = mean_and_error(nats.sum(dim=1) / one.tokens)
     return over_masks, ratio(nats.mean(dim=0), one.counts)
 
 
 # --- By masking rate -----------------------------------------------------------------------------
 
 
-def curve(samples, bins: int = 20) -> list[Estimate]:
+def curve(samples: NLLSamples, bins: int = 20) -> list[Estimate]:
     """The cost of a masked token in nats, by the share of tokens masked: where the loss comes from.
 
     Bin b has the shares in (b / bins, (b + 1) / bins]; nan where it has no row. From the samples of
@@ -197,10 +234,12 @@ def curve(samples, bins: int = 20) -> list[Estimate]:
     that bound. The error is over the passes, and includes which texts were masked how much.
     """
     costs = _cost_by_rate(samples, bins)
-    return [samples.mean_and_error(cost[~cost.isnan()]) for cost in costs]
+    return [mean_and_error(cost[~cost.isnan()]) for cost in costs]
 
 
-def decreases(samples, bins: int = 20, coverage: float = 0.95) -> list[tuple[int, Estimate]]:
+def decreases(
+    samples: NLLSamples, bins: int = 20, coverage: float = 0.95
+) -> list[tuple[int, Estimate]]:
     """The bins whose cost is below that of the bin before, beyond chance, with the difference.
 
     Which bounds must be ordered depends on whether c_l, the cost of a masked token when l are
@@ -211,13 +250,13 @@ def decreases(samples, bins: int = 20, coverage: float = 0.95) -> list[tuple[int
         return found
     limit = student_t(df, 1 - (1 - coverage) / (bins - 1))
     for b in range(1, bins):
-        value, error = samples.mean_and_error(costs[b] - costs[b - 1])
+        value, error = mean_and_error(costs[b] - costs[b - 1])
         if value < -limit * error:
             found.append((b, (value, error)))
     return found
 
 
-def _cost_by_rate(samples, bins: int) -> Tensor:
+def _cost_by_rate(samples: NLLSamples, bins: int) -> Tensor:
     """The mean cost of a masked token (bins, draws); nan where no row has such a masking rate."""
     counts = samples.counts.expand_as(samples.u)  # (draws, N)
     masked = (samples.u * counts).long() + 1  # as diffusion.any_order draws them

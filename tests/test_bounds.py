@@ -4,6 +4,7 @@ import itertools
 import json
 import math
 import re
+from functools import partial
 
 import pytest
 import torch
@@ -26,9 +27,10 @@ from problems import (
     z_score,
 )
 
-from diffusion import NLLSamples, any_order, estimate, nll_from_logits, stratified_pairs
+import diffusion
+from diffusion import any_order, nll_from_logits, stratified_pairs
 from nanomdm import bounds
-from nanomdm.bounds import BOUNDS, Bound
+from nanomdm.bounds import BOUNDS, Bound, NLLSamples
 from nanomdm.errors import UserError
 
 EPS, STEPS = 0.1, 3
@@ -41,6 +43,11 @@ ESTIMATORS = {
 }
 TEXT = LOOP.draw(6, 0)
 NETWORK = arbitrary_network(LOOP)
+
+
+def estimate(estimator, model, x0, *, nll=None, **options) -> NLLSamples:
+    nll = nll or partial(nll_from_logits, model)
+    return NLLSamples(*diffusion.estimate(estimator, nll, x0, **options))
 
 
 def enumerated(name: str) -> float:

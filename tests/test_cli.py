@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import runtime
 import torch
 from conftest import ROOT, SCRIPTS, TINY, environment
 from hydra import compose, initialize_config_dir
@@ -15,7 +16,6 @@ from hypothesis import strategies as st
 from omegaconf import OmegaConf
 
 import model
-import runtime
 import train
 from nanomdm import cli, texts
 from nanomdm.runlog import RunLog

@@ -6,9 +6,8 @@ import math
 import pytest
 import torch
 
-from diffusion import NLLSamples
 from nanomdm import bounds, report
-from nanomdm.bounds import BOUNDS, Bound
+from nanomdm.bounds import BOUNDS, Bound, NLLSamples
 from nanomdm.texts import Texts
 
 
