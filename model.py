@@ -47,7 +47,7 @@ class ModelConfig:
             if type(value) is not kind and (type(value), kind) != (int, float):
                 raise ValueError(f"model.{field.name}={value!r} is not of type {kind.__name__}")
         least = dict.fromkeys(("vocab_size", "block_size", "n_layer", "n_head", "n_embd"), 1)
-        least |= {"conv_width": 0, "mlp_size": 0, "norm_eps": 0, "rope_base": 1, "dropout": 0}
+        least |= {"mlp_size": 0, "norm_eps": 0, "rope_base": 1}
         for name, limit in least.items():
             if not limit <= getattr(self, name) < math.inf:
                 raise ValueError(f"model.{name}={getattr(self, name)} must be at least {limit}")
@@ -57,11 +57,11 @@ class ModelConfig:
             f"choose a multiple of {self.n_head}": self.n_embd % self.n_head,
             f"model.n_embd / model.n_head = {K} is odd, but rotary embeddings turn pairs: "
             "choose an even head width": K % 2,
-            f"model.block_size={self.block_size} times the head width {K} must be at most "
-            f"{LONGEST}: choose a smaller block": self.block_size * K > LONGEST,
+            f"model.block_size={self.block_size} is too long: choose at most "
+            f"{LONGEST // max(1, K)} for heads of width {K}": self.block_size * K > LONGEST,
             f"model.conv_width={self.conv_width} must be odd, for as many neighbours on each "
-            "side, or 0 for none": self.conv_width and self.conv_width % 2 == 0,
-            f"model.dropout={self.dropout} must lie in [0, 1)": self.dropout >= 1,
+            "side, or 0 for none": self.conv_width and not max(0, self.conv_width) % 2,
+            f"model.dropout={self.dropout} must lie in [0, 1)": not 0 <= self.dropout < 1,
         }
         for message, is_wrong in wrong.items():
             if is_wrong:
@@ -277,7 +277,7 @@ class Transformer(nn.Module):
             chosen = where.flatten().nonzero_static(size=capacity)  # -1 in unused slots
         used, chosen = chosen[:, 0] >= 0, chosen[:, 0].clamp(min=0)  # (N,)
         hidden, targets = hidden.flatten(0, 1)[chosen], targets.flatten()[chosen]
-        rows, cross_entropy = LOGITS_AT_ONCE // self.config.vocab_size, self.cross_entropy
+        rows, cross_entropy = max(1, LOGITS_AT_ONCE // self.config.vocab_size), self.cross_entropy
         if len(targets) > rows:  # in chunks, which the backward pass computes again
             cross_entropy = partial(
                 checkpoint, cross_entropy, use_reentrant=False, preserve_rng_state=False
