@@ -21,7 +21,7 @@ from hydra.core.global_hydra import GlobalHydra
 import data
 import runtime
 from nanomdm import checkpoint, cli
-from nanomdm.text import visible
+from nanomdm.errors import visible
 
 SOURCES = sorted(
     path
