@@ -1,10 +1,7 @@
 """Token ids in files, batches out: nanoGPT's .bin files, and what a meta file says of them."""
 
 import hashlib
-import io
 import json
-import pickle
-import pickletools
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,12 +10,9 @@ import torch
 from torch import Generator, Tensor
 
 from nanomdm.errors import UserError, write_atomically
+from nanomdm.meta import digest
 
 SPLITS = ("train", "val")
-META = {  # of meta.json; hashes of the files and of the rest may be missing
-    **{"dtype": str, "tokenizer": dict, "tokens": dict, "corpus": str, "sha256": str},
-    **{"shards": dict, "check": str},
-}
 SCANNED = 2**27  # tokens of train that are checked when it is opened; batches are, when drawn
 
 
@@ -107,61 +101,6 @@ def write_bins(folder: Path, splits: dict[str, np.ndarray], tokenizer, about: di
 
 def dtype_of(vocab_size: int) -> str:
     return "uint16" if vocab_size <= 2**16 else "uint32"
-
-
-def digest(meta: dict) -> str:
-    """A hash of a meta.json but for its own `check`, whatever the order of the keys."""
-    rest = {key: value for key, value in meta.items() if key != "check"}
-    return sha256_of(json.dumps(rest, sort_keys=True).encode())
-
-
-def read_meta(folder: Path, tokenizer: str) -> dict:
-    """What our meta.json says of a folder of bins, or nanoGPT's meta.pkl.
-
-    Without either the bins are uint16, `tokenizer` has to be gpt2 or byte. Raises `UserError`.
-    """
-    if not folder.is_dir():
-        raise UserError(f"no folder {folder}: check data.dir")
-    try:
-        if (folder / "meta.json").is_file():
-            meta = json.loads((folder / "meta.json").read_bytes())
-            for key, kind in META.items():
-                if not isinstance(meta.get(key, kind()), kind):
-                    raise UserError(f"its {key} is not of type {kind.__name__}")
-            if meta["dtype"] not in ("uint16", "uint32"):
-                raise UserError("no dtype uint16 or uint32")
-            if meta.get("check", expected := digest(meta)) != expected:
-                raise UserError("its checksum is wrong")
-            if not (meta.get("corpus", "") + meta.get("sha256", "")).isprintable():
-                raise UserError("its names hold control characters")
-            return meta | {"tokenizer": meta["tokenizer"]}
-        if (folder / "meta.pkl").is_file():
-            itos = read_plain_pickle((folder / "meta.pkl").read_bytes())["itos"]
-            characters = "".join(itos[i] for i in range(len(itos)))
-            return {"dtype": "uint16", "tokenizer": {"kind": "char", "characters": characters}}
-    except Exception as error:  # a damaged pickle or JSON can fail in any way
-        raise UserError(f"the meta file in {folder} is damaged ({error}): prepare again") from error
-    if tokenizer not in ("gpt2", "byte"):
-        raise UserError(
-            f"{folder} has no meta.json or meta.pkl, and data.tokenizer={tokenizer}: say "
-            "data.tokenizer=gpt2 or data.tokenizer=byte"
-        )
-    return {"dtype": "uint16", "tokenizer": {"kind": tokenizer}}
-
-
-def read_plain_pickle(content: bytes):
-    """What nanoGPT's meta.pkl holds: dicts, strings and numbers. Raises for anything else."""
-    for opcode, value, _ in pickletools.genops(content):
-        if "PUT" in opcode.name and value > len(content):  # pickle makes a table of this size
-            raise pickle.UnpicklingError("it counts more values than it has")
-    return PlainUnpickler(io.BytesIO(content)).load()
-
-
-class PlainUnpickler(pickle.Unpickler):
-    """Refuses whatever could run code."""
-
-    def find_class(self, module: str, name: str):
-        raise pickle.UnpicklingError(f"it wants to load {module}.{name}")
 
 
 def open_bins(folder: Path, meta: dict, tokenizer) -> Corpus:

@@ -11,12 +11,13 @@ import torch
 from torch import Tensor
 
 import runtime
-from nanomdm import bounds, cli, report, text
+from model import ModelConfig, Transformer
+from nanomdm import bounds, checkpoint, cli, report, text
 from nanomdm.bounds import Passes
+from nanomdm.checkpoint import Loaded
 from nanomdm.cli import Section
 from nanomdm.errors import UserError, visible
 from nanomdm.runlog import import_wandb, progress, start_wandb
-from runtime import Loaded
 
 BINS = 20  # of the masking rate
 
@@ -26,7 +27,7 @@ def main(config: Section, explicit: set[str]) -> None:
     check(config)
     device = runtime.pick_device(config.system.device)
     names = [config.checkpoint, *filter(None, [config.eval.against])]
-    models = [runtime.load(name, device) for name in names]
+    models = [checkpoint.load_model(n, device, Transformer, ModelConfig) for n in names]
     exact = [loaded.model.config.causal for loaded in models]
     about_masks = sorted(explicit & {"eval.bounds", "eval.curve", "eval.plot"})
     if exact[0] and about_masks:
@@ -159,10 +160,10 @@ def validation_split(config: Section, explicit: set[str], loaded: Loaded) -> tup
     named = "data.dataset" in explicit or config.data.dir
     settings, sha256 = vars(config.data), ""
     if not named:
-        settings, sha256 = loaded.config["data"], loaded.state["corpus"]["sha256"]
+        settings, sha256 = loaded.config.get("data", settings), loaded.state["corpus"]["sha256"]
         if not sha256:
             raise UserError(
-                f"{config.checkpoint} was imported, and its text is not known: name one by "
+                f"the text that {config.checkpoint} was trained on is not known: name one by "
                 "data.path="
             )
     corpus = runtime.load_corpus(settings, loaded.tokenizer, sha256)

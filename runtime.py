@@ -9,7 +9,6 @@ import sysconfig
 from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
-from typing import NamedTuple
 
 import torch
 from torch import Generator, Tensor, nn
@@ -17,11 +16,11 @@ from torch import Generator, Tensor, nn
 import data
 import diffusion
 from model import ModelConfig, Transformer
-from nanomdm import bounds, checkpoint, text
+from nanomdm import bounds, meta, text
+from nanomdm.checkpoint import Loaded
 from nanomdm.errors import UserError
-from nanomdm.tokenizers import TOKENIZERS, load_tokenizer, train_tokenizer
+from nanomdm.tokenizers import load_tokenizer, train_tokenizer
 
-PARTS = ("model_config", "tokenizer", "config", "corpus", "ema")  # of a checkpoint
 DATA = dict.fromkeys(("dir", "path", "dataset", "tokenizer", "cache_dir"), str) | {
     "vocab_size": int
 }
@@ -112,74 +111,6 @@ def generator(seed: int, purpose: str, step: int = 0) -> Generator:
     return Generator().manual_seed(int.from_bytes(digest, "big") >> 1)
 
 
-class Loaded(NamedTuple):
-    """A checkpoint, ready for use."""
-
-    model: Transformer  # with its EMA weights, in evaluation mode
-    tokenizer: object
-    config: dict  # of the training run
-    state: dict  # the whole checkpoint
-
-    @property
-    def weights(self) -> str:
-        """In words, which weights these are."""
-        if "origin" in self.state:
-            return f"weights imported from {self.state['origin']}"
-        return f"EMA weights after {self.state['step']} steps"
-
-
-def load(path: str | Path, device: torch.device, resume: bool = False) -> Loaded:
-    """Load a checkpoint that train.py wrote, to `resume` the run or to use its averaged weights.
-
-    Raises `UserError` for any other file.
-    """
-    state = checkpoint.load(path)
-    if resume and "optimizer" not in state:
-        raise UserError(
-            f"{path} holds averaged weights only and cannot be resumed: start from them by "
-            "training.init_from="
-        )
-    try:
-        if not {type(state[part]) for part in PARTS} == {dict}:
-            raise TypeError(f"{', '.join(PARTS)} are not all there")
-        model, tokenizer = build(state), load_tokenizer(state["tokenizer"])
-        symbols = {tokenizer.vocab_size, model.config.vocab_size}
-        printable = (state["corpus"]["name"] + state["corpus"]["sha256"]).isprintable()
-        kinds = [type(state["config"]["data"]), type(state["step"])]
-        if len(symbols) > 1 or not printable or kinds != [dict, int]:
-            raise TypeError("its parts do not fit each other")
-        if resume:
-            check_resumable(state)
-        return Loaded(model.to(device).eval(), tokenizer, state["config"], state)
-    except ValueError as error:
-        raise UserError(f"{path} cannot be used: {error}") from error
-    except Exception as error:  # a checkpoint may come from anywhere and hold anything
-        reason = f"{type(error).__name__}: {error}"[:200]
-        raise UserError(f"{path} holds no model of this version ({reason}): train again") from error
-
-
-def check_resumable(state: dict) -> None:
-    """Raise for what train.py could not go on from, beside moments, which `optim` looks at."""
-    shapes = [{k: v.shape for k, v in state[name].items()} for name in ("ema", "model")]
-    numbers = [state["best"], *state.get("meter", {}).values()]
-    if shapes[0] != shapes[1] or not all(type(number) in (int, float) for number in numbers):
-        raise TypeError("its weights, or the figures so far, are not what they were")
-
-
-def build(state: dict) -> Transformer:
-    """The network of a checkpoint with its averaged weights, of which it takes no second copy.
-
-    It is built without memory of its own, so that a size that is claimed costs nothing.
-    """
-    config, weights = ModelConfig(**state["model_config"]), state["ema"]
-    if config.n_layer > len(weights):
-        raise UserError(f"it has no weights for model.n_layer={config.n_layer}: train again")
-    with torch.device("meta"):
-        model = Transformer(config)
-    model.load_state_dict(weights, assign=True)
-    return model.float()
-
-
 def load_corpus(settings: dict, trained: object | None = None, sha256: str = "") -> data.Corpus:
     """The corpus that the `data` section names, fit for the tokenizer `trained` of a checkpoint.
 
@@ -210,12 +141,8 @@ def prepare(
     The tokenizer is made as `kind` and `vocab_size` (bpe) say, unless a `trained` one is given.
     Raises `UserError` for an unknown kind, and for text that the tokenizer lacks symbols for.
     """
-    known = [name for name in TOKENIZERS if name != "hf"]  # which weights bring along
-    if kind not in known and not (trained and trained.state()["kind"] == kind):
-        raise UserError(f"data.tokenizer={kind} is unknown: choose one of {', '.join(known)}")
     sha256 = data.sha256_of(content.encode())
-    made = [kind, vocab_size if kind == "bpe" else 0]
-    recipe = json.dumps([sha256, trained.state() if trained else made])
+    recipe = json.dumps([sha256, trained.state() if trained else [kind, vocab_size]])
     folder = cache / f"{name}-{data.sha256_of(recipe.encode())[:12]}"
     if not (folder / "meta.json").is_file():
         split = int(0.9 * len(content))
@@ -232,14 +159,14 @@ def open_bins(folder: Path, kind: str = "char", trained: object | None = None) -
 
     Raises `UserError`, also for another tokenizer than the `trained` one of a checkpoint.
     """
-    meta = data.read_meta(folder, trained.state()["kind"] if trained else kind)
+    about = meta.read_meta(folder, trained.state()["kind"] if trained else kind)
     try:
-        own = load_tokenizer(meta["tokenizer"])
+        own = load_tokenizer(about["tokenizer"])
     except ValueError as error:
         raise UserError(f"{folder}: {error}: prepare the data again") from error
     if trained is not None and own.state() != trained.state():
         raise UserError(f"{folder} was made with another tokenizer than the checkpoint has")
-    return data.open_bins(folder, meta, own)
+    return data.open_bins(folder, about, own)
 
 
 def require_same(corpus: data.Corpus, trained_on: dict) -> None:

@@ -19,10 +19,11 @@ from torch import Tensor
 
 import runtime
 from diffusion import Sampling
-from nanomdm import cli, folders
+from model import ModelConfig, Transformer
+from nanomdm import checkpoint, cli, folders
+from nanomdm.checkpoint import Loaded
 from nanomdm.cli import Section
 from nanomdm.errors import UserError, visible
-from runtime import Loaded
 
 HOLE = re.compile(r"(?<!\\)(\\*)\[MASK(?:\*(\d+))?\]")
 FRAME = 1 / 24  # seconds that a state stays on the screen, at least
@@ -54,7 +55,7 @@ def main(config: Section, explicit: set[str]) -> None:
         for _ in range(config.num_samples)
     ]
     device = runtime.pick_device(config.system.device)
-    loaded = runtime.load(config.checkpoint, device)
+    loaded = checkpoint.load_model(config.checkpoint, device, Transformer, ModelConfig)
     settings = runtime.sampling(config.sampling, loaded.model)
     canvases = [make_canvas(prompt, config.sampling.length, loaded) for prompt in prompts]
     dtype = runtime.pick_dtype(config.system.dtype, device, training=False)

@@ -14,7 +14,7 @@ from torch import Tensor
 import data
 import diffusion
 import runtime
-from model import Transformer
+from model import ModelConfig, Transformer
 from nanomdm import bounds, checkpoint, cli, folders, optim, parallel
 from nanomdm.cli import Section
 from nanomdm.errors import UserError
@@ -137,7 +137,7 @@ def build(config: Section, explicit: set[str], device: torch.device) -> Run:
     wish, path = config.training.resume, Path(config.out_dir, "ckpt.pt")
     resume = wish == "true" or wish == "auto" and path.exists()
     path = path if resume else config.training.init_from
-    start = runtime.load(path, torch.device("cpu"), resume) if path else None
+    start = checkpoint.load_model(path, "cpu", Transformer, ModelConfig, resume) if path else None
     if resume:
         config = cli.resumed(start.config, config, explicit, whole=wish == "auto")
     world = parallel.world()
@@ -158,7 +158,7 @@ def assemble(
     model: Transformer,
     device: torch.device,
     world: parallel.World,
-    resumed: runtime.Loaded | None = None,
+    resumed: checkpoint.Loaded | None = None,
 ) -> Run:
     """A run of `model`, which goes on from the checkpoint `resumed` if there is one."""
     settings, system = config.training, config.system
@@ -211,8 +211,7 @@ def open_folder(run: Run) -> None:
     if run.world.leads:
         folder = Path(run.config.out_dir)
         folders.clean(folder)
-        kept = [path.name for path in checkpoint.kept_files(folder / "ckpt.pt")]
-        for path in [] if run.step else folders.set_aside(folder, (*FILES, *kept)):
+        for path in [] if run.step else folders.set_aside(folder, FILES):
             run.say(f"an earlier run's file is kept as {path}")
         began = {"first_step": run.step, "processes": run.world.size, "device": str(run.device)}
         folders.record(folder, began | run.describe() | {"config": run.config.as_dict()})
@@ -384,8 +383,7 @@ def save(run: Run, name: str) -> bool:
     state, failed = parallel.gather(state, run.world.leads), False
     if run.world.leads:
         try:
-            keep = run.config.training.keep if name == "ckpt.pt" else 0
-            checkpoint.save(Path(run.config.out_dir, name), state, keep)
+            checkpoint.save(Path(run.config.out_dir, name), state)
         except (OSError, ValueError) as error:
             tell(f"{error}. The run goes on, and tries again at the next save", sys.stderr)
             failed = True
