@@ -16,10 +16,11 @@ from torch import Tensor
 import diffusion
 import runtime
 from eval import Scoring, Texts, measure
+from model import ModelConfig, Transformer
 from nanomdm import bounds, cli, report
+from nanomdm.checkpoint import Loaded, load_model
 from nanomdm.cli import Section
 from nanomdm.errors import UserError
-from runtime import Loaded
 
 TASKS = ("last_word", "choices")
 
@@ -197,7 +198,7 @@ def score_choices(nats: Tensor, items: Sequence[Item], sizes: Tensor) -> dict:
 def main(config: Section, explicit: set[str]) -> None:
     items = read_items(config.path, config.task)
     device = runtime.pick_device(config.device)
-    loaded = runtime.load(config.checkpoint, device)
+    loaded = load_model(config.checkpoint, device, Transformer, ModelConfig)
     known = fit_for(items, loaded.tokenizer)
     if not known:
         raise UserError(f"no item of {config.path} can be written in the model's symbols")

@@ -16,7 +16,9 @@ import torch
 
 import runtime
 from eval import Scoring, cut, measure
+from model import ModelConfig, Transformer
 from nanomdm import bounds, cli, report
+from nanomdm.checkpoint import load_model
 from nanomdm.cli import Section
 from nanomdm.errors import UserError
 
@@ -42,7 +44,8 @@ def train(config: Section, objective: str, seed: int) -> Path:
 
 def score(folder: Path, config: Section) -> tuple[bounds.Passes, dict]:
     """The latest weights of a run on its validation split, and what is said of it."""
-    loaded = runtime.load(folder / "ckpt.pt", runtime.pick_device(config.device))
+    device = runtime.pick_device(config.device)
+    loaded = load_model(folder / "ckpt.pt", device, Transformer, ModelConfig)
     corpus = runtime.load_corpus(loaded.config["data"], loaded.tokenizer)
     context = loaded.model.config.block_size
     texts = cut(corpus.name, [("", np.asarray(corpus.val))], loaded.tokenizer, context, context)

@@ -18,12 +18,14 @@ import diffusion
 import runtime
 from bench.cloze import Fill, as_texts, by_fill, greedy_fills
 from eval import Scoring, measure
+from model import ModelConfig, Transformer
 from nanomdm import cli
+from nanomdm.checkpoint import Loaded, load_model
 from nanomdm.cli import Section
 from nanomdm.errors import UserError
 
 
-def make_adapter(loaded: runtime.Loaded, config: Section):
+def make_adapter(loaded: Loaded, config: Section):
     """The model as the harness wants it."""
     from lm_eval.api.model import LM
 
@@ -43,7 +45,7 @@ def make_adapter(loaded: runtime.Loaded, config: Section):
     return NanoMDM()
 
 
-def score(loaded: runtime.Loaded, fills: list[Fill], config: Section):
+def score(loaded: Loaded, fills: list[Fill], config: Section):
     """The rows of the fills, and minus what each fill costs, in nats."""
     texts = as_texts(fills, loaded.tokenizer, loaded.model.config.block_size)
     scoring = Scoring(config.seed, config.draws, config.batch_size)
@@ -52,7 +54,7 @@ def score(loaded: runtime.Loaded, fills: list[Fill], config: Section):
 
 
 @torch.no_grad()
-def generate(loaded: runtime.Loaded, prompt: str, wanted: dict, config: Section) -> str:
+def generate(loaded: Loaded, prompt: str, wanted: dict, config: Section) -> str:
     """A continuation of the prompt, cut before the first of the texts to stop at.
 
     A canvas has a length: `max_gen_toks`, and at most half of the context, the rest of which is for
@@ -89,7 +91,8 @@ def main(config: Section, explicit: set[str]) -> None:
         raise UserError("the harness is a package: pip install lm_eval") from None
     if not config.tasks:
         raise UserError("no tasks: name some, as in tasks=[lambada_openai]")
-    loaded = runtime.load(config.checkpoint, runtime.pick_device(config.device))
+    device = runtime.pick_device(config.device)
+    loaded = load_model(config.checkpoint, device, Transformer, ModelConfig)
     results = lm_eval.simple_evaluate(
         model=make_adapter(loaded, config),
         tasks=config.tasks,
