@@ -143,12 +143,13 @@ def validate(state: dict) -> None:
     for name, kind in PARTS.items():
         part = state.get(name)
         if type(part) is not kind:
-            raise UserError(f"expected {name} to be a {kind.__name__}, not {type(part).__name__}")
+            found = type(part).__name__
+            raise UserError(f"expected {name} to be of type {kind.__name__}, not {found}")
     for text in (state["origin"], state["corpus"].get("name"), state["corpus"].get("sha256")):
         if type(text) is not str or not text.isprintable():
             raise UserError("expected its origin, corpus.name and corpus.sha256 to be printable")
     if type(state["config"].get("data", {})) is not dict:
-        raise UserError("expected config.data to be a dict")
+        raise UserError("expected config.data to be of type dict")
 
 
 def validate_run(state: dict) -> None:
