@@ -107,11 +107,11 @@ def test_there_is_one_class_even_if_the_root_is_not_on_the_path(tmp_path):
 
 def test_an_editable_install_is_the_checkout_and_leaves_your_own_model_py_alone(tmp_path):
     site = build(tmp_path, "editable")
-    (link,) = [path for path in site.iterdir() if path.suffix != ".dist-info"]
-    assert link.suffix == ".pth" and link.read_text().strip() == str(ROOT)
+    (link,) = site.glob("*.pth")  # Python adds the folder that it names behind site-packages
     (tmp_path / "model.py").write_text("mine = True\n")
-    code = "import nanomdm, model; print(nanomdm.model.__file__, model.mine)"
-    assert output_of(code, tmp_path, ROOT) == f"{ROOT}/model.py True\n"
+    code = "import nanomdm, model; print(nanomdm.__file__, nanomdm.model.__file__, model.mine)"
+    printed = output_of(code, tmp_path, site, link.read_text().strip())
+    assert printed == f"{ROOT}/nanomdm/__init__.py {ROOT}/model.py True\n"
 
 
 # --- Checkpoints --------------------------------------------------------------------------------
