@@ -101,7 +101,8 @@ def prepare(
     for an unknown `kind` of tokenizer, and for text that a given `tokenizer` cannot encode.
     """
     sha256 = sha256_of(text.encode())
-    recipe = tokenizer.state() if tokenizer else [kind, vocab_size if kind == "bpe" else 0]
+    trained = kind not in ("char", "byte", "gpt2")  # to a size
+    recipe = tokenizer.state() if tokenizer else [kind, vocab_size if trained else 0]
     folder = cache / f"{name}-{sha256_of(json.dumps([sha256, recipe]).encode())[:12]}"
     if not (folder / "meta.json").is_file():
         split = int(0.9 * len(text))

@@ -21,7 +21,9 @@ import diffusion
 import runtime
 from bench import judge as judges
 from diffusion import Sampling
+from model import ModelConfig, Transformer
 from nanomdm import cli
+from nanomdm.checkpoint import load_model
 from nanomdm.cli import Section
 from nanomdm.errors import UserError
 
@@ -46,7 +48,8 @@ class Row(NamedTuple):
 
 def main(config: Section, explicit: set[str]) -> None:
     device = runtime.pick_device(config.device)
-    loaded, judge = runtime.load(config.checkpoint, device), judges.load_judge(config.judge, device)
+    loaded = load_model(config.checkpoint, device, Transformer, ModelConfig)
+    judge = judges.load_judge(config.judge, device)
     grid = settings_of(config, loaded.model)
     text, L = judges.held_out_text(judge, config.held_out), loaded.model.config.block_size
     held_out = judges.cut(text, L, config.samples, config.seed)

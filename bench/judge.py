@@ -21,8 +21,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import runtime
+from model import ModelConfig, Transformer
 from nanomdm import bounds, cli
 from nanomdm import text as texts_of
+from nanomdm.checkpoint import load_model
 from nanomdm.cli import Section
 from nanomdm.errors import UserError
 from nanomdm.texts import windows
@@ -74,7 +76,7 @@ class OwnJudge(Judge):
     """A checkpoint of training.objective=ar."""
 
     def __init__(self, path: str, device: torch.device):
-        self.loaded = runtime.load(path, device)
+        self.loaded = load_model(path, device, Transformer, ModelConfig)
         if not self.loaded.model.config.causal:
             raise UserError(
                 f"{path} is no autoregressive model: train a judge with training.objective=ar"
@@ -250,8 +252,8 @@ def held_out_text(judge: Judge, path: str) -> str:
     """The text of `path`, or the validation split of the judge's own run."""
     if path:
         return texts_of.read_text(path)
-    if not isinstance(judge, OwnJudge):
-        raise UserError("a Hugging Face judge has no validation split: name a text by held_out=")
+    if not isinstance(judge, OwnJudge) or "data" not in judge.loaded.config:
+        raise UserError(f"{judge.name} has no validation split: name a text by held_out=")
     corpus = runtime.load_corpus(judge.loaded.config["data"], judge.loaded.tokenizer)
     return corpus.tokenizer.decode(corpus.val.tolist())
 

@@ -18,7 +18,9 @@ import torch
 import data
 import runtime
 from bench.throughput import hardware
+from model import ModelConfig, Transformer
 from nanomdm import cli, text
+from nanomdm.checkpoint import load_model
 from nanomdm.cli import Section
 from nanomdm.errors import UserError
 
@@ -63,7 +65,7 @@ def train(config: Section, name: str, seed: int, corpus: Path) -> Path:
 
 def evaluate(folder: Path, device: torch.device, draws: int) -> float:
     """The bound of a run's averaged weights on its validation split, nats per token."""
-    loaded = runtime.load(folder / "ckpt.pt", device)
+    loaded = load_model(folder / "ckpt.pt", device, Transformer, ModelConfig)
     corpus = runtime.load_corpus(loaded.config["data"], loaded.tokenizer)
     rows = data.blocks(corpus.val, loaded.model.config.block_size)
     return runtime.passes(loaded.model, rows, 0, draws, batch_size=64).bound().value

@@ -17,6 +17,7 @@ import runtime
 from bench.throughput import hardware, wait
 from model import ModelConfig, Transformer
 from nanomdm import cli
+from nanomdm.checkpoint import load_model
 from nanomdm.cli import Section
 
 UNTRAINED = 65  # symbols
@@ -39,7 +40,7 @@ class Timed:
 
 def load(config: Section, device: torch.device) -> Transformer:
     if config.checkpoint:
-        return runtime.load(config.checkpoint, device).model
+        return load_model(config.checkpoint, device, Transformer, ModelConfig).model
     torch.manual_seed(config.seed)
     shape = vars(cli.compose([]).model)
     return Transformer(ModelConfig(UNTRAINED, **shape)).to(device).eval()

@@ -30,7 +30,7 @@ SMALL = (
     *("model.n_layer=1", "model.n_head=2", "model.n_embd=32", "model.block_size=32"),
     *("training.batch_size=4", "training.max_iters=80", "training.warmup_iters=5"),
     *("training.eval_interval=20", "training.eval_tokens=512", "training.sample_interval=0"),
-    *("training.save_interval=4", "training.keep=1", "logging.interval=1"),
+    *("training.save_interval=4", "logging.interval=1"),
     *("system.compile=false", "system.device=cpu", "training.resume=auto"),
 )
 COMPARED = ("model", "ema", "optimizer", "meter", "scaler", "step", "best")
@@ -115,7 +115,7 @@ def strike(process: int, folder: Path, chance: random.Random, config: Section) -
 
 
 def unfinished(folder: Path) -> list[Path]:
-    return [path for path in (folder / ".ckpt.pt.tmp", folder / ".best.pt.tmp") if path.exists()]
+    return list(folder.glob(".*.pt.*.tmp"))  # as errors.write_atomically calls them
 
 
 def examine(folder: Path, before: int) -> Kill:

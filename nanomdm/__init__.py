@@ -1,37 +1,43 @@
-"""nanoMDM as a library: `nanomdm.model`, `nanomdm.diffusion` and the rooms beside them.
+"""nanoMDM as a library: the network, diffusion, and the rooms around them (docs/library.md).
 
-In a checkout, the first two are the files of the root, the very modules that the scripts import; a
-wheel holds copies of them. docs/library.md shows the use.
+`nanomdm.model` and `nanomdm.diffusion` are model.py and diffusion.py of the root: in a checkout the
+modules that the scripts import, one class each; in a wheel, copies of the two files.
 """
 
 import sys
-from importlib.util import module_from_spec, spec_from_file_location
+from importlib import import_module
+from importlib.util import find_spec, module_from_spec, spec_from_file_location
 from pathlib import Path
 
+from . import bounds, checkpoint, optim, text, tokenizers
+from .bounds import nelbo
+from .tokenizers import load_tokenizer
 
-def _from_root(name: str):
-    """The module model.py or diffusion.py of the checkout, whichever name it is imported by."""
-    path, found = Path(__file__).resolve().parents[1] / f"{name}.py", sys.modules.get(name)
-    if found is None or Path(found.__file__ or "").resolve() != path:
-        spec = spec_from_file_location(name, path)
-        found = module_from_spec(spec)
-        sys.modules.setdefault(name, found)
-        spec.loader.exec_module(found)
-    sys.modules[f"{__name__}.{name}"] = found
-    return found
+
+def _root_module(name: str):
+    """The module of the root's `name`.py: the same one that `import name` gives, now or later.
+
+    A file of that name that belongs to somebody else, and goes before ours, keeps the name.
+    """
+    path, found = Path(__file__).resolve().parents[1] / f"{name}.py", find_spec(name)
+    if found and Path(found.origin or "").resolve() == path:
+        module = sys.modules[f"{__name__}.{name}"] = import_module(name)
+    else:
+        spec = spec_from_file_location(f"{__name__}.{name}", path)
+        module = sys.modules[spec.name] = module_from_spec(spec)
+        if not found:
+            sys.modules[name] = module
+        spec.loader.exec_module(module)
+    return module
 
 
 if Path(__file__).with_name("model.py").exists():  # a wheel
     from . import diffusion, model
 else:
-    model, diffusion = _from_root("model"), _from_root("diffusion")
-
-from . import bounds, checkpoint, optim, text, tokenizers  # noqa: E402
-from .tokenizers import load_tokenizer  # noqa: E402
+    model, diffusion = _root_module("model"), _root_module("diffusion")
 
 ModelConfig, Transformer = model.ModelConfig, model.Transformer
 masked_diffusion_loss, sample = diffusion.masked_diffusion_loss, diffusion.sample
-nelbo = diffusion.nelbo
 
 __all__ = [
     "ModelConfig",
@@ -52,18 +58,23 @@ __all__ = [
 ]
 
 
-def load(path: str) -> tuple[Transformer, object]:
-    """The network, with its averaged weights, and the tokenizer of a checkpoint.
+def load(path: str | Path, device: str = "cpu") -> tuple[Transformer, object]:
+    """The network of a checkpoint, with its averaged weights, and its tokenizer.
 
-    Raises `ValueError` for a file that is none.
+    Raises `UserError`, a `ValueError`, for a file that is none.
     """
-    state = checkpoint.load(path)
-    network = Transformer(ModelConfig(**state["model_config"]))
-    network.load_state_dict(state["ema"])
-    return network.eval(), load_tokenizer(state["tokenizer"])
+    loaded = checkpoint.load_model(path, device, Transformer, ModelConfig)
+    return loaded.model, loaded.tokenizer
 
 
-def save(path: str, network: Transformer, tokenizer) -> None:
-    """Write a checkpoint that `load` reads."""
-    state = {"model_config": vars(network.config), "ema": network.state_dict()}
-    checkpoint.save(path, state | {"tokenizer": tokenizer.state()})
+def save(path: str | Path, network: Transformer, tokenizer, **about) -> None:
+    """Write a checkpoint for `load`, sample.py, eval.py and training.init_from.
+
+    `about` may name further parts of it: step, corpus, origin (`checkpoint.PARTS`).
+    """
+    parts = {
+        "model_config": vars(network.config),
+        "tokenizer": tokenizer.state(),
+        "ema": network.state_dict(),
+    }
+    checkpoint.save(path, parts | about)

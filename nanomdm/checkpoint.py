@@ -1,8 +1,11 @@
-"""Checkpoints: one file that holds everything, written atomically, read without executing it."""
+"""Checkpoints: one file that holds everything, written atomically, read without executing it.
+
+A checkpoint is a dict with `PARTS`. To those train.py's ckpt.pt adds what a run needs to go on:
+"model" (the weights that are trained, where "ema" is their average), "optimizer", "scaler",
+"stats" (of the steps; "meter" in older ones) and "best" (the lowest bound so far).
+"""
 
 import math
-import os
-import pickle
 import pickletools
 import re
 import shutil
@@ -11,78 +14,175 @@ import zipfile
 from functools import partial
 from pathlib import Path
 from types import NoneType
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from .errors import UserError, write_atomically
+from .errors import UserError, as_user_error, write_atomically
+from .tokenizers import load_tokenizer
 
-FORMAT = "nanomdm"
-PLAIN = re.compile(r"torch._utils _rebuild_tensor_v2|torch \w+Storage|collections OrderedDict")
-VERSION = 1
+FORMAT, VERSION = "nanomdm", 1
+PARTS = {
+    "model_config": dict,  # the fields of ModelConfig
+    "tokenizer": dict,  # its state()
+    "ema": dict,  # the weights to use, by name
+    "config": dict,  # the settings of the training run
+    "corpus": dict,  # name and sha256 of its text
+    "step": int,  # optimizer steps so far
+    "origin": str,  # where imported weights come from
+}
+UNKNOWN = {  # what a part means that is missing: the library saves none of these
+    "config": {},
+    "corpus": {"name": "unknown", "sha256": ""},
+    "step": 0,
+    "origin": "",
+}
 VALUES = 2 * 10**5  # in a checkpoint, at most; a large one has thousands
+PLAIN = re.compile(r"torch._utils _rebuild_tensor_v2|torch \w+Storage|collections OrderedDict")
 
 
-def save(path: str | Path, state: dict, keep: int = 0) -> None:
+# --- Saving -------------------------------------------------------------------------------------
+
+
+def save(path: str | Path, state: dict) -> None:
     """Write `state` (tensors, numbers, strings and containers of them) to `path`.
 
-    First to a temporary file beside it, synced to disk and renamed: whenever the power fails,
-    `path` is either the old checkpoint or the new one. The `keep` newest of before stay as
-    NAME.STEP.pt. Raises `OSError`, which says how much room it takes, where it cannot be written,
-    and `UserError` for a tensor that is not finite.
+    Whenever the power fails, `path` is either the old checkpoint or the new one. Raises `OSError`,
+    which says how much room it takes, where it cannot be written, and `UserError` for a tensor that
+    is not finite.
     """
     path = Path(path)
-    if not all(t.isfinite().all() for t in tensors(state)):
+    if not all(tensor.isfinite().all() for tensor in tensors(state)):
         raise UserError(f"{path} is not written: numbers in it are not finite")
     try:
         write_atomically(path, partial(torch.save, state | {"format": FORMAT, "version": VERSION}))
-        if keep:
-            _keep(path, state["step"], keep)
     except (OSError, RuntimeError) as error:  # PyTorch makes a RuntimeError of a full disk
         cause = error.__context__ if isinstance(error.__context__, OSError) else error
+        reason = getattr(cause, "strerror", None) or _one_line(cause)
         size = sum(tensor.nbytes for tensor in tensors(state))
-        reason = getattr(cause, "strerror", None) or str(cause).splitlines()[0]
         raise OSError(
             f"cannot write {path} ({reason}): it takes about {size:,} bytes, and "
-            f"{_room(path.parent)} are free there: free some space, or let it be written to"
+            f"{_free_bytes(path.parent)} are free there: free some space, or make it writable"
         ) from error
-
-
-def _keep(path: Path, step: int, count: int) -> None:
-    """Keep the checkpoint at `path` as NAME.STEP.pt, too, and the `count` newest of before.
-
-    A link where the file system has them: it takes no room before `path` is replaced.
-    """
-    kept = path.with_suffix(f".{step}{path.suffix}")
-    kept.unlink(missing_ok=True)
-    try:
-        os.link(path, kept)
-    except OSError:
-        shutil.copy2(path, kept)
-    for old in sorted(kept_files(path), key=lambda file: file.stat().st_mtime_ns)[: -count - 1]:
-        old.unlink()
-
-
-def kept_files(path: Path) -> list[Path]:
-    """The older checkpoints that `save` has kept beside `path`."""
-    found = path.parent.glob(f"{path.stem}.*{path.suffix}")
-    return [file for file in found if file.stem.removeprefix(f"{path.stem}.").isdigit()]
 
 
 def tensors(state):
     """The tensors in a nested state."""
-    if isinstance(state, torch.Tensor):
+    if isinstance(state, Tensor):
         yield state
     elif isinstance(state, dict | list | tuple):
         for value in state.values() if isinstance(state, dict) else state:
             yield from tensors(value)
 
 
-def _room(folder: Path) -> str:
+def _free_bytes(folder: Path) -> str:
     try:
         return f"{shutil.disk_usage(folder).free:,}"
     except OSError:
         return "an unknown number"
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+# --- A network and its tokenizer ----------------------------------------------------------------
+
+
+class Loaded(NamedTuple):
+    """A checkpoint, ready for use."""
+
+    model: torch.nn.Module  # with its averaged weights, in evaluation mode
+    tokenizer: object
+    config: dict  # the settings of the training run; empty if they are not known
+    state: dict  # the whole checkpoint, with all `PARTS`
+
+    @property
+    def weights(self) -> str:
+        """Which weights these are, in words."""
+        if self.state["origin"]:
+            return f"weights imported from {self.state['origin']}"
+        steps = self.state["step"]
+        return f"EMA weights after {steps} steps" if steps else "weights of an unknown run"
+
+
+def load_model(
+    path: str | Path, device: torch.device | str, Transformer, ModelConfig, resume: bool = False
+) -> Loaded:
+    """The network and the tokenizer of a checkpoint; to `resume`, one that a run can go on from.
+
+    `Transformer(ModelConfig(...))` makes the network, without memory of its own, so that a size
+    that is claimed costs nothing and the weights exist once: buffers that are not saved have to be
+    made on the CPU. Raises `UserError` for a file that is none, or whose parts contradict each
+    other.
+    """
+    state = UNKNOWN | load(path)
+    if resume and "optimizer" not in state:
+        raise UserError(
+            f"{path} holds averaged weights only and cannot be resumed: start from them by "
+            "training.init_from="
+        )
+    with as_user_error(f"{path} holds no model of this version, train again: "):
+        validate(state)
+        if resume:
+            validate_run(state)
+        model = build(state["model_config"], state["ema"], Transformer, ModelConfig)
+    with as_user_error(f"{path} cannot be used: "):
+        tokenizer = load_tokenizer(state["tokenizer"])
+        if tokenizer.vocab_size != (size := model.config.vocab_size):
+            raise UserError(f"its tokenizer has {tokenizer.vocab_size} tokens, its model {size}")
+    return Loaded(model.to(device).eval(), tokenizer, state["config"], state)
+
+
+def validate(state: dict) -> None:
+    """Raise `UserError` for a part that is missing or of another type.
+
+    What is inside of model_config, tokenizer and ema shows when they are built.
+    """
+    for name, kind in PARTS.items():
+        part = state.get(name)
+        if type(part) is not kind:
+            found = type(part).__name__
+            raise UserError(f"expected {name} to be of type {kind.__name__}, not {found}")
+    for text in (state["origin"], state["corpus"].get("name"), state["corpus"].get("sha256")):
+        if type(text) is not str or not text.isprintable():
+            raise UserError("expected its origin, corpus.name and corpus.sha256 to be printable")
+    if type(state["config"].get("data", {})) is not dict:
+        raise UserError("expected config.data to be of type dict")
+
+
+def validate_run(state: dict) -> None:
+    """Raise `UserError` for what a run cannot go on from; the optimizer looks at its own state."""
+    model, numbers = state.get("model"), state.get("stats", state.get("meter", {}))
+    if type(model) is not dict or type(numbers) is not dict:
+        raise UserError("expected model and stats to be dicts")
+    if _shapes(model) != _shapes(state["ema"]):
+        raise UserError("its weights differ from their averages in names or shapes")
+    for name, value in {**numbers, "best": state.get("best")}.items():
+        if type(value) not in (int, float):
+            raise UserError(f"expected {name} to be a number, not {type(value).__name__}")
+
+
+def _shapes(weights: dict) -> dict:
+    return {name: getattr(weight, "shape", None) for name, weight in weights.items()}
+
+
+def build(fields: dict, weights: dict[str, Tensor], Transformer, ModelConfig) -> torch.nn.Module:
+    """The network of these fields, on the CPU, in float32, whose memory is that of `weights`."""
+    try:
+        config = ModelConfig(**fields)
+        if fields.get("n_layer", 0) > len(weights):
+            raise UserError(f"it has no weights for model.n_layer={fields['n_layer']}")
+        with torch.device("meta"):
+            model = Transformer(config)
+        model.load_state_dict(weights, assign=True)
+    except (AttributeError, TypeError, RuntimeError) as error:  # of other names, types or sizes
+        raise UserError(_one_line(error)[:200]) from error
+    return model.float()
+
+
+# --- Reading what may come from anywhere --------------------------------------------------------
 
 
 def load(path: str | Path) -> dict:
@@ -98,15 +198,13 @@ def load(path: str | Path) -> dict:
         )
     try:
         check_archive(path)
-        with warnings.catch_warnings(action="ignore"):  # of what is refused in one line below
+        with warnings.catch_warnings(action="ignore"):  # about what is refused in one line below
             state = torch.load(path, map_location="cpu", weights_only=True)
-        state = plain(state, [VALUES])
+        state = plain(state)
     except Exception as error:  # a damaged or foreign file can fail anywhere in the two readers
-        reason = str(error).splitlines()[0][:80] if str(error) else type(error).__name__
-        if isinstance(error, pickle.UnpicklingError):
-            reason = "it holds more than plain data"
         raise UserError(
-            f"{path} is damaged or no checkpoint ({reason}): take an older one or train again"
+            f"{path} is damaged or no checkpoint ({_one_line(error)[:80]}): take an older one or "
+            "train again"
         ) from error
     if not isinstance(state, dict) or state.get("format") != FORMAT:
         raise UserError(
@@ -128,11 +226,12 @@ def check_archive(path: Path) -> None:
         inflated = any(entry.compress_type for entry in entries)
         if inflated or sum(entry.file_size for entry in entries) > path.stat().st_size:
             raise UserError("it is larger in memory than on the disk")
-        folders = [entry.filename for entry in entries if entry.external_attr & 0x10]
-        if bad := archive.testzip() or next(iter(folders), None):
-            raise UserError(f"the checksum or the entry of {bad} is wrong")
-        names = [entry.filename.lower() for entry in entries]  # as PyTorch compares them
-        if len(set(names)) < len(names):
+        if damaged := archive.testzip():
+            raise UserError(f"the checksum of {damaged} is wrong")
+        if any(entry.external_attr & 0x10 for entry in entries):
+            raise UserError("an entry of it is marked as a folder")
+        names = {entry.filename.lower() for entry in entries}  # as PyTorch compares them
+        if len(names) < len(entries):
             raise UserError("it has two entries of one name")
         pickled = archive.read(next(n for n in archive.namelist() if n.endswith("data.pkl")))
     for opcode, value, _ in pickletools.genops(pickled):  # a bytearray(10**10) is built at once
@@ -140,26 +239,33 @@ def check_archive(path: Path) -> None:
             raise UserError(f"it holds more than plain data: {value}")
 
 
-def plain(value, room: list[int]):
-    """What torch.load built, in plain containers, if that is no more values than `room` has left.
+def plain(state):
+    """What torch.load built, in plain containers; tensors may share their memory.
 
-    Raises `UserError`: a hostile file may claim large tensors, or a list of lists of lists, out of
-    few bytes, and hold what no run saves. Tensors may share what is stored of them.
+    Raises `UserError` for what no run saves: values that are not finite, other types, and sizes
+    that a hostile file may claim out of few bytes (a list of lists of lists, a tensor that repeats
+    one number).
     """
-    room[0] -= 1
-    repeats = type(value) is Tensor and value.nbytes > value.untyped_storage().nbytes()
-    if repeats or room[0] < 0:
-        raise UserError("it is larger in memory than on the disk")
-    if isinstance(value, dict) and {type(key) for key in value} <= {str, int}:
-        return {plain(key, room): plain(part, room) for key, part in value.items()}
-    if type(value) in (list, tuple):
-        return type(value)(plain(part, room) for part in value)
-    if type(value) not in (Tensor, str, int, float, bool, NoneType):
-        raise UserError(f"it holds a {type(value).__name__}, which no run saves")
-    if isinstance(value, str):
-        value.encode()  # raises for half a character
-    if type(value) is float and math.isnan(value):
-        raise UserError("it holds a number that is not one (NaN)")
-    if type(value) is Tensor and not value.isfinite().all():
-        raise UserError("it holds weights that are infinite or not numbers (NaN)")
-    return value
+    count = 0
+
+    def checked(value):
+        nonlocal count
+        count += 1
+        repeats = type(value) is Tensor and value.nbytes > value.untyped_storage().nbytes()
+        if repeats or count > VALUES:
+            raise UserError("it is larger in memory than on the disk")
+        if isinstance(value, dict) and all(type(key) in (str, int) for key in value):
+            return {checked(key): checked(part) for key, part in value.items()}
+        if type(value) in (list, tuple):
+            return type(value)(map(checked, value))
+        if type(value) not in (Tensor, str, int, float, bool, NoneType):
+            raise UserError(f"it holds a {type(value).__name__}, which no run saves")
+        if type(value) is str:
+            value.encode()  # raises for a lone surrogate
+        if type(value) is float and math.isnan(value):
+            raise UserError("it holds a number that is not one (NaN)")
+        if type(value) is Tensor and not value.isfinite().all():
+            raise UserError("it holds weights that are infinite or not numbers (NaN)")
+        return value
+
+    return checked(state)

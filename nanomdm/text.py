@@ -3,9 +3,7 @@
 import hashlib
 import http.client
 import json
-import queue
 import sys
-import threading
 import time
 import urllib.request
 from pathlib import Path
@@ -17,22 +15,22 @@ SHAKESPEARE_URL = (
 )
 SHAKESPEARE_SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
 HERE = Path(__file__).resolve().parent
-PLAYS = next(  # in the wheel beside this file, in a checkout at the root
-    (p for p in [HERE / "corpora" / "plays.txt"] if p.exists()),
-    HERE.parent / "corpora" / "plays.txt",
-)
+PLAYS = HERE / "corpora/plays.txt"  # in a wheel
+if not PLAYS.exists():
+    PLAYS = HERE.parent / "corpora/plays.txt"  # in a checkout
 SUFFIXES = (".txt", ".md", ".jsonl")
 
 
-def find_text(dataset: str, path: str, cache_dir: str) -> tuple[str, str]:
+def find_text(dataset: str, path: str, cache: str | Path) -> tuple[str, str]:
     """(name, text) of the file or folder `path`, or, if that is empty, of a `dataset`.
 
-    Raises `UserError` for an unknown dataset and whatever `read_text` raises.
+    Downloads are kept in the folder `cache`. Raises `UserError` for an unknown dataset and whatever
+    `read_text` raises.
     """
     if path:
         return Path(path).resolve().name, read_text(path)
     if dataset == "shakespeare":
-        return shakespeare(Path(cache_dir))
+        return shakespeare(Path(cache))
     if dataset == "plays":
         return dataset, read_text(PLAYS)
     raise UserError(
@@ -54,8 +52,7 @@ def documents(path: str | Path) -> list[tuple[str, str]]:
     path = Path(path)
     if not path.is_dir():
         return [(path.name, _read_file(path))]
-    found = sorted(path.rglob("*"))
-    files = [file for file in found if file.suffix.lower() in SUFFIXES and file.is_file()]
+    files = sorted(p for p in path.rglob("*") if p.suffix.lower() in SUFFIXES and p.is_file())
     if not files:
         raise UserError(f"no {', '.join(SUFFIXES)} file in {path}: name another folder or file")
     return [(file.relative_to(path).as_posix(), _read_file(file)) for file in files]
@@ -68,75 +65,60 @@ def _read_file(path: Path) -> str:
         text = path.read_bytes().decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise UserError(f"{path} is not UTF-8 (byte {error.start}): convert it first") from None
-    text = _jsonl_text(path, text) if path.suffix.lower() == ".jsonl" else text
+    if path.suffix.lower() == ".jsonl":
+        text = _jsonl_text(path, text)
     if not text:
         raise UserError(f"{path} is empty: name a file with text in it")
     return text
 
 
 def _jsonl_text(path: Path, lines: str) -> str:
-    documents = []
-    for number, line in enumerate(lines.split("\n"), start=1):
+    texts = []
+    for number, line in enumerate(lines.split("\n"), 1):
         if line.strip():
             try:
-                document = json.loads(line)["text"]
-                document.encode()  # lone surrogates are no text
-                documents.append(document)
+                texts.append(json.loads(line)["text"])
+                texts[-1].encode()  # raises for a lone surrogate
             except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
-                message = f'{path}, line {number}: expected a JSON object with a "text" field'
-                raise UserError(message) from None
-    return "\n".join(documents)
+                raise UserError(
+                    f'{path}, line {number}: expected a JSON object with a "text" field'
+                ) from None
+    return "\n".join(texts)
 
 
 def download(url: str, path: Path, sha256: str, timeout: float = 10.0, limit: int = 2**26) -> None:
     """Fetch `url` to `path`, which appears only once it is whole and has the right hash.
 
-    `timeout` seconds bound each wait, six times as much the whole, `limit` bytes the size. Raises
-    `OSError`.
+    `timeout` seconds bound each wait for the server, six times as much the reading, `limit` bytes
+    the size. Raises `OSError`.
     """
-    answer = queue.SimpleQueue()
-    arguments = (url, timeout, time.monotonic() + 6 * timeout, limit, answer)
-    # Nothing else bounds a name that takes forever to resolve, or a header that drips.
-    threading.Thread(target=_fetch, args=arguments, daemon=True).start()
-    try:
-        body = answer.get(timeout=6 * timeout)
-    except queue.Empty:
-        raise OSError("too slow") from None
-    if isinstance(body, Exception):
-        raise OSError(f"{body}") from body
-    if hashlib.sha256(body).hexdigest() != sha256:
-        raise OSError(f"the {len(body)} bytes that came have not the pinned sha256")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(path, body)
-
-
-def _fetch(url: str, timeout: float, deadline: float, limit: int, answer: queue.SimpleQueue):
-    """Put into `answer` what `url` holds, or the exception that is the reason why not."""
-    body = bytearray()
+    body, deadline = bytearray(), time.monotonic() + 6 * timeout
     try:
         with urllib.request.urlopen(url, timeout=timeout) as response:
             while chunk := response.read1(2**16):
                 body += chunk
-                if len(body) > limit or time.monotonic() > deadline:
-                    raise OSError("too large or too slow")
-        answer.put(body)
+                if len(body) > limit:
+                    raise OSError(f"more than {limit:,} bytes")
+                if time.monotonic() > deadline:
+                    raise OSError(f"not finished after {6 * timeout:g} seconds")
     except http.client.HTTPException as error:
-        answer.put(OSError(f"broken answer: {error!r}"))
-    except Exception as error:  # of whatever kind: it is raised where somebody waits for it
-        answer.put(error)
+        raise OSError(f"broken answer: {error!r}") from error
+    if hashlib.sha256(body).hexdigest() != sha256:
+        raise OSError(f"its {len(body):,} bytes do not match the pinned SHA-256")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(path, body)
 
 
 def shakespeare(cache: Path, url: str = SHAKESPEARE_URL) -> tuple[str, str]:
     """(name, text) of tiny Shakespeare, downloaded on first use.
 
-    Where that fails it says so, once, and takes the corpus that is shipped, under its own name.
+    Where that fails, one line on stderr says so, and the shipped corpus takes its place, under its
+    own name.
     """
     path = cache / "shakespeare.txt"
     try:
-        if (
-            not path.is_file()
-            or hashlib.sha256(path.read_bytes()).hexdigest() != SHAKESPEARE_SHA256
-        ):
+        cached = path.is_file() and hashlib.sha256(path.read_bytes()).hexdigest()
+        if cached != SHAKESPEARE_SHA256:
             download(url, path, SHAKESPEARE_SHA256)
         return "shakespeare", read_text(path)
     except OSError as error:

@@ -1,13 +1,19 @@
 """Text into ids and back: characters, bytes, byte-pair encodings.
 
-Each has vocab_size, encode(text) -> int64 array, decode(ids) -> text, decode_bytes(ids) -> bytes
-and state(): plain values from which load_tokenizer makes it again. None adds special tokens; eos
-is the id that ends a text, if there is one.
+A tokenizer is a class with one entry in `TOKENIZERS`, from which the choices of data.tokenizer
+derive. `train(text, split, vocab_size)` makes one for a text whose training part ends at `split`;
+a class with `trainable = False` comes with imported weights only. An object of it has
+
+    vocab_size         the ids are 0 ... vocab_size - 1, none of them the mask's
+    eos                the id that ends a text, or None
+    encode(text)       an int64 array; adds no special tokens; raises UserError for other symbols
+    decode(ids)        a text; decode(encode(text)) == text
+    decode_bytes(ids)  the same in UTF-8, in which a token may be a part of a character
+    state()            plain values: "kind", its name in TOKENIZERS, and the arguments of its class
 """
 
 import json
 import re
-from collections.abc import Sequence
 
 import numpy as np
 
@@ -16,51 +22,60 @@ from .errors import UserError, optional
 EOT = "<|endoftext|>"  # the special token that ends a document, where a BPE has one
 
 
-class CharTokenizer:
+class Tokenizer:
+    """What the classes have in common, unless they say otherwise.
+
+    Each has a `kind`, its name in `TOKENIZERS`, and keeps its `arguments` as attributes.
+    """
+
+    eos, trainable, arguments = None, True, ()
+
+    @classmethod
+    def train(cls, text: str, split: int, vocab_size: int) -> "Tokenizer":
+        return cls()
+
+    def decode(self, ids) -> str:
+        return self.decode_bytes(ids).decode(errors="replace")
+
+    def state(self) -> dict:
+        return {"kind": self.kind} | {name: getattr(self, name) for name in self.arguments}
+
+
+class CharTokenizer(Tokenizer):
     """One token a character: those of the training text in the order of their code points."""
 
-    eos = None
+    kind, arguments = "char", ("characters",)
 
     def __init__(self, characters: str):
-        if len(set(characters)) != len(characters) or not characters or not _is_text(characters):
-            raise UserError("its characters are none, or not all different")
-        self.characters, self.vocab_size = characters, len(characters)
+        characters.encode()  # raises for a lone surrogate
         self.ids = {c: i for i, c in enumerate(characters)}
+        if not 0 < len(self.ids) == len(characters):
+            raise UserError("the alphabet is empty or has duplicates")
+        self.characters, self.vocab_size = characters, len(characters)
+
+    @classmethod
+    def train(cls, text: str, split: int, vocab_size: int) -> "Tokenizer":
+        """With the characters of the whole text, validation split included, as in nanoGPT."""
+        return cls("".join(sorted(set(text))))
 
     def encode(self, text: str) -> np.ndarray:
         try:
             return np.fromiter((self.ids[c] for c in text), np.int64, len(text))
         except KeyError as error:
-            c = error.args[0]
             raise UserError(
-                f"the tokenizer has no character {c!r} (position {text.index(c)}), only the "
-                f"{self.vocab_size} of its training text: leave it out or train with "
+                f"the tokenizer has no character {error} (position {text.index(error.args[0])}), "
+                f"only the {self.vocab_size} of its training text: leave it out or train with "
                 "data.tokenizer=byte"
             ) from None
 
-    def decode(self, ids) -> str:
-        return "".join(self.characters[i] for i in ids)
-
     def decode_bytes(self, ids) -> bytes:
-        return self.decode(ids).encode()
-
-    def state(self) -> dict:
-        return {"kind": "char", "characters": self.characters}
+        return "".join(self.characters[i] for i in ids).encode()
 
 
-class ByteLevel:
-    """What tokenizers of bytes share: a token may be a part of a character."""
-
-    eos = None
-
-    def decode(self, ids) -> str:
-        return self.decode_bytes(ids).decode(errors="replace")
-
-
-class ByteTokenizer(ByteLevel):
+class ByteTokenizer(Tokenizer):
     """One token a byte of UTF-8: any text, 256 tokens."""
 
-    vocab_size = 256
+    kind, vocab_size = "byte", 256
 
     def encode(self, text: str) -> np.ndarray:
         return np.frombuffer(text.encode(), np.uint8).astype(np.int64)
@@ -68,12 +83,11 @@ class ByteTokenizer(ByteLevel):
     def decode_bytes(self, ids) -> bytes:
         return bytes(list(ids))  # of an array, bytes() would take the buffer
 
-    def state(self) -> dict:
-        return {"kind": "byte"}
 
-
-class GPT2Tokenizer(ByteLevel):
+class GPT2Tokenizer(Tokenizer):
     """GPT-2's byte-pair encoding (50,257 tokens) by tiktoken, which fetches its tables once."""
+
+    kind = "gpt2"
 
     def __init__(self):
         try:
@@ -86,13 +100,10 @@ class GPT2Tokenizer(ByteLevel):
         self.vocab_size, self.eos = self.encoding.n_vocab, self.encoding.eot_token
 
     def encode(self, text: str) -> np.ndarray:
-        return np.array(self.encoding.encode_ordinary(text), dtype=np.int64)
+        return np.array(self.encoding.encode_ordinary(text), np.int64)
 
     def decode_bytes(self, ids) -> bytes:
         return self.encoding.decode_bytes(list(ids))
-
-    def state(self) -> dict:
-        return {"kind": "gpt2"}
 
 
 def byte_of_character() -> dict[str, int]:
@@ -102,18 +113,21 @@ def byte_of_character() -> dict[str, int]:
     return {chr(b): b for b in printable} | {chr(256 + i): b for i, b in enumerate(others)}
 
 
-class BPETokenizer(ByteLevel):
+class BPETokenizer(Tokenizer):
     """A byte-level BPE trained on the user's own text, by the `tokenizers` library."""
+
+    kind, arguments = "bpe", ("serialized",)
 
     def __init__(self, serialized: str):
         check_bpe(serialized)
         self.tokenizer = optional("tokenizers").Tokenizer.from_str(serialized)
         self.tokenizer.encode_special_tokens = True  # a text that spells one is text
+        self.serialized, self.bytes = self.tokenizer.to_str(), byte_of_character()
         self.vocab_size, self.eos = self.tokenizer.get_vocab_size(), self.tokenizer.token_to_id(EOT)
-        self.bytes = byte_of_character()
 
     @classmethod
-    def train(cls, text: str, vocab_size: int, special: Sequence[str] = ()) -> "BPETokenizer":
+    def train(cls, text: str, split: int, vocab_size: int, special=()) -> "Tokenizer":
+        """On the training part of the text alone, with a token for each text in `special`."""
         if vocab_size < 256:
             raise UserError(f"data.vocab_size={vocab_size} must be at least 256: any byte is one")
         lib = optional("tokenizers")
@@ -122,53 +136,49 @@ class BPETokenizer(ByteLevel):
         trainer = lib.trainers.BpeTrainer(
             vocab_size=vocab_size,
             special_tokens=list(special),
-            initial_alphabet=sorted(lib.pre_tokenizers.ByteLevel.alphabet()),  # so any text works
+            initial_alphabet=sorted(byte_of_character()),  # so that any text works
             show_progress=False,
         )
-        tokenizer.train_from_iterator(text.splitlines(keepends=True), trainer)
+        tokenizer.train_from_iterator(text[:split].splitlines(keepends=True), trainer)
         return cls(tokenizer.to_str())
 
     def encode(self, text: str) -> np.ndarray:
-        return np.array(self.tokenizer.encode(text).ids, dtype=np.int64)
+        return np.array(self.tokenizer.encode(text).ids, np.int64)
 
     def decode_bytes(self, ids) -> bytes:
         return bytes(self.bytes[c] for i in ids for c in self.tokenizer.id_to_token(i))
 
-    def state(self) -> dict:
-        return {"kind": "bpe", "serialized": self.tokenizer.to_str()}
 
-
-class HFTokenizer(ByteLevel):
+class HFTokenizer(Tokenizer):
     """A tokenizer.json that came with imported weights, for a network of `vocab_size` tokens.
 
     `mask` is the id that it has for the mask. Where that lies inside the vocabulary, the last token
-    stands in its place, as the network's row does; all other ids are those of the file.
+    stands in its place, as the network's row does; all other ids are those of the file. Its regular
+    expressions are run as they are: import what you trust.
     """
 
+    kind, arguments, trainable = "hf", ("serialized", "vocab_size", "mask", "eos"), False
+
     def __init__(self, serialized: str, vocab_size: int, mask: int, eos: int | None = None):
-        check_hf(serialized, [vocab_size, mask, eos or 0])
-        self.tokenizer = optional("tokenizers").Tokenizer.from_str(serialized)
         self.serialized, self.vocab_size, self.mask, self.eos = serialized, vocab_size, mask, eos
-        self.bytes = byte_of_character() if '"ByteLevel"' in serialized else {}
+        for i in (vocab_size, mask, eos or 0):
+            if type(i) is not int or not 0 <= i <= vocab_size:
+                raise UserError("expected mask and eos to be integers from 0 to vocab_size")
+        model = json.loads(serialized)["model"]
+        if model["type"] != "BPE" or model.get("continuing_subword_prefix"):  # ends the process
+            raise UserError("expected a BPE without continuing_subword_prefix")
+        self.tokenizer = optional("tokenizers").Tokenizer.from_str(serialized)
         self.special = self.tokenizer.get_added_tokens_decoder()
-        vocabulary = self.tokenizer.get_vocab()
-        plain = (token for token, i in vocabulary.items() if i not in self.special)
-        if self.bytes and set("".join(plain)) - self.bytes.keys():
-            raise UserError("its tokens hold more than the signs of bytes")
-        if max(vocabulary.values()) > vocab_size:
+        self.bytes = byte_of_character() if '"ByteLevel"' in serialized else {}
+        if max(self.tokenizer.get_vocab().values()) > vocab_size:
             raise UserError(
                 f"the tokenizer has {self.tokenizer.get_vocab_size()} tokens, the network "
                 f"{vocab_size} and the mask: take the tokenizer that belongs to it"
             )
 
-    def id_of(self, token: str | None) -> int | None:
-        found = None if token is None else self.tokenizer.token_to_id(token)
-        return self.mask if found == self.vocab_size else found
-
     def encode(self, text: str) -> np.ndarray:
-        found = self.tokenizer.encode(text, add_special_tokens=False).ids
-        ids = np.array(found, dtype=np.int64)
-        if (ids == self.mask).any():
+        ids = np.array(self.tokenizer.encode(text, add_special_tokens=False).ids, np.int64)
+        if self.mask in ids:
             raise UserError(
                 f"the text holds {self.tokenizer.id_to_token(self.mask)}, which is this model's "
                 "mask: leave it out"
@@ -179,30 +189,34 @@ class HFTokenizer(ByteLevel):
         return b"".join(map(self._bytes, ids))
 
     def _bytes(self, i: int) -> bytes:
-        i = self.vocab_size if i == self.mask else int(i)
+        i = self.vocab_size if i == self.mask else i
         token = self.tokenizer.id_to_token(i)
         if token is None:  # rows that only fill the network up
             return "\ufffd".encode()
-        if self.bytes and i not in self.special:
+        if i not in self.special and self.bytes.keys() >= set(token):
             return bytes(self.bytes[c] for c in token)
         if re.fullmatch("<0x[0-9A-Fa-f]{2}>", token):
             return bytes.fromhex(token[3:5])
         return token.replace("\u2581", " ").encode()  # SentencePiece's sign for a space
 
-    def state(self) -> dict:
-        names = ("serialized", "vocab_size", "mask", "eos")
-        return {"kind": "hf"} | {name: getattr(self, name) for name in names}
 
-
-AROUND_BPE = ("normalizer", "post_processor", "truncation", "padding")
-WITHIN_BPE = (
-    *("dropout", "unk_token", "fuse_unk", "continuing_subword_prefix", "end_of_word_suffix"),
-    *("byte_fallback", "ignore_merges"),
+CHANGES = (  # what makes more of a byte-level BPE in a tokenizer.json
+    "normalizer",
+    "post_processor",
+    "truncation",
+    "padding",
+    "dropout",
+    "unk_token",
+    "fuse_unk",
+    "continuing_subword_prefix",
+    "end_of_word_suffix",
+    "byte_fallback",
+    "ignore_merges",
 )
 
 
 def check_bpe(serialized: str) -> None:
-    """Raise `UserError` for what is no plain byte-level BPE with the ids 0 ... V - 1.
+    """Raise `UserError` for what is not a plain byte-level BPE with the ids 0 ... V - 1.
 
     The library would also take a regular expression that never ends or ids without a limit, and
     ends the process for a prefix that is longer than a token.
@@ -210,31 +224,14 @@ def check_bpe(serialized: str) -> None:
     spec = json.loads(serialized)
     model, before = spec["model"], spec["pre_tokenizer"]
     plain = model["type"] == "BPE" and before["type"] == "ByteLevel"
-    others = [before["add_prefix_space"], *(spec.get(name) for name in AROUND_BPE)]
-    if not plain or any(others + [model.get(name) for name in WITHIN_BPE]):
-        raise UserError("it is no plain byte-level BPE")
-    tokens = model["vocab"] | {token["content"]: token["id"] for token in spec["added_tokens"]}
-    if set(map(type, tokens.values())) != {int} or sorted(tokens.values()) != [*range(len(tokens))]:
-        raise UserError("the ids of its tokens are not 0, 1, 2 and so on")
+    changed = any(part.get(name) for part in (spec, model) for name in CHANGES)
+    if not plain or changed or before["add_prefix_space"]:
+        raise UserError("expected a plain byte-level BPE")
+    tokens = model["vocab"] | {t["content"]: t["id"] for t in spec["added_tokens"]}
+    if not tokens or sorted(tokens.values()) != [*range(len(tokens))]:
+        raise UserError(f"expected the ids of its {len(tokens)} tokens to be 0, 1, 2 and so on")
     if set("".join(tokens)) - byte_of_character().keys():
-        raise UserError("its tokens hold more than the signs of bytes")
-
-
-def check_hf(serialized: str, numbers: list) -> None:
-    """Raise `UserError` for what ends the process, or for numbers that are none.
-
-    Its regular expressions are run as they are: import what you trust.
-    """
-    model = json.loads(serialized)["model"]
-    if model["type"] != "BPE" or model.get("continuing_subword_prefix"):
-        raise UserError("it is no BPE of whole tokens")
-    if set(map(type, numbers)) != {int} or min(numbers) < 0:
-        raise UserError("its numbers are not whole ones")
-
-
-def _is_text(characters: str) -> bool:
-    """Whether it could be written to a file: half a character could not."""
-    return not any("\ud800" <= c <= "\udfff" for c in characters)
+        raise UserError("its tokens hold characters that stand for no byte")
 
 
 TOKENIZERS = {
@@ -246,22 +243,23 @@ TOKENIZERS = {
 }
 
 
-def load_tokenizer(state: dict):
-    """The tokenizer whose `state()` this is. Raises `UserError` if it is none."""
-    try:
-        kind, values = state["kind"], {k: v for k, v in state.items() if k != "kind"}
-        return TOKENIZERS[kind](**values)
-    except Exception as error:  # the tokenizers library raises bare ones
-        if isinstance(error, UserError):
-            raise
-        raise UserError(f"no tokenizer of this project ({error!r})") from error
+def choices() -> list[str]:
+    """What data.tokenizer may be."""
+    return [name for name, tokenizer in TOKENIZERS.items() if tokenizer.trainable]
 
 
 def train_tokenizer(kind: str, text: str, split: int, vocab_size: int):
-    """A tokenizer for `text`, whose training part ends at `split`.
+    """A tokenizer for `text`, whose training part ends at `split`. Raises `UserError`."""
+    if kind not in choices():
+        raise UserError(f"data.tokenizer={kind} is unknown: choose one of {', '.join(choices())}")
+    return TOKENIZERS[kind].train(text, split, vocab_size)
 
-    Characters are counted over the whole text, as in nanoGPT; a BPE sees the training part only.
-    """
-    if kind == "char":
-        return CharTokenizer("".join(sorted(set(text))))
-    return BPETokenizer.train(text[:split], vocab_size) if kind == "bpe" else TOKENIZERS[kind]()
+
+def load_tokenizer(state: dict):
+    """The tokenizer whose `state()` this is. Raises `UserError` if it is none."""
+    try:
+        return TOKENIZERS[state["kind"]](**{k: v for k, v in state.items() if k != "kind"})
+    except UserError:
+        raise
+    except Exception as error:  # the tokenizers library raises bare ones
+        raise UserError(f"no tokenizer of this project ({error!r})") from error

@@ -13,7 +13,8 @@ import torch
 import eval as eval_script
 import sample as sample_script
 import train as train_script
-from nanomdm import cli
+from model import ModelConfig, Transformer
+from nanomdm import checkpoint, cli
 from nanomdm.runlog import RunLog
 
 torch.set_num_threads(1)  # threads only get into each other's way where models are tiny
@@ -96,6 +97,11 @@ def log(tmp_path):
         out_dir=str(tmp_path),
     )
     return lambda first_step=0: RunLog(config, first_step, {})
+
+
+def load_model(path: str | Path, resume: bool = False) -> checkpoint.Loaded:
+    """What the scripts make of a checkpoint, on the CPU."""
+    return checkpoint.load_model(path, "cpu", Transformer, ModelConfig, resume)
 
 
 def environment(**changes: str) -> dict[str, str]:

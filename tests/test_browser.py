@@ -5,10 +5,11 @@ import time
 
 import pytest
 import torch
+from conftest import load_model
 from test_view import HOSTILE, blank, noisy, recorded, replay
 
-import runtime
 from diffusion import Sampling
+from nanomdm.checkpoint import Loaded
 from sample import make_canvas
 from tools import page
 
@@ -59,8 +60,8 @@ def browser(driver):
 
 
 @pytest.fixture(scope="module")
-def loaded(trained) -> runtime.Loaded:
-    return runtime.load(trained / "ckpt.pt", torch.device("cpu"))
+def loaded(trained) -> Loaded:
+    return load_model(trained / "ckpt.pt")
 
 
 @pytest.fixture(scope="module")

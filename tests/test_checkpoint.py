@@ -1,5 +1,6 @@
 """Checkpoints that are whole, and every way in which one can be something else."""
 
+import hashlib
 import itertools
 import os
 import pickle
@@ -11,9 +12,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import load_model
 
+from model import ModelConfig, Transformer
 from nanomdm import checkpoint
 from nanomdm.checkpoint import load, save
+from nanomdm.errors import UserError
 
 STATE = {
     "model": {"weight": torch.arange(1.0, 7).view(2, 3), "half": torch.ones(3).bfloat16()},
@@ -240,8 +244,8 @@ def test_the_stamp_of_these_tests_is_the_codes():
     assert {"format": checkpoint.FORMAT, "version": checkpoint.VERSION} == STAMP
 
 
-# --- Made by a stranger -------------------------------------------------------------------------
-# Sound archives, their checksums right, of what no honest run would save.
+# --- Untrusted ----------------------------------------------------------------------------------
+# Sound archives, their checksums right, of what no run saves.
 
 STRANGE = {
     "a tensor of terabytes that repeats one number": lambda: torch.zeros(1).expand(2**40),
@@ -255,7 +259,7 @@ STRANGE = {
     "a tensor with NaN": lambda: torch.tensor([1.0, torch.nan]),
     "a tensor with infinity": lambda: torch.tensor([1.0, torch.inf]),
     "NaN": lambda: float("nan"),
-    "half a character": lambda: "\ud800",
+    "a lone surrogate": lambda: "\ud800",
     "a list that unfolds to 3 ** 30 values": lambda: tripled(30),
 }
 
@@ -346,3 +350,212 @@ def test_torch_load_without_code_reads_the_same(path):
 def test_what_is_empty_or_a_number_comes_back(value, path):
     save(path, {"x": value})
     assert same(load(path)["x"], value)
+
+
+# --- A network and its tokenizer ----------------------------------------------------------------
+
+SHAPE = {"vocab_size": 3, "block_size": 8, "n_layer": 1, "n_head": 2, "n_embd": 8}
+LETTERS = {"kind": "char", "characters": "abc"}
+
+
+@pytest.fixture
+def network() -> Transformer:
+    torch.manual_seed(0)
+    return Transformer(ModelConfig(**SHAPE)).eval()
+
+
+def written(path: Path, network: Transformer, **parts) -> Path:
+    """A checkpoint as a run writes it, with these `parts` in place of its own; None leaves out."""
+    state = {
+        "model_config": SHAPE,
+        "tokenizer": LETTERS,
+        "config": {"data": {"dataset": "plays"}},
+        "corpus": {"name": "abc", "sha256": "0" * 64},
+        "step": 3,
+        "best": 1.5,
+        "ema": network.state_dict(),
+        "model": network.state_dict(),
+        "meter": {"loss_avg": 2.0, "skipped": 0.0},
+        "optimizer": [],
+    }
+    save(path, {key: part for key, part in (state | parts).items() if part is not None})
+    return path
+
+
+IDS = torch.tensor([[0, 1, 2, 3]])
+
+
+def test_a_network_is_loaded_with_its_logits_its_tokenizer_and_its_words(network, path):
+    loaded = load_model(written(path, network))
+    assert torch.equal(loaded.model(IDS), network(IDS)) and not loaded.model.training
+    assert loaded.tokenizer.state() == LETTERS and loaded.config["data"]["dataset"] == "plays"
+    assert loaded.weights == "EMA weights after 3 steps"
+
+
+def test_the_averaged_weights_are_those_in_use(network, path):
+    doubled = {name: 2 * weight for name, weight in network.state_dict().items()}
+    loaded = load_model(written(path, network, model=doubled), resume=True)
+    assert torch.equal(loaded.model(IDS), network(IDS))
+    assert torch.equal(loaded.state["model"]["norm.weight"], doubled["norm.weight"])
+
+
+def test_a_loaded_network_takes_no_second_copy_of_its_weights(network, path):
+    loaded = load_model(written(path, network))
+    for name, parameter in loaded.model.named_parameters():
+        assert parameter.data_ptr() == loaded.state["ema"][name].data_ptr()
+
+
+def test_weights_in_half_precision_are_used_in_float32_and_stay_as_they_are(network, path):
+    halved = {name: weight.bfloat16() for name, weight in network.state_dict().items()}
+    loaded = load_model(written(path, network, ema=halved))
+    assert {weight.dtype for weight in loaded.model.parameters()} == {torch.float32}
+    assert {weight.dtype for weight in loaded.state["ema"].values()} == {torch.bfloat16}
+
+
+def test_what_a_checkpoint_does_not_say_is_unknown(network, path):
+    """The library saves no more than the network and the tokenizer; neither did it before."""
+    needed = {"model_config": SHAPE, "tokenizer": LETTERS, "ema": network.state_dict()}
+    save(path, needed)
+    loaded = load_model(path)
+    assert torch.equal(loaded.model(IDS), network(IDS))
+    assert loaded.config == {} and loaded.state["corpus"] == {"name": "unknown", "sha256": ""}
+    assert loaded.weights == "weights of an unknown run"
+
+
+def test_imported_weights_say_where_they_come_from(network, path):
+    loaded = load_model(written(path, network, origin="them/SMDM (SMDM)"))
+    assert loaded.weights == "weights imported from them/SMDM (SMDM)"
+
+
+ZEROS = {f"w{i}": torch.zeros(1) for i in range(3)}
+WRONG = {  # parts, and what is said of them
+    "no weights": ({"ema": None}, "expected ema to be of type dict, not NoneType"),
+    "no shape": ({"model_config": None}, "expected model_config to be of type dict, not NoneType"),
+    "a tokenizer's name": ({"tokenizer": "char"}, "expected tokenizer to be of type dict, not str"),
+    "half a step": ({"step": 1.5}, "expected step to be of type int, not float"),
+    "settings in a list": ({"config": [1]}, "expected config to be of type dict, not list"),
+    "data in a list": ({"config": {"data": [1]}}, "expected config.data to be of type dict"),
+    "a nameless corpus": ({"corpus": {"sha256": ""}}, "corpus.name and corpus.sha256 to be"),
+    "an escape in a name": ({"corpus": {"name": "\x1b[2J", "sha256": ""}}, "to be printable"),
+    "an escape in an origin": ({"origin": "\x1b[2J"}, "expected its origin"),
+    "an unknown field": ({"model_config": SHAPE | {"n_legs": 2}}, "n_legs"),
+    "a field that is missing": ({"model_config": {"n_layer": 1}}, "vocab_size"),
+    "a field that is a number": ({"model_config": {7: 1}}, "keywords must be strings"),
+    "no layers": ({"model_config": SHAPE | {"n_layer": 0}}, "model.n_layer=0 must be at least 1"),
+    "a billion layers": (
+        {"model_config": SHAPE | {"n_layer": 10**9}},
+        "no weights for model.n_layer=1000000000",
+    ),
+    "another width": ({"model_config": SHAPE | {"n_embd": 16}}, "size mismatch for embedding"),
+    "a width beyond 64 bits": ({"model_config": SHAPE | {"n_embd": 2**70}}, ""),
+    "other names": ({"ema": ZEROS}, "Missing key"),
+    "weights by numbers": ({"ema": {i: torch.zeros(1) for i in range(3)}}, ""),
+    "weights that are texts": ({"ema": dict.fromkeys(ZEROS, "x")}, ""),
+}
+
+
+@pytest.mark.parametrize("kind", WRONG)
+def test_parts_that_make_no_network_are_refused_in_one_line_each(kind, network, path):
+    parts, said = WRONG[kind]
+    written(path, network, **parts)
+    with pytest.raises(UserError) as error:
+        load_model(path)
+    line = str(error.value)
+    assert line.startswith(f"{path} holds no model of this version, train again: ")
+    assert said in line and "\n" not in line and len(line) < len(str(path)) + 300
+
+
+@pytest.mark.parametrize(
+    ("tokenizer", "said"),
+    [
+        ({"kind": "char", "characters": "abcd"}, "its tokenizer has 4 tokens, its model 3"),
+        ({"kind": "char", "characters": "aba"}, "the alphabet is empty or has duplicates"),
+        ({"kind": "word"}, "no tokenizer of this project"),
+    ],
+)
+def test_a_tokenizer_that_does_not_go_with_the_network_is_refused(tokenizer, said, network, path):
+    written(path, network, tokenizer=tokenizer)
+    with pytest.raises(UserError, match=f"cannot be used: {said}"):
+        load_model(path)
+
+
+NO_RUN = {
+    "averages alone": ({"optimizer": None}, "averaged weights only .* training.init_from="),
+    "no weights": ({"model": None}, "expected model and meter to be dicts"),
+    "weights of another size": ({"model": ZEROS}, "differ from their averages in names or shapes"),
+    "no best bound": ({"best": None}, "expected best to be a number, not NoneType"),
+    "a bound that is a text": ({"best": "low"}, "expected best to be a number, not str"),
+    "figures in a list": ({"meter": [1.0]}, "expected model and meter to be dicts"),
+    "a figure that is a text": ({"meter": {"skipped": "x"}}, "expected skipped to be a number"),
+}
+
+
+@pytest.mark.parametrize("kind", NO_RUN)
+def test_what_a_run_cannot_go_on_from_is_refused_to_resume_and_used_otherwise(kind, network, path):
+    parts, said = NO_RUN[kind]
+    assert load_model(written(path, network, **parts)).state["step"] == 3
+    with pytest.raises(UserError, match=said):
+        load_model(path, resume=True)
+
+
+# --- Written before -----------------------------------------------------------------------------
+
+FIGURES = ("loss_avg", "loss_max", "grad_norm_max", "skipped", "in_a_row")
+BEFORE = {  # settings as the first version stored them, a few that are gone among them
+    "out_dir": "out",
+    "model": SHAPE | {"conv_width": 0, "tie_weights": True, "norm_eps": 1e-5},
+    "diffusion": {"eps": 1e-3, "masking": "bernoulli", "weighting": 0.5},
+    "data": {
+        "dataset": "shakespeare",
+        "path": "abc.txt",
+        "dir": "",
+        "tokenizer": "char",
+        "vocab_size": 4096,
+        "cache_dir": "prepared",
+    },
+    "training": {
+        "max_iters": 3,
+        "batch_size": 4,
+        "warmup_iters": 1,
+        "optimizer": "adamw",
+        "min_lr_ratio": 0.0,
+        "keep": 0,
+        "max_skipped": 50,
+        "eval_interval": 0,
+        "sample_interval": 0,
+    },
+    "system": {"device": "cpu", "dtype": "float32", "compile": "false", "timeout": 30.0},
+}
+del BEFORE["model"]["vocab_size"]
+
+
+def test_a_checkpoint_of_the_first_version_is_sampled_evaluated_and_resumed(network, run):
+    """Made by hand, key for key what train.py wrote at commit 090e164."""
+    text = "abc" * 200
+    Path("abc.txt").write_text(text)
+    moments = [  # matrices first, as the optimizer has them
+        {"step": torch.tensor(2.0), "exp_avg": zeros, "exp_avg_sq": zeros}
+        for zeros in sorted(map(torch.zeros_like, network.parameters()), key=lambda p: p.ndim < 2)
+    ]
+    state = {
+        "format": "nanomdm",
+        "version": 1,
+        "model_config": vars(network.config),
+        "tokenizer": LETTERS,
+        "config": BEFORE,
+        "corpus": {"name": "abc.txt", "sha256": hashlib.sha256(text.encode()).hexdigest()},
+        "step": 2,
+        "best": 1.5,
+        "ema": network.state_dict(),
+        "model": network.state_dict(),
+        "meter": dict.fromkeys(FIGURES, 0.0),
+        "optimizer": [{"state": dict(enumerate(moments)), "param_groups": []}],
+        "scaler": {},
+    }
+    Path("out").mkdir()
+    torch.save(state, "out/ckpt.pt")
+    assert torch.equal(load_model("out/ckpt.pt").model(IDS), network(IDS))
+    assert run("sample.py", "prompt=ab", "sampling.steps=2", "system.device=cpu").out[:2] == "ab"
+    assert run("eval.py", "eval.draws=1", "system.device=cpu").code == 0
+    assert run("train.py", "training.resume=true").code == 0
+    assert load("out/ckpt.pt")["step"] == 3

@@ -6,7 +6,7 @@ import types
 
 import pytest
 import torch
-from conftest import TEXT
+from conftest import TEXT, load_model
 from problems import LOOP, arbitrary_network
 
 from bench import cloze
@@ -203,7 +203,7 @@ def test_what_the_harness_gets_is_the_conditional_bound(trained, local_tasks):
     from nanomdm.cli import section
     from tools import lm_eval as adapter
 
-    loaded = runtime.load(trained / "best.pt", torch.device("cpu"))
+    loaded = load_model(trained / "best.pt")
     config = section({"seed": 0, "draws": 3, "batch_size": 8, "steps": 4, "strategy": "confidence"})
     fills = [Fill("The ", "crown"), Fill("", "of"), Fill("The sw", "ord")]
     texts, nats = adapter.score(loaded, fills, config)
@@ -217,11 +217,10 @@ def test_what_the_harness_gets_is_the_conditional_bound(trained, local_tasks):
 
 
 def test_a_generated_text_stops_before_the_first_stop(trained):
-    import runtime
     from nanomdm.cli import section
     from tools import lm_eval as adapter
 
-    loaded = runtime.load(trained / "best.pt", torch.device("cpu"))
+    loaded = load_model(trained / "best.pt")
     config = section({"seed": 0, "steps": 8, "strategy": "stochastic"})
     wanted = {"max_gen_toks": 16, "temperature": 1.0}
     whole = adapter.generate(loaded, "KING", wanted, config)

@@ -10,13 +10,13 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from test_tokenizer import POEM, SHAKESPEARE, needs_shakespeare
+from test_tokenizers import POEM, SHAKESPEARE, needs_shakespeare
 
 import data
 import runtime
 from data import Corpus
 from data import blocks as blocks_of
-from nanomdm.tokenizers import TOKENIZERS, ByteTokenizer, CharTokenizer
+from nanomdm.tokenizers import TOKENIZERS, ByteTokenizer, CharTokenizer, Tokenizer
 from runtime import open_bins
 
 # --- Preparation --------------------------------------------------------------------------------
@@ -31,17 +31,20 @@ def folder_in(cache: Path) -> Path:
     return folder
 
 
-class Large:
+class Large(Tokenizer):
     """A tokenizer of more symbols than uint16 can number; each character is the last one."""
 
-    def __init__(self, vocab_size: int = 70_000):
+    kind, arguments, size = "large", ("vocab_size",), 70_000
+
+    def __init__(self, vocab_size: int):
         self.vocab_size = vocab_size
+
+    @classmethod
+    def train(cls, text: str, split: int, vocab_size: int) -> "Large":
+        return cls(cls.size)
 
     def encode(self, text: str) -> np.ndarray:
         return np.full(len(text), self.vocab_size - 1, dtype=np.int64)
-
-    def state(self) -> dict:
-        return {"kind": "large", "vocab_size": self.vocab_size}
 
 
 def test_an_unknown_tokenizer_is_refused_with_the_choices(tmp_path):
@@ -86,7 +89,8 @@ def test_small_vocabularies_are_written_as_uint16(tmp_path):
 
 @pytest.mark.parametrize(("vocab_size", "dtype"), [(2**16, "<u2"), (2**16 + 1, "<u4")])
 def test_vocabularies_beyond_65536_are_written_as_uint32(vocab_size, dtype, tmp_path, monkeypatch):
-    monkeypatch.setitem(TOKENIZERS, "large", lambda vocab_size=vocab_size: Large(vocab_size))
+    monkeypatch.setitem(TOKENIZERS, "large", Large)
+    monkeypatch.setattr(Large, "size", vocab_size)
     prepare(tmp_path, "x" * 10, kind="large")
     ids = np.frombuffer((folder_in(tmp_path) / "train.bin").read_bytes(), dtype=dtype)
     assert ids.tolist() == [vocab_size - 1] * 9

@@ -11,10 +11,11 @@ from contextlib import contextmanager
 
 import numpy as np
 import pytest
-import torch
+from conftest import load_model
 
 import runtime
 from diffusion import Sampling
+from nanomdm.checkpoint import Loaded
 from sample import make_canvas
 
 pytest.importorskip("starlette", reason="the demo is an extra: pip install starlette uvicorn")
@@ -31,8 +32,8 @@ SLOWLY = {"text": "", "strategy": "first_hitting"}  # 32 calls
 
 
 @pytest.fixture(scope="module")
-def loaded(trained) -> runtime.Loaded:
-    return runtime.load(trained / "ckpt.pt", torch.device("cpu"))
+def loaded(trained) -> Loaded:
+    return load_model(trained / "ckpt.pt")
 
 
 @pytest.fixture

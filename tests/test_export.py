@@ -8,11 +8,10 @@ import sys
 
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, load_model
 from test_readme import commands
-from test_tokenizer import gpt2 as gpt2_tokenizer  # noqa: F401
+from test_tokenizers import gpt2 as gpt2_tokenizer  # noqa: F401
 
-import runtime
 from model import ModelConfig, Transformer
 from nanomdm import checkpoint, cli
 from nanomdm.tokenizers import BPETokenizer, ByteTokenizer, CharTokenizer
@@ -44,7 +43,7 @@ def exported(tmp_path_factory, trained):
 
 @pytest.fixture(scope="module")
 def ours(exported):
-    return runtime.load(exported[0], torch.device("cpu"))
+    return load_model(exported[0])
 
 
 def drawn_ids(network: ModelConfig) -> torch.Tensor:
@@ -124,7 +123,7 @@ def test_any_text_has_our_ids_and_comes_back(kind, request, tmp_path):
     ours = {
         "char": lambda: CharTokenizer("\nañ€😀 The"),
         "byte": ByteTokenizer,
-        "bpe": lambda: BPETokenizer.train(POEM, 280),
+        "bpe": lambda: BPETokenizer.train(POEM, len(POEM), 280),
         "gpt2": lambda: request.getfixturevalue("gpt2_tokenizer"),
     }[kind]()
     converted = hf_tokenizer.convert(ours, ours.vocab_size)

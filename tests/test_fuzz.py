@@ -8,12 +8,14 @@ from tempfile import TemporaryDirectory
 import hypothesis.strategies as some
 import pytest
 import torch
+from conftest import load_model
 from hypothesis import HealthCheck, given, settings
 
 import data
 import runtime
 from bench import fuzz
-from nanomdm import checkpoint, cli
+from nanomdm import checkpoint, cli, meta
+from nanomdm.errors import UserError
 
 CPU = torch.device("cpu")
 CASES = 4  # for each part of a kind's share; python -m bench.fuzz does ten thousand
@@ -46,7 +48,7 @@ def test_damage_is_refused_in_one_line_or_does_no_harm(kind):
 
 def test_the_fuzzer_finds_a_reader_that_trusts(monkeypatch):
     """Its oracle works: without checksums, flipped bytes are silent garbage."""
-    monkeypatch.setattr(data, "digest", lambda meta: meta.get("check", ""))
+    monkeypatch.setattr(meta, "digest", lambda meta: meta.get("check", ""))
     monkeypatch.setattr(data, "sha256_of", lambda content: "0" * 64)
     config = cli.section({"seed": 1, "first": 0, "limit": 5.0})
     whys = [outcome.why for outcome in fuzz.run_kind("bins bytes", 60, config)]
@@ -74,7 +76,7 @@ def test_the_fuzzer_ends_a_hang(tmp_path):
 
 
 @hurried
-@given(key=some.sampled_from(sorted(data.META)), value=values)
+@given(key=some.sampled_from(sorted(meta.META)), value=values)
 def test_any_value_in_a_meta_file_is_refused_or_read(key, value):
     with TemporaryDirectory() as folder:
         for split in data.SPLITS:
@@ -84,7 +86,7 @@ def test_any_value_in_a_meta_file_is_refused_or_read(key, value):
         try:
             corpus = runtime.open_bins(Path(folder))
         except ValueError as error:
-            assert cli.raised_by_us(error)
+            assert isinstance(error, UserError)
         else:
             assert corpus.tokenizer.decode(corpus.train[:3].tolist())
 
@@ -100,8 +102,8 @@ def test_any_value_in_a_checkpoints_shape_is_refused_or_fits(key, value):
         state["model_config"] = dict(state["model_config"]) | {key: value}
         checkpoint.save(path, state)
         try:
-            model = runtime.load(path, CPU).model
+            model = load_model(path).model
         except ValueError as error:
-            assert cli.raised_by_us(error)
+            assert isinstance(error, UserError)
         else:
             assert model(torch.zeros(1, 1, dtype=torch.long)).isfinite().all()

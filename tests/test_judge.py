@@ -6,7 +6,7 @@ import sys
 
 import pytest
 import torch
-from conftest import TEXT, TINY
+from conftest import TEXT, TINY, load_model
 
 import runtime
 import train
@@ -123,7 +123,7 @@ def control(tmp_path_factory, text_file):
 
 def test_our_own_control_costs_what_eval_says(control):
     """Each block of the context by itself, so that both see the same."""
-    loaded = runtime.load(control / "out-ar" / "best.pt", CPU)
+    loaded = load_model(control / "out-ar" / "best.pt")
     text = TEXT[:32]
     judge = judging.load_judge(str(control / "out-ar" / "best.pt"), CPU)
     ids = torch.from_numpy(loaded.tokenizer.encode(text))

@@ -160,7 +160,7 @@ def test_characters_are_those_of_all_documents(prepared, tmp_path):
 
 @pytest.mark.parametrize("form", ["meta.json", "tokenizer.json"])
 def test_a_tokenizer_can_come_from_a_file(form, folder, prepared, tmp_path):
-    tokenizer = BPETokenizer.train(DOCUMENTS[0], 270, [EOT])
+    tokenizer = BPETokenizer.train(DOCUMENTS[0], len(DOCUMENTS[0]), 270, [EOT])
     state = tokenizer.state()
     whole = json.dumps({"tokenizer": state}) if form == "meta.json" else state["serialized"]
     (tmp_path / form).write_text(whole)
@@ -198,7 +198,7 @@ def test_a_long_text_goes_in_pieces_that_no_token_spans(tmp_path, monkeypatch):
         len(p.text) for p in own
     ) < 7000
     assert len({piece.held for piece in own}) == 1
-    bpe = BPETokenizer.train(long, 300)
+    bpe = BPETokenizer.train(long, len(long), 300)
     assert [i for p in own for i in bpe.encode(p.text)] == bpe.encode(long.strip()).tolist()
 
 

@@ -424,28 +424,6 @@ def test_a_reader_that_is_gone_does_not_end_a_run(log, monkeypatch):
     os.close(write)
 
 
-def test_so_many_older_checkpoints_are_kept_as_asked_for(train):
-    train("training.save_interval=2", "training.keep=2")
-    kept = {path.name: state(path)["step"] for path in Path("out").glob("ckpt*.pt")}
-    assert kept == {"ckpt.pt": 12, "ckpt.12.pt": 12, "ckpt.10.pt": 10, "ckpt.8.pt": 8}
-
-
-def test_a_run_goes_on_from_an_older_checkpoint_that_was_kept(train):
-    train("training.save_interval=2", "training.keep=2", "out_dir=whole")
-    train("training.save_interval=2", "training.keep=2")
-    os.replace("out/ckpt.8.pt", "out/ckpt.pt")
-    assert train("training.resume=true").code == 0
-    assert torture.same(torture.result(Path("out")), torture.result(Path("whole")))
-
-
-def test_a_new_run_keeps_the_older_checkpoints_of_an_earlier_one(train):
-    train("training.keep=1")
-    before = {name: state(f"out/{name}")["step"] for name in ("ckpt.6.pt", "ckpt.12.pt")}
-    train("training.keep=1", "training.max_iters=4", "system.seed=2")
-    assert {f"ckpt.{n}.pt": state(f"out/ckpt.{n}-1.pt")["step"] for n in (6, 12)} == before
-    assert state("out/ckpt.4.pt")["step"] == 4
-
-
 # --- Numbers ------------------------------------------------------------------------------------
 
 

@@ -11,10 +11,12 @@ from xml.etree import ElementTree
 import numpy as np
 import pytest
 import torch
+from conftest import load_model
 
 import diffusion
 import runtime
 from diffusion import Sampling
+from nanomdm.checkpoint import Loaded
 from sample import Canvas, make_canvas
 from tools import page, picture, trace
 
@@ -30,8 +32,8 @@ CASES = {
 
 
 @pytest.fixture(scope="module")
-def loaded(trained) -> runtime.Loaded:
-    return runtime.load(trained / "ckpt.pt", torch.device("cpu"))
+def loaded(trained) -> Loaded:
+    return load_model(trained / "ckpt.pt")
 
 
 def recorded(loaded, canvases: list[Canvas], settings: Sampling, **options):

@@ -7,7 +7,9 @@ From elsewhere, tunnel: ssh -L 8000:127.0.0.1:8000 machine.
 import socket
 
 import runtime
+from model import ModelConfig, Transformer
 from nanomdm import cli
+from nanomdm.checkpoint import load_model
 from nanomdm.cli import Section
 from nanomdm.errors import UserError
 
@@ -18,7 +20,8 @@ def main(config: Section, explicit: set[str]) -> None:
     except ImportError as error:
         raise UserError(f"{error.name} is missing: pip install starlette uvicorn") from None
     check(config)
-    loaded = runtime.load(config.checkpoint, runtime.pick_device(config.device))
+    device = runtime.pick_device(config.device)
+    loaded = load_model(config.checkpoint, device, Transformer, ModelConfig)
     context = loaded.model.config.block_size
     if config.length > context:
         raise UserError(f"length={config.length} must be at most model.block_size, {context}")

@@ -17,13 +17,11 @@ from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 
-import torch
-
-import runtime
+from model import ModelConfig, Transformer
 from nanomdm import cli
+from nanomdm.checkpoint import Loaded, load_model
 from nanomdm.cli import Section
-from nanomdm.errors import UserError
-from nanomdm.tokenizers import optional
+from nanomdm.errors import UserError, optional
 from tools import hf_tokenizer
 
 CODE = ("model.py", "diffusion.py", "tools/modeling_nanomdm.py", "LICENSE")
@@ -35,7 +33,7 @@ LEFT_OUT = (  # of the command on the card: what is of a machine, or of other sc
 
 def main(config: Section, explicit: set[str]) -> None:
     check(config)
-    loaded = runtime.load(config.checkpoint, torch.device("cpu"))
+    loaded = load_model(config.checkpoint, "cpu", Transformer, ModelConfig)
     if loaded.model.config.causal:
         raise UserError(
             f"{config.checkpoint} is autoregressive, no masked language model: export one of "
@@ -79,7 +77,7 @@ def new_folder(path: Path) -> Iterator[Path]:
 # --- Files --------------------------------------------------------------------------------------
 
 
-def write_network(folder: Path, loaded: runtime.Loaded) -> None:
+def write_network(folder: Path, loaded: Loaded) -> None:
     save_file = optional("safetensors.torch").save_file
     weights = {f"transformer.{k}": v.contiguous() for k, v in loaded.state["ema"].items()}
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
@@ -105,7 +103,7 @@ def write_network(folder: Path, loaded: runtime.Loaded) -> None:
     write_json(folder / "nanomdm.json", {k: loaded.state[k] for k in kept if k in loaded.state})
 
 
-def write_tokenizer(folder: Path, loaded: runtime.Loaded) -> None:
+def write_tokenizer(folder: Path, loaded: Loaded) -> None:
     network = loaded.model.config
     converted = hf_tokenizer.convert(loaded.tokenizer, network.vocab_size)
     converted.save(str(folder / "tokenizer.json"))
@@ -145,7 +143,7 @@ def read_figures(config: Section) -> dict | None:
     return figures
 
 
-def card(config: Section, loaded: runtime.Loaded, figures: dict | None) -> str:
+def card(config: Section, loaded: Loaded, figures: dict | None) -> str:
     """README.md of the folder: what was measured or is known, and how to get what is not."""
     state, network = loaded.state, loaded.model.config
     count = sum(p.numel() for p in loaded.model.parameters())
@@ -171,8 +169,10 @@ def corpus_of(corpus: dict) -> str:
 
 
 def training_of(state: dict, config: dict) -> str:
-    if "origin" in state:
+    if state["origin"]:
         return f"imported from {state['origin']}"
+    if not config:
+        return "unknown: the checkpoint does not say"
     return f"{state['step']} steps of `{command(config)}`; the weights are their moving average"
 
 

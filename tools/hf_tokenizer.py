@@ -7,17 +7,18 @@ its id.
 import json
 
 from nanomdm import tokenizers as ours
-from nanomdm.errors import UserError
+from nanomdm.errors import UserError, optional
 
 MASK = "[MASK]"
 
 
 def convert(tokenizer, vocab_size: int):
     """A `tokenizers.Tokenizer` with the ids of one of ours, and the mask as id `vocab_size`."""
-    lib = ours.optional("tokenizers")
-    kind = tokenizer.state()["kind"]
+    lib = optional("tokenizers")
     makers = {"char": characters, "byte": plain_bytes, "bpe": bpe, "gpt2": gpt2, "hf": imported}
-    converted = makers[kind](tokenizer, lib)
+    if tokenizer.kind not in makers:
+        raise UserError(f"a tokenizer {tokenizer.kind} has no form for transformers: export others")
+    converted = makers[tokenizer.kind](tokenizer, lib)
     if tokenizer.eos is not None:
         converted.add_special_tokens([converted.id_to_token(tokenizer.eos)])
     converted.add_special_tokens([lib.AddedToken(MASK, normalized=False)])

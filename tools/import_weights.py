@@ -20,7 +20,7 @@ from torch import Tensor
 from model import ModelConfig, Transformer
 from nanomdm import checkpoint, cli
 from nanomdm.cli import Section
-from nanomdm.errors import UserError
+from nanomdm.errors import UserError, as_user_error
 from tools.weight_files import Tensors, fetch, open_tensors, read_json, read_tokenizer
 
 SMDM_HEADS = {  # by width; all have the same context, and V = 32,000
@@ -52,31 +52,24 @@ def main(config: Section, explicit: set[str]) -> None:
         raise UserError(f"to={to} is there already: name another file")
     folder, tensors = open_tensors(source, fetch(source, ("*.safetensors", "*.json")))
     about = read_json(folder / "config.json") if (folder / "config.json").is_file() else {}
-    layout = LAYOUTS.get(about.get("model_type"), smdm)(tensors, about, config.n_head)
-    if config.block_size:
-        network = replace(layout.network, block_size=config.block_size)
-        layout = layout._replace(network=network)
+    with as_user_error():
+        layout = LAYOUTS.get(about.get("model_type"), smdm)(tensors, about, config.n_head)
+        if config.block_size:
+            network = replace(layout.network, block_size=config.block_size)
+            layout = layout._replace(network=network)
     check(layout, tensors)
     if layout.name == "nanoMDM":
         kept = read_json(folder / "nanomdm.json")
     else:
         where = fetch(config.tokenizer, ("tokenizer*.json",)) if config.tokenizer else folder
         tokenizer = read_tokenizer(where, layout.network.vocab_size, layout.mask)
-        kept = {"tokenizer": tokenizer, "step": 0}
-        kept |= {"corpus": {"name": f"that of {source}", "sha256": ""}}
-    state = {"model_config": asdict(layout.network), "config": configuration(layout.network)}
-    state |= {"ema": convert(layout, tensors), "origin": f"{source} ({layout.name})"} | kept
+        kept = {"tokenizer": tokenizer, "corpus": {"name": f"that of {source}", "sha256": ""}}
+    state = {"model_config": asdict(layout.network), "origin": f"{source} ({layout.name})"} | kept
+    state["ema"] = convert(layout, tensors)
     to.parent.mkdir(parents=True, exist_ok=True)
     checkpoint.save(to, state)
     count = sum(tensor.numel() for tensor in state["ema"].values())
     print(f"{layout.name} of {count:,} parameters from {source} in {to}")
-
-
-def configuration(network: ModelConfig) -> dict:
-    """The defaults of train.py with this network: what a checkpoint of ours has of its run."""
-    config = cli.compose([])
-    vars(config.model).update({name: getattr(network, name) for name in vars(config.model)})
-    return config.as_dict()
 
 
 # --- Layouts ------------------------------------------------------------------------------------

@@ -30,7 +30,7 @@ import data
 from nanomdm import cli, folders, runlog
 from nanomdm.cli import Section
 from nanomdm.errors import UserError
-from nanomdm.tokenizers import EOT, TOKENIZERS, BPETokenizer, CharTokenizer, load_tokenizer
+from nanomdm.tokenizers import EOT, TOKENIZERS, CharTokenizer, choices, load_tokenizer
 from tools import sources
 from tools.shards import AGAIN, Job, ShardWriter, read_json, refuse_other, sha256_of
 
@@ -44,18 +44,18 @@ NO_RECIPE = ("out", "processes")  # settings that do not change the result
 def make_tokenizer(config: Section, source: sources.Source, dataset):
     """The tokenizer that the settings name. Raises `UserError`."""
     kind = config.tokenizer
-    if kind in ("gpt2", "byte"):
-        return TOKENIZERS[kind]()
     if kind.endswith(".json"):
         return read_tokenizer(Path(kind))
-    if kind not in TOKENIZERS or kind == "hf":  # which weights bring along
-        choices = ", ".join(name for name in TOKENIZERS if name != "hf")
-        raise UserError(f"tokenizer={kind} is unknown: choose {choices} or a .json file")
+    if kind not in choices():
+        raise UserError(f"tokenizer={kind} is unknown: choose {', '.join(choices())} or a .json")
+    if kind in ("gpt2", "byte"):  # there is nothing to train
+        return TOKENIZERS[kind]()
     pieces = (piece for batch in source.read(dataset) for piece in batch.pieces)
-    if kind == "bpe":
-        sample = head((piece.text for piece in pieces if not piece.held), config.sample)
-        return BPETokenizer.train(sample, config.vocab_size, [EOT])
-    return CharTokenizer("".join(sorted(set("\n").union(*(piece.text for piece in pieces)))))
+    if kind == "char":
+        return CharTokenizer("".join(sorted(set("\n").union(*(piece.text for piece in pieces)))))
+    sample = head((piece.text for piece in pieces if not piece.held), config.sample)
+    special = {"special": [EOT]} if kind == "bpe" else {}
+    return TOKENIZERS[kind].train(sample, len(sample), config.vocab_size, **special)
 
 
 def head(texts: Iterable[str], characters: int) -> str:

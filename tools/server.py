@@ -27,6 +27,7 @@ from starlette.routing import Route
 import diffusion
 import runtime
 from diffusion import Sampling
+from nanomdm.checkpoint import Loaded
 from nanomdm.errors import UserError
 from sample import Canvas
 from tools import page
@@ -75,7 +76,7 @@ class Limits(NamedTuple):
 class Demo:
     """A model and the pages that it answers."""
 
-    def __init__(self, loaded: runtime.Loaded, limits: Limits):
+    def __init__(self, loaded: Loaded, limits: Limits):
         self.loaded, self.limits, self.running = loaded, limits, 0
         data = {
             "subtitle": f"{limits.checkpoint} · {loaded.state['step']} training steps",

@@ -10,6 +10,7 @@ import numpy as np
 
 import data
 from nanomdm.errors import UserError
+from nanomdm.meta import digest
 
 AGAIN = "give the same command again, and it goes on from here"
 
@@ -102,7 +103,7 @@ class Job:
         names = ("dtype", "tokens", "documents", "shards", "recipe", "tokenizer")
         meta = {"corpus": Path(self.journal["recipe"]["dataset"]).resolve().name, "sha256": sha256}
         meta |= {name: self.journal[name] for name in names}
-        meta["check"] = data.digest(meta)
+        meta["check"] = digest(meta)
         data.write_atomically(self.out / "meta.json", json.dumps(meta, indent=1).encode())
         shutil.rmtree(self.folder)
         return meta

@@ -28,6 +28,7 @@ from torch import Tensor
 
 import runtime
 from diffusion import Event, Sampled, Sampling
+from nanomdm.checkpoint import Loaded
 from nanomdm.errors import UserError
 from sample import Canvas, make_canvas, parse
 
@@ -35,7 +36,7 @@ HOLE = LIMIT = 65535  # what no position and no token's number may be; also the 
 Send = Callable[[int, dict], None]
 
 
-def canvas_of(prompt: str, length: int, loaded: runtime.Loaded, limit: int) -> Canvas:
+def canvas_of(prompt: str, length: int, loaded: Loaded, limit: int) -> Canvas:
     """The canvas of a prompt, as sample.py has it, of at most `limit` tokens.
 
     A `length` (0: the limit) is for a prompt without holes. Raises `UserError`.
@@ -53,7 +54,7 @@ def canvas_of(prompt: str, length: int, loaded: runtime.Loaded, limit: int) -> C
 
 
 def record(
-    loaded: runtime.Loaded,
+    loaded: Loaded,
     canvases: list[Canvas],
     settings: Sampling,
     seed: int,

@@ -6,7 +6,9 @@ The page is one file that needs nothing else; the picture is an animated SVG.
 from pathlib import Path
 
 import runtime
+from model import ModelConfig, Transformer
 from nanomdm import cli
+from nanomdm.checkpoint import load_model
 from nanomdm.cli import Section
 from nanomdm.errors import UserError
 from tools.page import assemble
@@ -18,7 +20,8 @@ FORMATS = ("html", "svg")
 
 def main(config: Section, explicit: set[str]) -> None:
     check(config)
-    loaded = runtime.load(config.checkpoint, runtime.pick_device(config.device))
+    device = runtime.pick_device(config.device)
+    loaded = load_model(config.checkpoint, device, Transformer, ModelConfig)
     settings = runtime.sampling(config.sampling, loaded.model)
     context = loaded.model.config.block_size
     canvas = canvas_of(config.prompt, config.sampling.length, loaded, limit=context)

@@ -9,8 +9,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from nanomdm.errors import UserError
-from nanomdm.tokenizers import load_tokenizer, optional
+from nanomdm.errors import UserError, optional
+from nanomdm.tokenizers import load_tokenizer
 
 # Steps of a tokenizer.json, and what each is called within a sequence of them.
 PARTS = {"normalizer": "normalizers", "pre_tokenizer": "pretokenizers", "decoder": "decoders"}
@@ -126,4 +126,5 @@ def read_tokenizer(path: Path, vocab_size: int, mask: int) -> dict:
     eos = eos.get("content") if isinstance(eos, dict) else eos
     values = {"serialized": json.dumps(spec), "vocab_size": vocab_size, "mask": mask}
     tokenizer = load_tokenizer({"kind": "hf"} | values)
-    return tokenizer.state() | {"eos": tokenizer.id_of(eos)}
+    found = None if eos is None else tokenizer.tokenizer.token_to_id(eos)
+    return tokenizer.state() | {"eos": mask if found == vocab_size else found}

@@ -1,24 +1,32 @@
-"""Tokenizers: what they give back, their numbers, and what of a stranger's is refused."""
+"""Tokenizers: what they give back, their numbers, and what is refused of untrusted ones."""
 
 import json
 import os
+import re
 import shutil
 import sys
+from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from conftest import TINY, load_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import runtime
+from nanomdm.errors import UserError
 from nanomdm.tokenizers import (
+    TOKENIZERS,
     BPETokenizer,
     ByteTokenizer,
     CharTokenizer,
     GPT2Tokenizer,
+    HFTokenizer,
+    Tokenizer,
+    choices,
     load_tokenizer,
+    train_tokenizer,
 )
 
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
@@ -39,7 +47,7 @@ few = settings(max_examples=60, deadline=None)
 @pytest.fixture(scope="module")
 def bpe() -> BPETokenizer:
     pytest.importorskip("tokenizers")
-    return BPETokenizer.train(POEM, 280)
+    return BPETokenizer.train(POEM, len(POEM), 280)
 
 
 @pytest.fixture(scope="module")
@@ -191,10 +199,10 @@ def test_a_state_that_is_no_tokenizers_is_refused(state):
 
 
 @pytest.mark.parametrize(("kind", "package"), [("gpt2", "tiktoken"), ("bpe", "tokenizers")])
-def test_a_missing_package_is_named_with_its_install_command(kind, package, monkeypatch, tmp_path):
+def test_a_missing_package_is_named_with_its_install_command(kind, package, monkeypatch):
     monkeypatch.setitem(sys.modules, package, None)  # so that importing it fails
     with pytest.raises(ValueError, match=f"pip install {package}$"):
-        runtime.prepare(POEM, "poem", kind, 300, tmp_path)
+        train_tokenizer(kind, POEM, len(POEM), 300)
 
 
 def test_tables_that_tiktoken_cannot_fetch_are_an_error_with_a_remedy(monkeypatch):
@@ -207,9 +215,10 @@ def test_tables_that_tiktoken_cannot_fetch_are_an_error_with_a_remedy(monkeypatc
 
 
 @needs_shakespeare
-def test_tiny_shakespeare_has_nanogpts_counts_of_gpt2_tokens(tmp_path, gpt2):
-    corpus = runtime.prepare(SHAKESPEARE.read_bytes().decode(), "shakespeare", "gpt2", 0, tmp_path)
-    assert (len(corpus.train), len(corpus.val)) == (301_966, 36_059)
+def test_tiny_shakespeare_has_nanogpts_counts_of_gpt2_tokens(gpt2):
+    text = SHAKESPEARE.read_bytes().decode()
+    split = int(0.9 * len(text))
+    assert [len(gpt2.encode(part)) for part in (text[:split], text[split:])] == [301_966, 36_059]
 
 
 # --- Damage -------------------------------------------------------------------------------------
@@ -217,8 +226,13 @@ def test_tiny_shakespeare_has_nanogpts_counts_of_gpt2_tokens(tmp_path, gpt2):
 
 @pytest.mark.parametrize("characters", ["", "aba", "a\ud800", 5, None, ["a", "a"]])
 def test_an_alphabet_that_is_none_is_refused(characters):
-    with pytest.raises(ValueError):
+    with pytest.raises(UserError):
         load_tokenizer({"kind": "char", "characters": characters})
+
+
+def test_an_alphabet_with_duplicates_is_named_as_one():
+    with pytest.raises(UserError, match="the alphabet is empty or has duplicates"):
+        CharTokenizer("aba")
 
 
 @pytest.mark.parametrize(
@@ -236,12 +250,71 @@ def test_an_alphabet_that_is_none_is_refused(characters):
 def test_a_bpe_that_could_crash_hang_or_count_without_limit_is_refused(bpe, part, key, value):
     spec = json.loads(bpe.state()["serialized"])
     spec[part][key] = value
-    with pytest.raises(ValueError, match="byte-level BPE|ids of its tokens"):
+    with pytest.raises(ValueError, match="byte-level BPE|the ids of its . tokens to be 0, 1, 2"):
         load_tokenizer({"kind": "bpe", "serialized": json.dumps(spec)})
 
 
-def test_a_bpe_with_a_regular_expression_of_a_stranger_is_refused(bpe):
+@pytest.mark.parametrize("change", [{"mask": 281}, {"vocab_size": "280"}, {"eos": -1}], ids=str)
+def test_numbers_that_are_no_ids_of_an_imported_tokenizer_are_refused(bpe, change):
+    arguments = {"serialized": bpe.serialized, "vocab_size": 280, "mask": 280, "eos": None}
+    assert HFTokenizer(**arguments).vocab_size == 280
+    with pytest.raises(UserError, match="mask and eos to be integers from 0 to vocab_size"):
+        HFTokenizer(**(arguments | change))
+
+
+def test_a_bpe_with_a_regular_expression_from_outside_is_refused(bpe):
     spec = json.loads(bpe.state()["serialized"])
     spec["normalizer"] = {"type": "Replace", "pattern": {"Regex": "(a+)+b"}, "content": ""}
-    with pytest.raises(ValueError, match="no plain byte-level BPE"):
+    with pytest.raises(ValueError, match="expected a plain byte-level BPE"):
         load_tokenizer({"kind": "bpe", "serialized": json.dumps(spec)})
+
+
+# --- One of your own ----------------------------------------------------------------------------
+
+
+class Words(Tokenizer):
+    """One token a word with the space before it, as many as data.vocab_size; the rest is `?`."""
+
+    kind, arguments = "words", ("words",)
+
+    def __init__(self, words: list):
+        self.words, self.vocab_size = words, len(words)
+
+    @classmethod
+    def train(cls, text: str, split: int, vocab_size: int) -> "Words":
+        counts = Counter(re.findall(r"\s?\S*", text[:split]))
+        return cls(["?", *(word for word, _ in counts.most_common(vocab_size - 1))])
+
+    def encode(self, text: str) -> np.ndarray:
+        ids = {word: i for i, word in enumerate(self.words)}
+        return np.array([ids.get(word, 0) for word in re.findall(r"\s?\S*", text)], np.int64)
+
+    def decode_bytes(self, ids) -> bytes:
+        return "".join(self.words[i] for i in ids).encode()
+
+
+@pytest.fixture
+def words(monkeypatch):
+    monkeypatch.setitem(TOKENIZERS, "words", Words)
+
+
+def test_one_entry_in_the_dict_is_a_choice_of_data_tokenizer(words):
+    assert choices() == ["char", "byte", "gpt2", "bpe", "words"]
+    with pytest.raises(ValueError, match="choose one of char, byte, gpt2, bpe, words$"):
+        train_tokenizer("word", POEM, 9, 9)
+
+
+def test_a_tokenizer_from_outside_trains_resumes_samples_and_evaluates(words, run, text_file):
+    data = (f"data.path={text_file}", "data.tokenizer=words", "data.vocab_size=20")
+    assert run("train.py", *TINY, *data).code == 0
+    loaded = load_model("out/ckpt.pt")
+    assert loaded.tokenizer.vocab_size == 20 and isinstance(loaded.tokenizer, Words)
+    assert run("train.py", "training.resume=true", "training.max_iters=13").code == 0
+    cpu = ("system.device=cpu", "system.dtype=float32")
+    sampled = run("sample.py", "prompt= of", "sampling.steps=2", *cpu)
+    assert sampled.code == 0 and sampled.out.startswith(" of")
+    assert run("eval.py", "eval.draws=1", *cpu).code == 0
+
+
+def test_what_only_imported_weights_bring_is_no_choice():
+    assert "hf" in TOKENIZERS and "hf" not in choices()
