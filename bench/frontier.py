@@ -44,7 +44,7 @@ class Row(NamedTuple):
     speed: float  # tokens a second
 
 
-def main(config: Section, explicit: set[str]) -> None:
+def main(config: Section) -> None:
     device = runtime.pick_device(config.device)
     loaded, judge = runtime.load(config.checkpoint, device), judges.load_judge(config.judge, device)
     grid = settings_of(config, loaded.model)

@@ -33,7 +33,7 @@ LEFT_OUT = (  # of the command on the card: what is of a machine, or of other sc
 )
 
 
-def main(config: Section, explicit: set[str]) -> None:
+def main(config: Section) -> None:
     check(config)
     loaded = runtime.load(config.checkpoint, torch.device("cpu"))
     if loaded.model.config.causal:

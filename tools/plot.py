@@ -241,7 +241,7 @@ PANELS = {
 }
 
 
-def main(config: Section, explicit: set[str]) -> None:
+def main(config: Section) -> None:
     if config.x not in X:
         raise UserError(f"x={config.x} is unknown: choose steps or seconds")
     pyplot, runs = report.import_pyplot(), read_runs(config.runs)

@@ -16,7 +16,7 @@ from tools.trace import canvas_of, record
 FORMATS = ("html", "svg")
 
 
-def main(config: Section, explicit: set[str]) -> None:
+def main(config: Section) -> None:
     check(config)
     loaded = runtime.load(config.checkpoint, runtime.pick_device(config.device))
     settings = runtime.sampling(config.sampling, loaded.model)
