@@ -21,22 +21,22 @@ from runtime import Loaded
 BINS = 20  # of the masking rate
 
 
-def main(config: Section, explicit: set[str]) -> None:
-    runtime.refuse_what_the_checkpoint_decides(explicit)
+def main(config: Section) -> None:
+    runtime.refuse_what_the_checkpoint_decides(config.explicit)
     check(config)
     device = runtime.pick_device(config.system.device)
     names = [config.checkpoint, *filter(None, [config.eval.against])]
     models = [runtime.load(name, device) for name in names]
     exact = [loaded.model.config.causal for loaded in models]
-    about_masks = sorted(explicit & {"eval.bounds", "eval.curve", "eval.plot"})
+    about_masks = sorted(config.explicit & {"eval.bounds", "eval.curve"})
     if exact[0] and about_masks:
         raise UserError(
             f"{about_masks[0]} is about masks, and {names[0]} is autoregressive, scored exactly: "
             "leave it out"
         )
-    texts = choose_texts(config, explicit, models)
+    texts = choose_texts(config, config.explicit, models)
     dtype = runtime.pick_dtype(config.system.dtype, device, training=False)
-    scoring = Scoring(config.system.seed, config.eval.draws, config.eval.batch_size, dtype)
+    scoring = Scoring(config.system.seed, config.eval.draws, 64, dtype)
     for name, loaded in zip(names, models, strict=True):
         print(f"{name}: {loaded.weights}, on {device}")
     how = "exactly" if exact[0] else f"{scoring.draws} passes"
@@ -67,28 +67,20 @@ def say(lines: list[str]) -> None:
 def check(config: Section) -> None:
     """Raise `UserError` for a setting out of its range, before anything is computed."""
     settings = config.eval
-    least = {"draws": 1, "batch_size": 1, "tokens": 0, "stride": 0}
-    for name, limit in least.items():
-        if (value := getattr(settings, name)) < limit:
-            raise UserError(f"eval.{name}={value} must be at least {limit}")
     for name in settings.bounds:
         if name not in forms(config):
             raise UserError(
                 f"eval.bounds={name} is unknown: choose some of {', '.join(forms(config))}"
             )
-    for key in ("output", "plot"):
-        path = getattr(settings, key)
-        if path and not Path(path).resolve().parent.is_dir():
-            raise UserError(f"eval.{key}={path} lies in a folder that is not there: make it first")
-    if settings.plot:
-        report.import_pyplot()
+    if config.output and not Path(config.output).resolve().parent.is_dir():
+        raise UserError(f"output={config.output} lies in a folder that is not there: make it first")
     if config.logging.wandb:
         import_wandb()
 
 
 def forms(config: Section) -> dict[str, tuple[bounds.Form, str]]:
     """Each bound, and the sampler whose -log p it bounds."""
-    steps, eps = max(1, config.sampling.steps), config.diffusion.eps
+    steps, eps = config.sampling.steps, 1e-3
     strategy = config.sampling.strategy
     other = "" if strategy == "stochastic" else f"; sampling.strategy={strategy} has no bound"
     return {
@@ -144,7 +136,7 @@ def choose_texts(config: Section, explicit: set[str], models: list[Loaded]) -> T
         documents = [(source, tokens)]
     context = min(loaded.model.config.block_size for loaded in models)
     half = max(1, context // 2)
-    stride = config.eval.stride or (half if len(documents) > 1 else context)
+    stride = half if len(documents) > 1 else context
     return cut(source, documents, tokenizer, context, stride, config.eval.tokens)
 
 
@@ -288,11 +280,9 @@ def tell_bounds(
 
 
 def publish(figures: dict, config: Section) -> None:
-    """Write what was printed: eval.output, eval.plot, W&B."""
-    if config.eval.output:
-        report.write_json(figures, config.eval.output)
-    if config.eval.plot and "curve" in figures:
-        report.plot_curve(figures["curve"], figures["source"], config.eval.plot)
+    """Write what was printed: output, W&B."""
+    if config.output:
+        report.write_json(figures, config.output)
     if config.logging.wandb:
         Path(config.out_dir).mkdir(parents=True, exist_ok=True)
         run = start_wandb(config, {"evaluated": figures["checkpoint"]})

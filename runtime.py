@@ -18,13 +18,11 @@ import data
 import diffusion
 from model import ModelConfig, Transformer
 from nanomdm import bounds, checkpoint, text
-from nanomdm.errors import UserError
+from nanomdm.errors import UserError, as_user_error
 from nanomdm.tokenizers import TOKENIZERS, load_tokenizer, train_tokenizer
 
 PARTS = ("model_config", "tokenizer", "config", "corpus", "ema")  # of a checkpoint
-DATA = dict.fromkeys(("dir", "path", "dataset", "tokenizer", "cache_dir"), str) | {
-    "vocab_size": int
-}
+DATA = dict.fromkeys(("dir", "path", "dataset", "tokenizer"), str) | {"vocab_size": int}
 WORTH_COMPILING = 500  # steps on a CPU after which the start-up has been earned back (docs/LOG.md)
 
 
@@ -194,12 +192,11 @@ def load_corpus(settings: dict, trained: object | None = None, sha256: str = "")
         corpus = open_bins(Path(settings.dir), settings.tokenizer, trained)
         check_hash(corpus.name, corpus.sha256, sha256)
         return corpus
-    name, content = text.find_text(settings.dataset, settings.path, settings.cache_dir)
+    cache = os.environ.get("NANOMDM_CACHE", "prepared")
+    name, content = text.find_text(settings.dataset, settings.path, cache)
     if sha256:
         check_hash(name, data.sha256_of(content.encode()), sha256)
-    return prepare(
-        content, name, settings.tokenizer, settings.vocab_size, Path(settings.cache_dir), trained
-    )
+    return prepare(content, name, settings.tokenizer, settings.vocab_size, Path(cache), trained)
 
 
 def prepare(
@@ -331,8 +328,16 @@ def sampling(section: SimpleNamespace, model: Transformer | None = None) -> diff
 
     An autoregressive `model` is sampled from left to right.
     """
-    names = [field.name for field in dataclasses.fields(diffusion.Sampling)]
-    settings = diffusion.Sampling(**{name: getattr(section, name) for name in names})
+    names = ("strategy", "steps", "temperature", "top_p")
+    known = {field.name for field in dataclasses.fields(diffusion.Sampling)}
+    if unknown := section.options.keys() - known:
+        raise UserError(
+            f"sampling.options.{min(unknown)} is unknown: choose some of {sorted(known)}"
+        )
+    with as_user_error():
+        settings = diffusion.Sampling(
+            **{name: getattr(section, name) for name in names}, **section.options
+        )
     causal = model is not None and model.config.causal
     return dataclasses.replace(settings, strategy="left_to_right") if causal else settings
 

@@ -45,8 +45,8 @@ class Sample(NamedTuple):
     seconds: float
 
 
-def main(config: Section, explicit: set[str]) -> None:
-    runtime.refuse_what_the_checkpoint_decides(explicit)
+def main(config: Section) -> None:
+    runtime.refuse_what_the_checkpoint_decides(config.explicit)
     check(config)
     prompts = [
         prompt
@@ -58,7 +58,7 @@ def main(config: Section, explicit: set[str]) -> None:
     settings = runtime.sampling(config.sampling, loaded.model)
     canvases = [make_canvas(prompt, config.sampling.length, loaded) for prompt in prompts]
     dtype = runtime.pick_dtype(config.system.dtype, device, training=False)
-    opened = open_output(config.sampling.output)
+    opened = open_output(config.output)
     print(
         f"{config.checkpoint}: {loaded.weights}, on {device}; "
         f"{settings.strategy} ({settings.label})",
@@ -77,14 +77,7 @@ def main(config: Section, explicit: set[str]) -> None:
 def check(config: Section) -> None:
     """Raise `UserError` for a setting out of its range."""
     runtime.sampling(config.sampling)
-    values = config.sampling
-    counts = {"num_samples": config.num_samples, "sampling.batch_size": values.batch_size}
-    for name, value in counts.items():
-        if value < 1:
-            raise UserError(f"{name}={value} must be at least 1")
-    if values.length < 0:
-        raise UserError(f"sampling.length={values.length} must be 0 (the context) or more")
-    if values.watch and not sys.stdout.isatty():
+    if config.sampling.watch and not sys.stdout.isatty():
         print("sampling.watch=true shows nothing: this is no terminal", file=sys.stderr)
 
 
@@ -100,7 +93,7 @@ def open_output(path: str):
         return open(path, "w", encoding="utf-8")
     except OSError as error:
         raise UserError(
-            f"cannot write sampling.output={path} ({error.strerror}): choose another file"
+            f"cannot write output={path} ({error.strerror}): choose another file"
         ) from error
 
 
@@ -184,7 +177,7 @@ def generate(
     by_length = defaultdict(list)
     for row, canvas in enumerate(canvases):
         by_length[len(canvas.ids)].append(row)
-    size, finished, following = config.sampling.batch_size, {}, 0
+    size, finished, following = 64, {}, 0
     for group in by_length.values():
         for rows in (group[i : i + size] for i in range(0, len(group), size)):
             batch = [canvases[row] for row in rows]

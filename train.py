@@ -17,11 +17,9 @@ import runtime
 from model import Transformer
 from nanomdm import bounds, checkpoint, cli, folders, optim, parallel
 from nanomdm.cli import Section
-from nanomdm.errors import UserError
 from nanomdm.runlog import Clock, Interrupt, RunLog, Silence, import_wandb, tell
 
 FILES = ("ckpt.pt", "best.pt", "metrics.jsonl", "run.json")
-POSITIVE = ("max_iters", "batch_size", "grad_accum", "learning_rate")
 SIGNALLED = 128  # and the signal's number: exit code of a run that a signal ended, after saving
 
 
@@ -51,8 +49,7 @@ class Run:
         settings, size = self.config.training, self.world.size
         B, parts = settings.batch_size, settings.grad_accum
         rows = parallel.World(size - 1, size).rows(B, parts - 1, parts)
-        length, eps = self.model.config.block_size, self.config.diffusion.eps
-        return diffusion.mask_capacity(rows, length, B, eps, self.config.diffusion.masking)
+        return diffusion.mask_capacity(rows, self.model.config.block_size, B, 1e-3)
 
     @property
     def finished(self) -> bool:
@@ -76,15 +73,15 @@ class Run:
         }
 
 
-def train(config: Section, explicit: set[str]) -> None:
+def train(config: Section) -> None:
     device = runtime.pick_device(config.system.device, parallel.world().local_rank)
-    with parallel.processes(device, config.system.timeout):
-        session(config, explicit, device)  # whose models are gone before the processes part
+    with parallel.processes(device, 30.0):
+        session(config, device)  # whose models are gone before the processes part
 
 
-def session(config: Section, explicit: set[str], device: torch.device) -> None:
+def session(config: Section, device: torch.device) -> None:
     with folders.locked(config.out_dir) if parallel.world().leads else nullcontext():
-        run = build(config, explicit, device)
+        run = build(config, device)
         announce(run)
         if not run.finished:
             open_folder(run)
@@ -129,7 +126,7 @@ def last_good(run: Run) -> str:
 # --- Before the first step ----------------------------------------------------------------------
 
 
-def build(config: Section, explicit: set[str], device: torch.device) -> Run:
+def build(config: Section, device: torch.device) -> Run:
     """The run that the configuration describes: a new one, one from other weights, or a resumed.
 
     Raises `UserError` before anything is written.
@@ -139,7 +136,7 @@ def build(config: Section, explicit: set[str], device: torch.device) -> Run:
     path = path if resume else config.training.init_from
     start = runtime.load(path, torch.device("cpu"), resume) if path else None
     if resume:
-        config = cli.resumed(start.config, config, explicit, whole=wish == "auto")
+        config = cli.resumed(start.config, config, whole=wish == "auto")
     world = parallel.world()
     check(config, world)
     with parallel.leader_first():
@@ -148,7 +145,7 @@ def build(config: Section, explicit: set[str], device: torch.device) -> Run:
         config.data.dataset = "plays"
     if resume:
         runtime.require_same(corpus, start.state["corpus"])
-    model = runtime.make_model(config, explicit, corpus, start).to(device)
+    model = runtime.make_model(config, config.explicit, corpus, start).to(device)
     return assemble(config, corpus, model, device, world, start if resume else None)
 
 
@@ -189,18 +186,9 @@ def assemble(
 def check(config: Section, world: parallel.World) -> None:
     """Raise `UserError` for a value out of its range."""
     settings = config.training
-    cli.check_numbers("training", vars(settings), POSITIVE)
-    cli.check_numbers("logging", {"interval": config.logging.interval}, ("interval",))
-    cli.check_numbers("eval", {"batch_size": config.eval.batch_size}, ("batch_size",))
-    cli.check_numbers("system", {"timeout": config.system.timeout}, ("timeout",))
-    cli.check_choice("training.objective", settings.objective, ("diffusion", "ar"))
-    cli.check_choice("training.resume", settings.resume, ("auto", "true", "false"))
     world.check_batch(settings.batch_size, settings.grad_accum)
-    if settings.ema_decay >= 1:
-        raise UserError(f"training.ema_decay={settings.ema_decay} must be less than 1")
     schedule(config, 0)
     parallel.check_kind(config.system.parallel)
-    diffusion.check_loss(**vars(config.diffusion))
     runtime.sampling(config.sampling)
     if config.logging.wandb:
         import_wandb()
@@ -255,8 +243,10 @@ def optimize(run: Run) -> tuple[Tensor, Tensor]:
 
 def schedule(config: Section, step: int) -> float:
     """The share of the peak learning rate in a step."""
-    names = ("max_iters", "warmup_iters", "lr_schedule", "min_lr_ratio")
-    return optim.learning_rate_factor(step, *(getattr(config.training, name) for name in names))
+    settings = config.training
+    return optim.learning_rate_factor(
+        step, settings.max_iters, settings.warmup_iters, settings.lr_schedule, 0.0
+    )
 
 
 def compute_gradients(run: Run) -> Tensor:
@@ -326,14 +316,14 @@ def report(run: Run, log: RunLog, loss: Tensor, grad_norm: Tensor, clock: Clock)
     speed = run.config.training.batch_size * run.model.config.block_size / milliseconds
     skipped = f" | {figures['skipped']:.0f} steps skipped" if figures["skipped"] else ""
     log.progress(run.step, f"loss {figures['loss_avg']:.3f} | {speed:.1f}k tokens/s{skipped}")
-    run.meter.require_progress(run.config.training.max_skipped, last_good(run))
+    run.meter.require_progress(50, last_good(run))
 
 
 def evaluate(run: Run, log: RunLog) -> None:
     """The bound of the EMA weights on both splits, on the same masks every time; keeps the best."""
-    limit, L = run.config.training.eval_tokens, run.model.config.block_size
+    limit, L = run.config.eval.tokens, run.model.config.block_size
     quarter = max(1, (limit or len(run.corpus.val)) // 4)
-    nll, batch_size = parallel.share_rows(runtime.nll), run.config.eval.batch_size
+    nll, batch_size = parallel.share_rows(runtime.nll), 64
     values = {}
     for split in data.SPLITS:
         count = quarter if split == "train" else limit
@@ -384,8 +374,7 @@ def save(run: Run, name: str) -> bool:
     state, failed = parallel.gather(state, run.world.leads), False
     if run.world.leads:
         try:
-            keep = run.config.training.keep if name == "ckpt.pt" else 0
-            checkpoint.save(Path(run.config.out_dir, name), state, keep)
+            checkpoint.save(Path(run.config.out_dir, name), state)
         except (OSError, ValueError) as error:
             tell(f"{error}. The run goes on, and tries again at the next save", sys.stderr)
             failed = True
