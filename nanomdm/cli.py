@@ -213,9 +213,10 @@ def jobs(words, name="config", reads=()):
         return
     if unknown := options - ({"-m", "--multirun"} if name == "config" else set()):
         raise UserError(f"no option {min(unknown)} here: a setting is key=value, without dashes")
-    words = [word for word in words if word not in options]
-    for number, settings in enumerate(itertools.product(*read(words, name, options))):
-        config = configure(settings, name)
+    defaults = flat(load_defaults(name))
+    choices = read([word for word in words if word not in options], defaults, options)
+    for number, settings in enumerate(itertools.product(*choices)):
+        config = configure(settings, name, defaults)
         if options:
             config.out_dir = str(Path(config.out_dir, str(number)))
         for key, _ in settings if reads and not (number or RANK) else ():
@@ -232,14 +233,13 @@ def compose(words: Sequence[str], experiment: str = "") -> Section:
 # --- Words --------------------------------------------------------------------------------------
 
 
-def read(words, name, sweep):
+def read(words, defaults, sweep):
     """The pairs (key, value) that each word stands for, as Hydra reads them: several in a sweep.
 
     Words without an equals sign are the items of a tool's first setting, if that is a list:
     `python -m tools.plot out out-ar` means `runs=[out,out-ar]`.
     """
-    defaults, items, pairs = flat(load_defaults(name)), [], []
-    first = next(iter(defaults))
+    first, items, pairs = next(iter(defaults)), [], []
     for word in words:
         key, equals, text = word.lstrip("+").partition("=")
         key, _ = RENAMED.get(key, (key, None))
@@ -257,7 +257,8 @@ def read(words, name, sweep):
 
 def values_of(key, text, default, sweep):
     """Texts, and lists of them, are taken as they are; other values have Hydra's syntax."""
-    if isinstance(default, str) and not (sweep and key in CHOICES):
+    is_text = isinstance(default, str) and not (sweep and key in CHOICES)
+    if is_text or isinstance(default, list) and not text.startswith("["):
         return [verbatim(text)]
     if isinstance(default, list) and re.fullmatch(r"""\[[^]["']+]""", text):
         return [f"[{','.join(verbatim(item.strip()) for item in text[1:-1].split(','))}]"]
@@ -281,9 +282,9 @@ OmegaConf.register_new_resolver("text", lambda code: bytes.fromhex(code[1:]).dec
 # --- Values -------------------------------------------------------------------------------------
 
 
-def configure(settings, name):
+def configure(settings, name, defaults):
     """configs/NAME.yaml with the experiments and settings laid over it by Hydra, checked."""
-    defaults, explicit, overrides = flat(load_defaults(name)), set(), []
+    explicit, overrides = set(), []
     for key, value in settings:
         if key == "experiment" and key not in defaults:
             overrides.append(f"+experiment@_global_={value}")
@@ -292,8 +293,8 @@ def configure(settings, name):
             overrides.append(f"++{key}={value}")
             explicit.add(FREE if key.startswith(f"{FREE}.") else key)
     for key in sorted(explicit - defaults.keys()):
-        same_name = [known for known in defaults if known.endswith(f".{key}")]
-        nearest = same_name or difflib.get_close_matches(key, defaults, n=1)
+        related = [k for k in defaults if k.endswith(f".{key}") or k.startswith(f"{key}.")]
+        nearest = related or difflib.get_close_matches(key, defaults, n=1)
         hint = f"did you mean {nearest[0]}?" if nearest else f"configs/{name}.yaml lists them all"
         raise UserError(f"no setting {key}: {hint}")
     path = CONFIGS / f"{name}.yaml"
