@@ -18,6 +18,23 @@ from nanomdm.errors import UserError, visible
 from nanomdm.runlog import import_wandb, progress, start_wandb
 from runtime import Loaded
 
+READS = (  # keys, or their beginnings, that this script reads, or refuses
+    "checkpoint",
+    "out_dir",
+    "output",
+    "data.",
+    "sampling.strategy",
+    "sampling.steps",
+    "eval.",
+    "system.device",
+    "system.dtype",
+    "system.seed",
+    "logging.wandb",
+    "logging.project",
+    "logging.name",
+    "logging.tags",
+    "model.",
+)
 BINS = 20  # of the masking rate
 
 
@@ -296,4 +313,4 @@ def publish(figures: dict, config: Section) -> None:
 
 
 if __name__ == "__main__":
-    cli.main(main)
+    cli.main(main, reads=READS)

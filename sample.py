@@ -24,6 +24,19 @@ from nanomdm.cli import Section
 from nanomdm.errors import UserError, visible
 from runtime import Loaded
 
+READS = (  # keys, or their beginnings, that this script reads, or refuses
+    "checkpoint",
+    "prompt",
+    "num_samples",
+    "output",
+    "sampling.",
+    "system.device",
+    "system.dtype",
+    "system.seed",
+    "model.",
+    "data.tokenizer",
+    "data.vocab_size",
+)
 HOLE = re.compile(r"(?<!\\)(\\*)\[MASK(?:\*(\d+))?\]")
 FRAME = 1 / 24  # seconds that a state stays on the screen, at least
 MASKED, NEW, PLAIN = "\x1b[2m", "\x1b[1;32m", "\x1b[0m"  # dim, bold green
@@ -295,4 +308,4 @@ def wrap(characters: Iterator[tuple[str, str]], columns: int) -> list[str]:
 
 
 if __name__ == "__main__":
-    cli.main(main)
+    cli.main(main, reads=READS)

@@ -20,6 +20,21 @@ from nanomdm.cli import Section
 from nanomdm.runlog import Clock, Interrupt, RunLog, Silence, import_wandb, tell
 
 FILES = ("ckpt.pt", "best.pt", "metrics.jsonl", "run.json")
+READS = (  # keys, or their beginnings, that this script reads
+    "out_dir",
+    "model.",
+    "diffusion.",
+    "data.",
+    "training.",
+    "sampling.strategy",
+    "sampling.steps",
+    "sampling.temperature",
+    "sampling.top_p",
+    "sampling.options",
+    "eval.tokens",
+    "system.",
+    "logging.",
+)
 SIGNALLED = 128  # and the signal's number: exit code of a run that a signal ended, after saving
 
 
@@ -384,4 +399,4 @@ def save(run: Run, name: str) -> bool:
 
 
 if __name__ == "__main__":
-    cli.main(train)
+    cli.main(train, reads=READS)
