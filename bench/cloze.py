@@ -197,7 +197,7 @@ def score_choices(nats: Tensor, items: Sequence[Item], sizes: Tensor) -> dict:
     return figures | {"undecided": share(undecided)} if undecided else figures
 
 
-def main(config: Section, explicit: set[str]) -> None:
+def main(config: Section) -> None:
     items = read_items(config.path, config.task)
     device = runtime.pick_device(config.device)
     loaded = runtime.load(config.checkpoint, device)

@@ -76,7 +76,7 @@ def plot(folders: dict[str, list[Path]], path: str) -> None:
     pyplot.close(figure)
 
 
-def main(config: Section, explicit: set[str]) -> None:
+def main(config: Section) -> None:
     if config.seeds < 1:
         raise UserError(f"seeds={config.seeds} must be at least 1")
     if config.plot:

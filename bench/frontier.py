@@ -46,7 +46,7 @@ class Row(NamedTuple):
     speed: float  # tokens a second
 
 
-def main(config: Section, explicit: set[str]) -> None:
+def main(config: Section) -> None:
     device = runtime.pick_device(config.device)
     loaded = load_model(config.checkpoint, device, Transformer, ModelConfig)
     judge = judges.load_judge(config.judge, device)

@@ -445,7 +445,7 @@ def memory() -> int:
     return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
-def main(config: Section, explicit: set[str]) -> None:
+def main(config: Section) -> None:
     if config.cases < 1 or config.limit <= 0:
         raise UserError("cases and limit must be positive")
     if unknown := [name for name in config.kinds if name not in KINDS]:

@@ -267,7 +267,7 @@ def read_samples(path: str, length: int) -> list[str]:
     return [json.loads(line)["text"] for line in lines if line.strip()]
 
 
-def main(config: Section, explicit: set[str]) -> None:
+def main(config: Section) -> None:
     judge = load_judge(config.judge, runtime.pick_device(config.device))
     held_out = cut(held_out_text(judge, config.held_out), config.length, config.texts, config.seed)
     rows = controls(judge, held_out, config.seed, config.batch_size)

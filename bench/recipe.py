@@ -131,7 +131,7 @@ def plot(results: dict[str, list[dict]], path: Path) -> None:
     figure.savefig(path, dpi=150)
 
 
-def main(config: Section, explicit: set[str]) -> None:
+def main(config: Section) -> None:
     names = config.variations or list(VARIATIONS)
     for name in names:
         if name not in VARIATIONS:

@@ -81,7 +81,7 @@ def measure(model: Transformer, strategy: str, batch_size: int, config: Section)
     }
 
 
-def main(config: Section, explicit: set[str]) -> None:
+def main(config: Section) -> None:
     device = runtime.pick_device(config.device)
     model, rows = load(config, device), []
     names = config.strategies or [

@@ -385,7 +385,7 @@ def besiege(process: subprocess.Popen, port: int, config: Section) -> tuple[Log,
     return log, levels
 
 
-def main(config: Section, explicit: set[str]) -> None:
+def main(config: Section) -> None:
     for name in ("seconds", "clients"):
         if getattr(config, name) <= 0 or config.slow < 0:
             raise UserError(f"{name}={getattr(config, name):g} must be positive")

@@ -232,7 +232,7 @@ def line(row: dict) -> str:
     )
 
 
-def main(config: Section, explicit: set[str]) -> None:
+def main(config: Section) -> None:
     for name in ("steps", "rounds"):
         if getattr(config, name) < 1:
             raise UserError(f"{name}={getattr(config, name)} must be at least 1")

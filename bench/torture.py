@@ -163,7 +163,7 @@ def torture(config: Section, words: list[str], fresh: bool = True) -> list[list[
     return runs
 
 
-def main(config: Section, explicit: set[str]) -> None:
+def main(config: Section) -> None:
     if Path(config.out_dir).exists():
         raise UserError(f"out_dir={config.out_dir} is there: remove it, or choose another")
     os.environ["OMP_NUM_THREADS"] = "1"

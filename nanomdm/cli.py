@@ -1,19 +1,20 @@
-"""The command line: Hydra, made to take any text and to answer in one line."""
+"""The command line: words `key=value` become a checked configuration, composed by Hydra."""
 
 import difflib
+import itertools
 import math
 import os
 import re
 import sys
 import time
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 
 import hydra
 import yaml
-from hydra.core.hydra_config import HydraConfig
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException, OverrideParseException
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -22,358 +23,377 @@ from .errors import UserError, visible
 
 ROOT = Path(__file__).resolve().parents[1]
 CONFIGS = ROOT / "configs"
-LINE = 500  # characters, twice: the longest error
-VALUES = 10**4  # in a file of settings
-FREE_TEXT = {
-    *("checkpoint", "prompt", "prompt_file", "out_dir", "data.path", "data.dir", "data.cache_dir"),
-    *("training.init_from", "sampling.output", "logging.project", "logging.name"),
-    *("eval.against", "eval.plot", "eval.output"),
-}
-QUIET = (  # what configs/config.yaml says of Hydra, for the settings of tools and benches
-    *("hydra.run.dir=.", "hydra.output_subdir=null", "hydra.job.chdir=false"),
-    *("hydra/job_logging=disabled", "hydra/hydra_logging=disabled"),
-)
-TAKE_A_WORD = ("--cfg", "-c", "--info", "-i", "--package", "-p")
-OPTIONS = (
-    *TAKE_A_WORD,
-    "--help",
-    "-h",
-    "--hydra-help",
-    "--version",
-    "--resolve",
-    "--multirun",
-    "-m",
-)
-# Keys, or their beginnings, that a resumed run does not change; and those that a command has to
-# repeat where it starts and resumes a run alike.
-FIXED = ("model.", "data.tokenizer", "data.vocab_size", "training.optimizer", "training.objective")
-REPEATED = (
-    *("diffusion.eps", "diffusion.masking", "diffusion.weighting", "system.seed"),
-    *("training.batch_size", "training.learning_rate", "training.lr_schedule"),
-    *("training.warmup_iters", "training.min_lr_ratio", "training.objective"),
-    *("training.optimizer", "training.weight_decay", "training.grad_clip", "training.ema_decay"),
-)
+RANK = int(os.environ.get("RANK", 0))  # of this process among those of torchrun
+FREE = "sampling.options"  # a dictionary with keys of a strategy's own
 KINDS = {
     bool: "true or false",
     int: "a whole number",
     float: "a number",
     str: "a text",
     list: "a list like [a,b]",
-    dict: "a section",
+    dict: "a section like {a: 1}",
 }
+RANGES = {  # what a number must be: the condition, and the keys that it holds for
+    "at least 1": (lambda x: x >= 1, ("num_samples", "sampling.steps", "eval.draws")),
+    "positive": (
+        lambda x: x > 0,
+        (
+            "training.max_iters",
+            "training.batch_size",
+            "training.grad_accum",
+            "training.learning_rate",
+            "logging.interval",
+        ),
+    ),
+    "0 or more": (
+        lambda x: 0 <= x < math.inf,
+        (
+            "training.warmup_iters",
+            "training.weight_decay",
+            "training.grad_clip",
+            "training.eval_interval",
+            "training.sample_interval",
+            "training.save_interval",
+            "sampling.temperature",
+            "sampling.length",
+            "sampling.options.top_k",
+            "sampling.options.guidance",
+            "sampling.options.block_length",
+            "sampling.options.gamma",
+            "eval.tokens",
+        ),
+    ),
+    "0 or more and less than 1": (lambda x: 0 <= x < 1, ("training.ema_decay",)),
+    "in (0, 1]": (lambda x: 0 < x <= 1, ("sampling.top_p",)),
+    "in [0, 1]": (
+        lambda x: 0 <= x <= 1,
+        ("diffusion.weighting", "sampling.options.threshold", "sampling.options.remask_rate"),
+    ),
+}
+CHOICES = {  # keys that name one of some things: in a sweep, their values may be listed
+    "training.objective": ("diffusion", "ar"),
+    "training.resume": ("auto", "true", "false"),
+    "system.dtype": ("auto", "float32", "bfloat16", "float16"),
+    "system.compile": ("auto", "true", "false"),
+    "system.parallel": ("auto", "ddp", "fsdp"),
+    "experiment": (),  # the things are listed elsewhere
+    "data.dataset": (),
+    "data.tokenizer": (),
+    "training.lr_schedule": (),
+    "training.optimizer": (),
+    "sampling.strategy": (),
+    "system.device": (),
+}
+# Keys, or their beginnings, that a resumed run does not change; and those that a command has to
+# repeat where it starts and resumes a run alike.
+FIXED = ("model.", "data.tokenizer", "data.vocab_size", "training.optimizer", "training.objective")
+REPEATED = (
+    "diffusion.weighting",
+    "training.batch_size",
+    "training.learning_rate",
+    "training.lr_schedule",
+    "training.warmup_iters",
+    "training.objective",
+    "training.optimizer",
+    "training.weight_decay",
+    "training.grad_clip",
+    "training.ema_decay",
+    "system.seed",
+)
+RENAMED = {  # by its old name: the key, and the default that it had
+    "sampling.output": ("output", ""),
+    "eval.output": ("output", ""),
+    "training.eval_tokens": ("eval.tokens", 0),
+    "sampling.threshold": ("sampling.options.threshold", 0.9),
+    "sampling.gamma": ("sampling.options.gamma", 0.1),
+    "sampling.remask_rate": ("sampling.options.remask_rate", 0.05),
+    "sampling.top_k": ("sampling.options.top_k", 0),
+    "sampling.guidance": ("sampling.options.guidance", 0.0),
+    "sampling.block_length": ("sampling.options.block_length", 0),
+}
+LOST = {"diffusion.eps": 1e-3, "diffusion.masking": "bernoulli", "training.min_lr_ratio": 0.0}
+RETIRED = (
+    *LOST,
+    "model.tie_weights",
+    "model.qk_norm",
+    "model.mlp_size",
+    "model.norm_eps",
+    "model.rope_base",
+    "data.cache_dir",
+    "training.max_skipped",
+    "training.keep",
+    "sampling.remask_unsure",
+    "sampling.batch_size",
+    "eval.batch_size",
+    "eval.plot",
+    "eval.stride",
+    "system.timeout",
+)
 
 
 class Section(SimpleNamespace):
-    """The configuration, or a part of it: plain values behind attributes."""
+    """The configuration, or a section of it: plain values as attributes."""
+
+    explicit = frozenset()  # of the whole configuration: the keys that the command line names
 
     def as_dict(self) -> dict:
-        return {k: v.as_dict() if isinstance(v, Section) else v for k, v in vars(self).items()}
+        return {
+            name: value.as_dict() if isinstance(value, Section) else value
+            for name, value in vars(self).items()
+            if name != "explicit"
+        }
 
 
 def section(values: dict) -> Section:
-    return Section(**{k: section(v) if isinstance(v, dict) else v for k, v in values.items()})
-
-
-def main(script: Callable[[Section, set[str]], None], config: str = "config") -> None:
-    """Run `script(config, explicit)`; `explicit` are the keys that the command line names.
-
-    Those of an experiment that it names are among them. `config` names the file below configs/ that
-    holds the settings: a tool or a bench has a small one of its own, every text of which is free
-    text, and no sweeps.
-    """
-    os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra passes errors on, instead of printing five lines
-    sys.stdout.reconfigure(errors="backslashreplace")  # for terminals that lack a letter
-    path = CONFIGS / f"{config}.yaml"
-    decorate = hydra.main(version_base="1.3", config_path=str(path.parent), config_name=path.stem)
-
-    def task(composed) -> None:
-        with one_line_errors(config):  # here, too: Hydra prints a line for what leaves a task
-            script(*read(composed, config))
-
-    with one_line_errors(config):
-        sys.argv[1:] = arrange(sys.argv[1:], config)
-        decorate(task)()
-
-
-@contextmanager
-def one_line_errors(config: str = "config"):
-    """End a mistake of the user's in one line on stderr.
-
-    The exit code is 2 for bad input (`UserError`), 1 for what fails at run time (`OSError`, and
-    `FloatingPointError` for training that diverged). Any other error is a bug and keeps its
-    traceback.
-    """
-    try:
-        yield
-    except OverrideParseException as error:
-        word, reason = error.override.lstrip("+"), str(error).splitlines()[0]
-        stop(f"cannot read {word} ({reason}): quote what is special to Hydra", code=2)
-    except (HydraException, OmegaConfBaseException) as error:
-        merged = re.match(r"Error merging override \+*([\w.]+)=(.*)", str(error))
-        if merged:
-            key, value = merged.groups()
-            error = misfit(key, value, dict(_flat(load_defaults(config), inner=True))[key])
-        stop(str(error), code=2)
-    except KeyboardInterrupt:
-        stop("interrupted", code=130)
-    except UserError as error:
-        stop(str(error), code=2)
-    except (OSError, FloatingPointError) as error:
-        stop(str(error), code=1)
-
-
-def stop(message: str, code: int) -> None:
-    """End the process with a line on stderr; of several with the same mistake, the first says it.
-
-    The others wait, and torchrun ends them as soon as the first one has failed.
-    """
-    if code == 2 and os.environ.get("RANK", "0") != "0":
-        time.sleep(10)
-    line = visible(" ".join(message.split()))  # a damaged file may be quoted in it
-    cut = f"{line[:LINE]} ... {line[-LINE:]}" if len(line) > 2 * LINE else line
-    print(f"error: {cut}", file=sys.stderr)
-    sys.exit(code)
-
-
-def read(composed, name: str = "config") -> tuple[Section, set[str]]:
-    """The configuration as plain, checked values, and the keys that the command line names."""
-    values, job = OmegaConf.to_container(composed, resolve=True), HydraConfig.get()
-    values = check_types(values, name)
-    config = section(values)
-    if job.mode.name == "MULTIRUN" and name != "config":
-        raise UserError("-m sweeps train.py, sample.py and eval.py only: leave it out")
-    if job.mode.name == "MULTIRUN":  # each job of a sweep has a folder of its own
-        config.out_dir = str(Path(config.out_dir, str(job.job.num)))
-    explicit = set()
-    for word in job.overrides.task:
-        key, _, value = word.partition("=")
-        key = key.lstrip("+")
-        if key == "experiment":
-            explicit |= {k for name in experiments(value) for k in _keys(_load_experiment(name))}
-        else:
-            explicit |= {k for k in _keys(values) if k == key or k.startswith(f"{key}.")}
-    return config, explicit
-
-
-def resumed(stored: dict, config: Section, explicit: set[str], whole: bool) -> Section:
-    """An interrupted run's configuration, but for `out_dir` and the keys `explicit` of `config`.
-
-    Raises `UserError` where one of them would make it another run; with `whole`, also where a
-    setting that is not among them is not what it was.
-    """
-    result, fixed = section(check_types(_over(stored, config.as_dict()))), FIXED
-    if whole:
-        explicit, fixed = explicit | set(REPEATED), FIXED + REPEATED
-    for key in sorted(explicit):
-        *path, name = key.split(".")
-        old, new = result, config
-        for part in path:
-            old, new = getattr(old, part), getattr(new, part)
-        was, value = getattr(old, name), getattr(new, name)
-        if was != value and key.startswith(fixed):
-            raise UserError(
-                f"{key}={value} is not what the interrupted run had ({was}): leave it out (or its "
-                "experiment) or give it as it was, or start a new run in another out_dir"
-            )
-        setattr(old, name, value)
-    result.out_dir = config.out_dir
+    """The values of {"a": {"b": 1}}, or of {"a.b": 1}, as attributes: `.a.b`."""
+    result = Section()
+    for key, value in flat(values).items():
+        part, _, name = key.rpartition(".")
+        setattr(vars(result).setdefault(part, Section()) if part else result, name, value)
     return result
 
 
-def _over(stored: dict, values: dict) -> dict:
-    """The stored settings; those that an older version had not, from `values`."""
-    if not isinstance(stored, dict):
-        raise UserError(f"the checkpoint's settings are damaged: {stored!r} is no section")
-    return {
-        key: _over(stored.get(key, {}), new) if isinstance(new, dict) else stored.get(key, new)
-        for key, new in values.items()
-    }
+def flat(values, prefix=""):
+    """{"a": {"b": 1}} as {"a.b": 1}; `options` are one value."""
+    result = {}
+    for name, value in values.items():
+        inside = isinstance(value, dict) and not name.endswith("options")
+        result |= flat(value, f"{prefix}{name}.") if inside else {f"{prefix}{name}": value}
+    return result
+
+
+def find(values, key, default=None):
+    """The value of a dotted key in nested dictionaries."""
+    for name in key.split("."):
+        values = values.get(name, default) if isinstance(values, dict) else default
+    return values
+
+
+def main(script: Callable, name: str = "config", reads: Sequence[str] = ()) -> None:
+    """Run `script(config)`; with -m, once for each combination of the values that are listed.
+
+    configs/NAME.yaml holds the settings: a tool or a bench has its own. `reads` are the keys that
+    the script reads, or their beginnings, if it does not read all of them.
+    """
+    sys.stdout.reconfigure(errors="backslashreplace")  # for terminals that lack a letter
+    with one_line_errors():
+        for config in jobs(sys.argv[1:], name, reads):
+            script(config)
+
+
+@contextmanager
+def one_line_errors():
+    """End what is no bug in one line on stderr; a bug keeps its traceback.
+
+    The exit code is 2 for a mistake of the user's, 1 for what fails at run time (`OSError`, and
+    `FloatingPointError` for training that diverged), 130 for Ctrl-C.
+    """
+    try:
+        return (yield)
+    except OverrideParseException as error:
+        message, code = f"cannot read {error.override}: {error}", 2
+    except (UserError, HydraException, OmegaConfBaseException) as error:
+        message, code = str(error), 2
+    except (OSError, FloatingPointError) as error:
+        message, code = str(error), 1
+    except KeyboardInterrupt:
+        message, code = "interrupted", 130
+    if code == 2 and RANK:
+        time.sleep(10)  # all processes found the same mistake: the first one says it
+    line = visible(" ".join(message.split()))  # a damaged file may be quoted in it
+    print("error:", re.sub("(.{500}).+(.{500})", r"\1 ... \2", line), file=sys.stderr)
+    sys.exit(code)
+
+
+def jobs(words, name="config", reads=()):
+    """Yield the configuration that the words describe; in a sweep, that of each job."""
+    options = {word for word in words if word.startswith("-")}
+    if options & {"-h", "--help"}:
+        print((CONFIGS / f"{name}.yaml").read_text(encoding="utf-8"))
+        return
+    if unknown := options - ({"-m", "--multirun"} if name == "config" else set()):
+        raise UserError(f"no option {min(unknown)} here: a setting is key=value, without dashes")
+    defaults = flat(load_defaults(name))
+    choices = read([word for word in words if word not in options], defaults, options)
+    for number, settings in enumerate(itertools.product(*choices)):
+        config = configure(settings, name, defaults)
+        if options:
+            config.out_dir = str(Path(config.out_dir, str(number)))
+        for key, _ in settings if reads and not (number or RANK) else ():
+            if not key.startswith((*reads, "experiment")):
+                print(f"{key} has no effect on {Path(sys.argv[0]).name}", file=sys.stderr)
+        yield config
+
+
+def compose(words: Sequence[str], experiment: str = "") -> Section:
+    """The configuration of train.py with these words and an experiment. Raises `UserError`."""
+    return next(jobs([*words, f"experiment={experiment}"] if experiment else words))
 
 
 # --- Words --------------------------------------------------------------------------------------
 
 
-def arrange(words: Sequence[str], config: str) -> list[str]:
-    """The command line as Hydra has to see it: options first, then settings.
+def read(words, defaults, sweep):
+    """The pairs (key, value) that each word stands for, as Hydra reads them: several in a sweep.
 
     Words without an equals sign are the items of a tool's first setting, if that is a list:
     `python -m tools.plot out out-ar` means `runs=[out,out-ar]`.
     """
-    own, defaults = config != "config", load_defaults(config)
-    free_text = {k for k, v in _flat(defaults) if isinstance(v, str)} if own else FREE_TEXT
-    first = next(iter(defaults))
-    takes_items = own and isinstance(defaults[first], list)
-    options, settings, items = [], [], []
-    for previous, word in zip(["", *words], words, strict=False):
-        if previous in TAKE_A_WORD:
-            options.append(word)
-        elif word.startswith("-"):
-            options.append(prepare_argument(word))
-        elif takes_items and "=" not in word.split("/")[0]:  # no key has a slash, a path may
-            items.append(quote(word))
+    first, items, pairs = next(iter(defaults)), [], []
+    for word in words:
+        key, equals, text = word.lstrip("+").partition("=")
+        key, _ = RENAMED.get(key, (key, None))
+        if isinstance(defaults[first], list) and (not equals or "/" in key):  # no key has a slash
+            items.append(verbatim(word))
+        elif not equals:
+            raise UserError(f"{word!r} is no setting: write key=value, as in model.n_layer=6")
+        elif key in RETIRED:
+            raise UserError(f"{key} is no longer a setting: leave it out")
         else:
-            settings.append(prepare_argument(word, free_text))
-    settings += [f"++{first}=[{','.join(items)}]"] if items else []
-    return [*options, *settings, *(QUIET if own else ())]
+            values = values_of(key, text, defaults.get(key), sweep)
+            pairs.append([(key, value) for value in values])
+    return [*pairs, [(first, f"[{','.join(items)}]")]] if items else pairs
 
 
-def prepare_argument(word: str, free_text: Collection[str] = FREE_TEXT) -> str:
-    """A word of the command line as Hydra has to see it.
-
-    Free text (of the keys `free_text`) is quoted, and any key is let in: `check_types` answers
-    better to an unknown one.
-    """
-    key, equals, value = word.partition("=")
-    name = key.lstrip("+")
-    if word.startswith("-"):
-        if key not in OPTIONS:
-            raise UserError(f"no option {word}: a setting is key=value, without dashes")
-        return word
-    if not equals and not word.startswith("~"):
-        raise UserError(f"{word!r} is no setting: write key=value, as in training.max_iters=1000")
-    if name == "experiment":
-        experiments(value)
-        return f"+experiment={value}"
-    if word.startswith(("~", "hydra")) or "/" in name:
-        return word
-    return f"++{name}={quote(value) if name in free_text else value}"
+def values_of(key, text, default, sweep):
+    """Texts, and lists of them, are taken as they are; other values have Hydra's syntax."""
+    is_text = isinstance(default, str) and not (sweep and key in CHOICES)
+    if is_text or isinstance(default, list) and not text.startswith("["):
+        return [verbatim(text)]
+    if isinstance(default, list) and re.fullmatch(r"""\[[^]["']+]""", text):
+        return [f"[{','.join(verbatim(item.strip()) for item in text[1:-1].split(','))}]"]
+    if sweep:
+        override = OverridesParser.create().parse_override(f"{key}={text}")
+        if override.is_sweep_override():
+            return override.sweep_string_iterator()
+    return [text]
 
 
-def experiments(value: str) -> list[str]:
-    """The names in experiment=NAME or [NAME,NAME]. Raises `UserError` for one without a file."""
-    known = sorted(path.stem for path in (CONFIGS / "experiment").glob("*.yaml"))
-    names = [name.strip() for name in value.strip("[]").split(",")]
-    for name in names:
-        if name not in known:
-            raise UserError(f"no experiment {name!r}: choose one of {', '.join(known)}")
-        for key in ("hydra", "defaults"):  # with which Hydra would call what they name
-            if key in _load_experiment(name):
-                raise UserError(f"experiment {name} sets {key}: an experiment has settings only")
-    return names
-
-
-def _load_experiment(name: str) -> dict:
-    return load_yaml(CONFIGS / "experiment" / f"{name}.yaml")
-
-
-def load_yaml(path: Path) -> dict:
-    """The settings in a file, interpolations and all. Raises `UserError` for one that has none."""
+def verbatim(text):
+    """An interpolation that stands for the text, without a character that is special to Hydra."""
     try:
-        parts, count = [values := yaml.safe_load(path.read_bytes())], 0
-        if not isinstance(values, dict):
-            raise UserError("it holds no settings")
-        while parts:  # OmegaConf would make copies of what repeats itself by aliases
-            part, count = parts.pop(), count + 1
-            if count > VALUES:
-                raise UserError("it holds too many values")
-            if isinstance(part, dict) and set(map(type, part)) - {str}:
-                raise UserError("a name is no text")
-            parts += part.values() if isinstance(part, dict) else ()
-            parts += part if isinstance(part, list) else ()
-        return OmegaConf.to_container(OmegaConf.load(path))
-    except Exception as error:  # of YAML, of its encoding or of OmegaConf
-        raise UserError(f"{path} is damaged ({error}): bring it back") from error
-
-
-def quote(text: str) -> str:
-    """`text` in Hydra's quotes, with no interpolation for OmegaConf in it: any text survives."""
-    try:
-        text.encode()
+        return f"${{text:x{text.encode().hex()}}}"
     except UnicodeEncodeError:
         raise UserError("an argument is not valid UTF-8: check the terminal's encoding") from None
-    text = re.sub(r"(\\*)\$\{", r"\1\1\\${", text)
-    return "'" + re.sub(r"(\\*)('|\Z)", lambda m: m[1] * 2 + m[2].replace("'", "\\'"), text) + "'"
 
 
-# --- Values --------------------------------------------------------------------------------------
+OmegaConf.register_new_resolver("text", lambda code: bytes.fromhex(code[1:]).decode(), replace=True)
+
+# --- Values -------------------------------------------------------------------------------------
 
 
-def check_types(values: dict, name: str = "config") -> dict:
-    """The configuration with every value of its default's type.
-
-    Raises `UserError` for a key that configs/NAME.yaml has not, and for a value of another type.
-    """
-    known = list(_keys(defaults := load_defaults(name)))
-    for key in _keys(values):
-        if not any(k == key or k.startswith(f"{key}.") or key.startswith(f"{k}.") for k in known):
-            raise UserError(f"no setting {key}: {_nearest(key, known, name)}")
-    return _checked("", values, defaults)
-
-
-def load_defaults(name: str = "config") -> dict:
-    defaults = load_yaml(CONFIGS / f"{name}.yaml")
-    return {k: v for k, v in defaults.items() if k not in ("hydra", "defaults")}
-
-
-def compose(words: Sequence[str], experiment: str = "") -> Section:
-    """The configuration of train.py with an experiment and settings `key=value` laid over it.
-
-    What a bench begins with. Raises `UserError` like the command line.
-    """
-    layers = [load_defaults()]
-    layers += [_load_experiment(name) for name in experiments(experiment)] if experiment else []
-    merged = OmegaConf.merge(*layers, OmegaConf.from_dotlist(list(words)))
-    return section(check_types(OmegaConf.to_container(merged)))
+def configure(settings, name, defaults):
+    """configs/NAME.yaml with the experiments and settings laid over it by Hydra, checked."""
+    explicit, overrides = set(), []
+    for key, value in settings:
+        if key == "experiment" and key not in defaults:
+            overrides.append(f"+experiment@_global_={value}")
+            explicit |= experiment(value)
+        else:
+            overrides.append(f"++{key}={value}")
+            explicit.add(FREE if key.startswith(f"{FREE}.") else key)
+    for key in sorted(explicit - defaults.keys()):
+        related = [k for k in defaults if k.endswith(f".{key}") or k.startswith(f"{key}.")]
+        nearest = related or difflib.get_close_matches(key, defaults, n=1)
+        hint = f"did you mean {nearest[0]}?" if nearest else f"configs/{name}.yaml lists them all"
+        raise UserError(f"no setting {key}: {hint}")
+    path = CONFIGS / f"{name}.yaml"
+    with hydra.initialize_config_dir(str(path.parent), version_base="1.3"):
+        composed = OmegaConf.to_container(hydra.compose(path.stem, overrides), resolve=True)
+    config = checked({key: find(composed, key) for key in defaults}, defaults)
+    config.explicit = explicit
+    return config
 
 
-def _flat(values: dict, prefix: str = "", inner: bool = False):
-    """(dotted key, value) of every setting, and of the sections, too, if `inner`."""
-    for key, value in values.items():
-        if inner or not isinstance(value, dict):
-            yield prefix + key, value
-        if isinstance(value, dict):
-            yield from _flat(value, f"{prefix}{key}.", inner)
+def checked(values, defaults):
+    """The values as attributes, if they are what they must be. Raises `UserError`."""
+    values = {key: typed(key, values[key], default) for key, default in defaults.items()}
+    config = section(values)
+    for wanted, (holds, keys) in RANGES.items():
+        for key in keys:
+            value = find(config.as_dict(), key)
+            if value is not None and not (isinstance(value, int | float) and holds(value)):
+                raise UserError(f"{key}={value} must be {wanted}")
+    for key, names in CHOICES.items():
+        if names and values.get(key, names[0]) not in names:
+            raise UserError(f"{key}={values[key]} is unknown: choose one of {', '.join(names)}")
+    if values.get("data.path") and values.get("data.dir"):
+        raise UserError("data.path and data.dir are both given: leave one of them empty")
+    return config
 
 
-def _keys(values: dict):
-    return (key for key, _ in _flat(values))
-
-
-def _checked(key: str, value, default):
-    if not isinstance(default, dict) or not isinstance(value, dict):
-        return _typed(key, value, default)
-    prefix = f"{key}." if key else ""
-    if missing := [prefix + name for name in default if name not in value]:
-        raise UserError(f"the setting {missing[0]} is missing: do not delete it")
-    return {name: _checked(prefix + name, value[name], default[name]) for name in default}
-
-
-def _nearest(key: str, known: list[str], name: str) -> str:
-    same_name = [k for k in known if k.split(".")[-1] == key.split(".")[-1]]
-    close = same_name or difflib.get_close_matches(key, known, n=1, cutoff=0.6)
-    return f"did you mean {close[0]}?" if close else f"configs/{name}.yaml lists them all"
-
-
-def _typed(key: str, value, default):
+def typed(key, value, default):
+    """The value as the type of the default. Raises `UserError` where that would change it."""
     kind, given = type(default), type(value)
-    if (kind, given) == (float, int) or (kind, given) == (int, float) and value.is_integer():
-        value = kind(value)
-    elif kind is str and given in (int, float, bool):  # logging.name=7, system.compile=true
-        value = str(value).lower() if given is bool else str(value)
-    elif kind is list and given is list:
+    if kind is str and given in (bool, int, float):  # compile: true in a file
+        value = str(value).lower()
+    elif kind is list is given:
         value = [str(item) for item in value]
+    elif (kind, given) == (float, int) or (kind, given) == (int, float) and value.is_integer():
+        value = kind(value)
     if type(value) is not kind or (kind is float and not math.isfinite(value)):
-        raise misfit(key, value, default)
+        raise UserError(f"{key}={value} is not {KINDS[kind]}: its default is {default!r}")
     return value
 
 
-def misfit(key: str, value, default) -> UserError:
-    """The error that says that `value` is not of the kind of the setting `key`."""
-    kind = KINDS[type(default)]
-    if isinstance(default, dict):
-        return UserError(f"{key}={value} is not {kind}: set {key}.{next(iter(default))} and so on")
-    return UserError(f"{key}={value} is not {kind}: its default is {default!r}")
+def experiment(value):
+    """The keys that the experiments NAME or [NAME,NAME] set. Raises `UserError`."""
+    known, keys = sorted(path.stem for path in (CONFIGS / "experiment").glob("*.yaml")), set()
+    for name in value.strip("[]").split(","):
+        if name not in known:
+            raise UserError(f"experiment={name} is unknown: choose one of {', '.join(known)}")
+        keys |= flat(load_defaults(f"experiment/{name}")).keys()
+    return keys
 
 
-def check_numbers(name: str, values: dict, positive: Sequence[str] = ()) -> None:
-    """Raise `UserError` for a negative number in the section `name`, and for a 0 if `positive`."""
-    for key, value in values.items():
-        if not isinstance(value, str) and (value < 0 or (value == 0 and key in positive)):
-            kind = "positive" if key in positive else "0 or more"
-            raise UserError(f"{name}.{key}={value} must be {kind}")
+def load_defaults(name: str = "config") -> dict:
+    """The settings in configs/NAME.yaml, interpolations and all. Raises `UserError`."""
+    path = CONFIGS / f"{name}.yaml"
+    try:
+        if any(isinstance(token, yaml.AliasToken) for token in yaml.scan(path.read_bytes())):
+            raise ValueError("an alias, which could repeat its anchor a billion times")
+        return dict(OmegaConf.to_container(OmegaConf.load(path)))
+    except Exception as error:  # of YAML, of its encoding or of OmegaConf
+        raise UserError(f"{path} is damaged ({error}): restore it") from error
 
 
-def check_choice(key: str, value: str, choices: Sequence[str]) -> None:
-    if value not in choices:
-        *most, last = choices
-        raise UserError(f"{key}={value} is unknown: choose {', '.join(most)} or {last}")
+# --- Resuming -----------------------------------------------------------------------------------
+
+
+def resumed(stored: dict, config: Section, whole: bool) -> Section:
+    """An interrupted run's configuration, but for `out_dir` and the explicit keys of `config`.
+
+    Raises `UserError` where one of them would make it another run; with `whole`, also where a
+    setting that is not among them differs.
+    """
+    defaults, now = flat(load_defaults()), flat(config.as_dict())
+    for key, default in LOST.items():
+        if (value := typed(key, find(stored, key, default), default)) != default:
+            raise UserError(
+                f"the interrupted run has {key}={value}, which is no longer a setting: finish it "
+                "with the version that began it"
+            )
+    if config.training.init_from and not whole:
+        raise UserError(
+            "training.init_from starts a run, training.resume=true continues one: choose"
+        )
+    before = {
+        key: typed(key, find(stored, key, now[key]), default) for key, default in defaults.items()
+    }
+    for old, (key, default) in RENAMED.items():
+        if key in defaults:
+            before[key] = find(stored, old, before[key])
+        elif (value := typed(old, find(stored, old, default), default)) != default:
+            before[FREE] = before[FREE] | {key.removeprefix(f"{FREE}."): value}
+    repeated = REPEATED if whole else ()
+    for key in config.explicit.union(repeated, ["out_dir"]):
+        if key.startswith((*FIXED, *repeated)) and before[key] != now[key]:
+            raise UserError(
+                f"{key}={now[key]} is not what the interrupted run had ({before[key]}): leave it "
+                "out (or its experiment) or give it as it was, or start a new run in another "
+                "out_dir"
+            )
+        before[key] = now[key]
+    result = checked(before, defaults)
+    result.explicit = config.explicit
+    return result

@@ -24,11 +24,16 @@ SCRIPTS = {
     "sample.py": sample_script.main,
     "eval.py": eval_script.main,
 }
+READS = {
+    "train.py": train_script.READS,
+    "sample.py": sample_script.READS,
+    "eval.py": eval_script.READS,
+}
 TINY = (
     *("model.n_layer=2", "model.n_head=2", "model.n_embd=32", "model.block_size=32"),
     *("training.max_iters=12", "training.batch_size=8", "training.warmup_iters=2"),
     *("training.eval_interval=6", "training.sample_interval=6", "training.save_interval=6"),
-    *("sampling.steps=4", "logging.interval=1", "eval.draws=2", "system.compile=false"),
+    *("sampling.steps=4", "logging.interval=1", "system.compile=false"),
     *("system.device=cpu", "system.dtype=float32"),
 )
 TEXT = "".join(f"KING {n % 7}:\nThe {w} of {w}s, and {n} more.\n\n" for n in range(60) for w in
@@ -55,7 +60,7 @@ def run(monkeypatch, capfd, tmp_path):
         code = 0
         try:
             if script in SCRIPTS:
-                cli.main(SCRIPTS[script])
+                cli.main(SCRIPTS[script], reads=READS[script])
             else:  # "bench.judge", as by python -m
                 cli.main(importlib.import_module(script).main, script.replace(".", "/"))
         except SystemExit as stop:
@@ -63,6 +68,15 @@ def run(monkeypatch, capfd, tmp_path):
         return Result(code, *capfd.readouterr())
 
     return run
+
+
+@pytest.fixture(scope="session", autouse=True)
+def cache(tmp_path_factory) -> Path:
+    """The folder of downloads and tokenized texts, one for all tests."""
+    folder = tmp_path_factory.mktemp("cache")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("NANOMDM_CACHE", str(folder))
+        yield folder
 
 
 @pytest.fixture(scope="session")
@@ -78,11 +92,7 @@ def trained(tmp_path_factory, text_file) -> Path:
     folder = tmp_path_factory.mktemp("trained")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
-        words = [
-            f"data.path={text_file}",
-            f"data.cache_dir={folder}/cache",
-            f"out_dir={folder}/out",
-        ]
+        words = [f"data.path={text_file}", f"out_dir={folder}/out"]
         patch.setattr(sys, "argv", ["train.py", *TINY, *words])
         cli.main(train_script.train)
     return folder / "out"

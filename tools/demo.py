@@ -14,7 +14,7 @@ from nanomdm.cli import Section
 from nanomdm.errors import UserError
 
 
-def main(config: Section, explicit: set[str]) -> None:
+def main(config: Section) -> None:
     try:
         from tools.server import Demo, Limits, make_server
     except ImportError as error:

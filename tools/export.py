@@ -31,7 +31,7 @@ LEFT_OUT = (  # of the command on the card: what is of a machine, or of other sc
 )
 
 
-def main(config: Section, explicit: set[str]) -> None:
+def main(config: Section) -> None:
     check(config)
     loaded = load_model(config.checkpoint, "cpu", Transformer, ModelConfig)
     if loaded.model.config.causal:

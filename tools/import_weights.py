@@ -44,7 +44,7 @@ class Layout(NamedTuple):
     mask: int  # the id that the original has for the mask
 
 
-def main(config: Section, explicit: set[str]) -> None:
+def main(config: Section) -> None:
     source, to = vars(config)["from"], Path(config.to)  # config.from is no Python
     if not source or not config.to:
         raise UserError("from= and to= are needed, as in from=GSAI-ML/LLaDA-8B-Base to=llada.pt")

@@ -81,7 +81,7 @@ def generate(loaded: runtime.Loaded, prompt: str, wanted: dict, config: Section)
     return text
 
 
-def main(config: Section, explicit: set[str]) -> None:
+def main(config: Section) -> None:
     try:
         import lm_eval
         from lm_eval.tasks import TaskManager

@@ -212,7 +212,7 @@ def counted(done: dict[str, int]):
         bar.close()
 
 
-def main(config: Section, explicit: set[str]) -> None:
+def main(config: Section) -> None:
     if config.shard_tokens < 1:
         raise UserError(f"shard_tokens={config.shard_tokens} must be at least 1")
     if config.processes < 0:

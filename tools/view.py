@@ -18,7 +18,7 @@ from tools.trace import canvas_of, record
 FORMATS = ("html", "svg")
 
 
-def main(config: Section, explicit: set[str]) -> None:
+def main(config: Section) -> None:
     check(config)
     device = runtime.pick_device(config.device)
     loaded = load_model(config.checkpoint, device, Transformer, ModelConfig)
