@@ -15,6 +15,18 @@ from nanomdm import bounds, checkpoint, cli, devices, folders, optim, parallel, 
 from nanomdm.errors import as_user_error
 from nanomdm.random import generator
 
+READS = (
+    "out_dir",
+    "model",
+    "diffusion",
+    "data",
+    "training",
+    "sampling",
+    "eval.tokens",
+    "system",
+    "logging",
+)
+
 
 def main(config: cli.Section) -> None:
     device = devices.pick_device(config.system.device, parallel.world().local_rank)
@@ -217,4 +229,4 @@ def build_model(config: cli.Section, corpus: data.Corpus, loaded) -> Transformer
 
 
 if __name__ == "__main__":
-    cli.main(main)
+    cli.main(main, reads=READS)

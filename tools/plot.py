@@ -241,17 +241,13 @@ PANELS = {
 }
 
 
-<<<<<<< HEAD
 def import_pyplot():
     """matplotlib, set to draw into files. Raises `UserError` if it is not installed."""
     optional("matplotlib").use("agg")
     return optional("matplotlib.pyplot")
 
 
-def main(config: Section, explicit: set[str]) -> None:
-=======
 def main(config: Section) -> None:
->>>>>>> cli
     if config.x not in X:
         raise UserError(f"x={config.x} is unknown: choose steps or seconds")
     pyplot, runs = import_pyplot(), read_runs(config.runs)
