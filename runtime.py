@@ -277,7 +277,8 @@ def make_model(
                 )
         wanted.update((name, getattr(shape, name)) for name in wanted)
     else:
-        shape = ModelConfig(corpus.tokenizer.vocab_size, causal=causal, **wanted)
+        with as_user_error():
+            shape = ModelConfig(corpus.tokenizer.vocab_size, causal=causal, **wanted)
     corpus.require(shape.block_size)
     torch.manual_seed(generator(config.system.seed, "weights").initial_seed())
     model = Transformer(shape)
