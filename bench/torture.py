@@ -29,8 +29,8 @@ from nanomdm.errors import UserError
 SMALL = (
     *("model.n_layer=1", "model.n_head=2", "model.n_embd=32", "model.block_size=32"),
     *("training.batch_size=4", "training.max_iters=80", "training.warmup_iters=5"),
-    *("training.eval_interval=20", "training.eval_tokens=512", "training.sample_interval=0"),
-    *("training.save_interval=4", "training.keep=1", "logging.interval=1"),
+    *("training.eval_interval=20", "eval.tokens=512", "training.sample_interval=0"),
+    *("training.save_interval=4", "logging.interval=1"),
     *("system.compile=false", "system.device=cpu", "training.resume=auto"),
 )
 COMPARED = ("model", "ema", "optimizer", "meter", "scaler", "step", "best")
@@ -54,7 +54,7 @@ def start(words: list[str], output: Path, fresh: bool = True) -> int:
         os.dup2(file, 1), os.dup2(file, 2)
         if fresh:
             os.execv(sys.executable, [sys.executable, str(cli.ROOT / "train.py"), *words])
-        train.train(cli.compose(words), {word.split("=")[0] for word in words})
+        train.train(cli.compose(words))
         os._exit(0)
     except SystemExit as end:
         os._exit(end.code or 0)
@@ -166,9 +166,9 @@ def torture(config: Section, words: list[str], fresh: bool = True) -> list[list[
 def main(config: Section) -> None:
     if Path(config.out_dir).exists():
         raise UserError(f"out_dir={config.out_dir} is there: remove it, or choose another")
-    os.environ["OMP_NUM_THREADS"] = "1"
+    os.environ |= {"OMP_NUM_THREADS": "1", "NANOMDM_CACHE": f"{config.out_dir}/data"}
     text = config.path or str(cli.ROOT / "corpora" / "plays.txt")
-    words = [*SMALL, f"data.path={text}", f"data.cache_dir={config.out_dir}/data"]
+    words = [*SMALL, f"data.path={text}"]
     began = time.monotonic()
     runs = torture(config, [*words, *shlex.split(config.words)])
     kills = [kill for run in runs for kill in run]
