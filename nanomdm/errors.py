@@ -3,7 +3,7 @@
 import importlib
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
@@ -19,6 +19,13 @@ class UserError(ValueError):
 
     `cli.main` catches it, prints the line and exits with code 2.
     """
+
+
+def check_choice(key: str, value: str, choices: Collection[str]) -> None:
+    """Raise `UserError` with the choices for a value that is none of them."""
+    if value not in choices:
+        *most, last = choices
+        raise UserError(f"{key}={value} is unknown: choose {', '.join(most)} or {last}")
 
 
 @contextmanager
