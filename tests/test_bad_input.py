@@ -95,8 +95,6 @@ def names(line: str, parts: str) -> bool:
         ("logging.interval=0", "logging.interval=0 | positive"),
         ("training.resume=maybe", "training.resume=maybe | auto, true or false"),
         ("training.keep=-1", "training.keep=-1 | 0 or more"),
-        ("training.max_skipped=-1", "training.max_skipped=-1 | 0 or more"),
-        ("system.timeout=0", "system.timeout=0.0 | positive"),
         ("system.device=tpu", "system.device=tpu | auto | cpu"),
         ("system.device=cuda:99", "system.device=cuda:99 | auto | cpu"),
         ("system.device=cpu:", "system.device=cpu: | auto | cpu"),
