@@ -38,7 +38,7 @@ class Run:
     ema: Transformer  # the same network with the moving average of the weights
     optimizer: optim.Optimizers
     scaler: torch.amp.GradScaler  # of the loss under float16; idle otherwise
-    meter: optim.Meter
+    meter: optim.StepStats
     world: parallel.World
     compiled: bool
     step: int = 0  # optimizer steps done
@@ -64,7 +64,7 @@ class Run:
 
     def say(self, line: str) -> None:
         """Print a line, once for all processes."""
-        if self.world.leads:
+        if self.world.is_main:
             tell(line)
 
     def describe(self) -> dict:
@@ -78,12 +78,12 @@ class Run:
 
 def train(config: Section, explicit: set[str]) -> None:
     device = runtime.pick_device(config.system.device, parallel.world().local_rank)
-    with parallel.processes(device, config.system.timeout):
+    with parallel.processes(device):
         session(config, explicit, device)  # whose models are gone before the processes part
 
 
 def session(config: Section, explicit: set[str], device: torch.device) -> None:
-    with folders.locked(config.out_dir) if parallel.world().leads else nullcontext():
+    with folders.locked(config.out_dir) if parallel.world().is_main else nullcontext():
         run = build(config, explicit, device)
         announce(run)
         if not run.finished:
@@ -107,7 +107,7 @@ def loop(run: Run) -> None:
                     evaluate(run, log)
                 if run.due(settings.sample_interval):
                     log.samples(run.step, [generate(run)])
-                wanted = run.due(settings.save_interval) and not run.meter.failing
+                wanted = run.due(settings.save_interval) and not run.meter.consecutive
                 if run.finished or asked or wanted:
                     save(run, "ckpt.pt")
     if run.saved != run.step:
@@ -118,7 +118,7 @@ def loop(run: Run) -> None:
 
 
 def start_log(run: Run) -> RunLog | Silence:
-    return RunLog(run.config, run.step, run.describe()) if run.world.leads else Silence()
+    return RunLog(run.config, run.step, run.describe()) if run.world.is_main else Silence()
 
 
 def last_good(run: Run) -> str:
@@ -142,7 +142,7 @@ def build(config: Section, explicit: set[str], device: torch.device) -> Run:
         config = cli.resumed(start.config, config, explicit, whole=wish == "auto")
     world = parallel.world()
     check(config, world)
-    with parallel.leader_first():
+    with parallel.main_process_first():
         corpus = runtime.load_corpus(vars(config.data), start.tokenizer if start else None)
     if corpus.name == "plays":  # the fallback was taken: a resumed run has to take it, too
         config.data.dataset = "plays"
@@ -173,7 +173,7 @@ def assemble(
         runtime.compile_parts(model)
     forward = parallel.distribute(system.parallel, model, ema, dtype)
     named = (settings.optimizer, settings.learning_rate, settings.weight_decay)
-    optimizer = optim.build_optimizer(model, *named, parallel.whole, parallel.like)
+    optimizer = optim.build_optimizer(model, *named)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
     if resumed:
         optimizer.load_state_dict(state["optimizer"])
@@ -181,7 +181,7 @@ def assemble(
         scaler.load_state_dict(state["scaler"])
     return Run(
         *(config, corpus, device, dtype, model, forward, ema, optimizer, scaler),
-        *(optim.Meter(device, state.get("meter", state)), world, compiled),
+        *(optim.StepStats(device, state.get("meter", state)), world, compiled),
         *(state["step"], state["step"], state["best"]),
     )
 
@@ -192,7 +192,6 @@ def check(config: Section, world: parallel.World) -> None:
     cli.check_numbers("training", vars(settings), POSITIVE)
     cli.check_numbers("logging", {"interval": config.logging.interval}, ("interval",))
     cli.check_numbers("eval", {"batch_size": config.eval.batch_size}, ("batch_size",))
-    cli.check_numbers("system", {"timeout": config.system.timeout}, ("timeout",))
     cli.check_choice("training.objective", settings.objective, ("diffusion", "ar"))
     cli.check_choice("training.resume", settings.resume, ("auto", "true", "false"))
     world.check_batch(settings.batch_size, settings.grad_accum)
@@ -208,7 +207,7 @@ def check(config: Section, world: parallel.World) -> None:
 
 def open_folder(run: Run) -> None:
     """What an earlier run left there gets another name; run.json says how to repeat this one."""
-    if run.world.leads:
+    if run.world.is_main:
         folder = Path(run.config.out_dir)
         folders.clean(folder)
         kept = [path.name for path in checkpoint.kept_files(folder / "ckpt.pt")]
@@ -244,7 +243,7 @@ def optimize(run: Run) -> tuple[Tensor, Tensor]:
     run.scaler.unscale_(run.optimizer)
     parameters = list(run.model.parameters())
     grad_norm = torch.nn.utils.clip_grad_norm_(parameters, settings.grad_clip or math.inf)
-    grad_norm = parallel.whole(grad_norm)
+    grad_norm = parallel.full_tensor(grad_norm)
     run.optimizer.step(skip=run.meter.add(loss, grad_norm, run.step + 1))
     run.scaler.update()
     run.optimizer.zero_grad()
@@ -255,7 +254,7 @@ def optimize(run: Run) -> tuple[Tensor, Tensor]:
 
 def schedule(config: Section, step: int) -> float:
     """The share of the peak learning rate in a step."""
-    names = ("max_iters", "warmup_iters", "lr_schedule", "min_lr_ratio")
+    names = ("max_iters", "warmup_iters", "lr_schedule")
     return optim.learning_rate_factor(step, *(getattr(config.training, name) for name in names))
 
 
@@ -282,10 +281,8 @@ def accumulate(run: Run) -> Tensor:
     for part in range(parts):
         rows = run.world.rows(B, part, parts)
         x0 = run.corpus.batch(B, L, runtime.generator(seed, "data", run.step), rows)
-        with (
-            parallel.synchronising(run.forward, last=part == parts - 1),
-            runtime.autocast(run.device, run.dtype),
-        ):
+        parallel.synchronise(run.forward, part == parts - 1)
+        with runtime.autocast(run.device, run.dtype):
             loss = loss_of(run, runtime.move(x0, run.device), runtime.move(rows, run.device))
         run.scaler.scale(loss / parts).backward()
         total += loss.detach() / parts
@@ -318,7 +315,7 @@ def report(run: Run, log: RunLog, loss: Tensor, grad_norm: Tensor, clock: Clock)
     values = {
         "train/loss": loss.item(),
         **{f"train/{name}": value for name, value in figures.items()},
-        "train/lr": run.optimizer.groups()[0]["lr"],
+        "train/lr": run.optimizer.param_groups[0]["lr"],
         "train/grad_norm": grad_norm.item(),
         "train/time_ms": milliseconds,
     }
@@ -326,20 +323,28 @@ def report(run: Run, log: RunLog, loss: Tensor, grad_norm: Tensor, clock: Clock)
     speed = run.config.training.batch_size * run.model.config.block_size / milliseconds
     skipped = f" | {figures['skipped']:.0f} steps skipped" if figures["skipped"] else ""
     log.progress(run.step, f"loss {figures['loss_avg']:.3f} | {speed:.1f}k tokens/s{skipped}")
-    run.meter.require_progress(run.config.training.max_skipped, last_good(run))
+    run.meter.require_progress(last_good(run))
 
 
 def evaluate(run: Run, log: RunLog) -> None:
     """The bound of the EMA weights on both splits, on the same masks every time; keeps the best."""
     limit, L = run.config.training.eval_tokens, run.model.config.block_size
     quarter = max(1, (limit or len(run.corpus.val)) // 4)
-    nll, batch_size = parallel.share_rows(runtime.nll), run.config.eval.batch_size
+    shared, batch_size = (
+        parallel.share_rows(partial(runtime.nll, run.ema)),
+        run.config.eval.batch_size,
+    )
     values = {}
     for split in data.SPLITS:
         count = quarter if split == "train" else limit
         rows = data.blocks(getattr(run.corpus, split), L, count)
         found = runtime.passes(
-            run.ema, rows, run.config.system.seed, draws=1, batch_size=batch_size, nll=nll
+            run.ema,
+            rows,
+            run.config.system.seed,
+            draws=1,
+            batch_size=batch_size,
+            nll=lambda model, *rows: shared(*rows),
         )
         values[f"eval/{split}_loss"] = loss = found.bound().value
         values[f"eval/{split}_ppl"] = math.exp(min(loss, 700.0))  # beyond, it overflows
@@ -381,8 +386,8 @@ def save(run: Run, name: str) -> bool:
     if name == "ckpt.pt":
         state["model"], state["meter"] = run.model.state_dict(), run.meter.state()
         state["optimizer"], state["scaler"] = run.optimizer.state_dict(), run.scaler.state_dict()
-    state, failed = parallel.gather(state, run.world.leads), False
-    if run.world.leads:
+    state, failed = parallel.gather(state), False
+    if run.world.is_main:
         try:
             keep = run.config.training.keep if name == "ckpt.pt" else 0
             checkpoint.save(Path(run.config.out_dir, name), state, keep)
