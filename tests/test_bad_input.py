@@ -86,14 +86,9 @@ def names(line: str, parts: str) -> bool:
         ("training.lr_schedule=step", "training.lr_schedule=step | cosine | linear"),
         ("sampling.steps=0", "sampling.steps=0 | at least 1"),
         ("logging.interval=0", "logging.interval=0 | positive"),
-<<<<<<< HEAD
         ("training.resume=maybe", "training.resume=maybe | auto, true, false"),
         ("training.objective=gpt", "training.objective=gpt | diffusion, ar"),
         ("system.parallel=tp", "system.parallel=tp | auto, ddp, fsdp"),
-=======
-        ("training.resume=maybe", "training.resume=maybe | auto, true or false"),
-        ("training.keep=-1", "training.keep=-1 | 0 or more"),
->>>>>>> optim
         ("system.device=tpu", "system.device=tpu | auto | cpu"),
         ("system.device=cuda:99", "system.device=cuda:99 | auto | cpu"),
         ("system.device=cpu:", "system.device=cpu: | auto | cpu"),
