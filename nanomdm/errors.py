@@ -30,13 +30,15 @@ def as_user_error(prefix: str = ""):
         raise UserError(f"{prefix}{error}") from error
 
 
-def optional(package: str):
+def optional(package: str, needed_by: str = "this"):
     """Import an optional package. Raises `UserError` with the install command if it is missing."""
     try:
         return importlib.import_module(package)
     except ImportError:
         name = package.split(".")[0]
-        raise UserError(f"this needs a package that is missing: pip install {name}") from None
+        raise UserError(
+            f"{needed_by} needs a package that is missing: pip install {name}"
+        ) from None
 
 
 def visible(text: str, stream=None) -> str:
