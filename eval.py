@@ -15,7 +15,8 @@ from nanomdm import bounds, cli, report, text
 from nanomdm.bounds import Passes
 from nanomdm.cli import Section
 from nanomdm.errors import UserError, visible
-from nanomdm.runlog import import_wandb, progress, start_wandb
+from nanomdm.runlog import progress
+from nanomdm.tracking import import_wandb, start_wandb
 from runtime import Loaded
 
 BINS = 20  # of the masking rate

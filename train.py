@@ -18,9 +18,9 @@ from model import Transformer
 from nanomdm import bounds, checkpoint, cli, folders, optim, parallel
 from nanomdm.cli import Section
 from nanomdm.errors import UserError
-from nanomdm.runlog import Clock, Interrupt, RunLog, Silence, import_wandb, tell
+from nanomdm.runlog import Interrupt, Log, NullLog, echo, start_message
+from nanomdm.tracking import import_wandb
 
-FILES = ("ckpt.pt", "best.pt", "metrics.jsonl", "run.json")
 POSITIVE = ("max_iters", "batch_size", "grad_accum", "learning_rate")
 SIGNALLED = 128  # and the signal's number: exit code of a run that a signal ended, after saving
 
@@ -65,7 +65,7 @@ class Run:
     def say(self, line: str) -> None:
         """Print a line, once for all processes."""
         if self.world.leads:
-            tell(line)
+            echo(line)
 
     def describe(self) -> dict:
         """What is told of a run beside its configuration."""
@@ -73,6 +73,11 @@ class Run:
             "parameters": sum(p.numel() for p in self.model.parameters()),
             "architecture": asdict(self.model.config),
             "corpus": {"name": self.corpus.name, "sha256": self.corpus.sha256},
+            "tokens": {split: len(getattr(self.corpus, split)) for split in data.SPLITS},
+            "processes": self.world.size,
+            "device": str(self.device),
+            "dtype": str(self.dtype).removeprefix("torch."),
+            "compiled": self.compiled,
         }
 
 
@@ -85,7 +90,7 @@ def train(config: Section, explicit: set[str]) -> None:
 def session(config: Section, explicit: set[str], device: torch.device) -> None:
     with folders.locked(config.out_dir) if parallel.world().leads else nullcontext():
         run = build(config, explicit, device)
-        announce(run)
+        run.say(start_message(run.config, run.step, run.describe()))
         if not run.finished:
             open_folder(run)
             loop(run)
@@ -95,14 +100,13 @@ def loop(run: Run) -> None:
     """Train to the end, or to a signal. Raises `OSError` if the last state could not be saved."""
     settings, interval, asked = run.config.training, run.config.logging.interval, 0
     with Interrupt() as interrupt, start_log(run) as log:  # to open it takes its time
-        clock = Clock(run.step)
         while not (run.finished or asked):
             loss, grad_norm = optimize(run)
             if run.due(interval):
-                report(run, log, loss, grad_norm, clock)
+                report(run, log, loss, grad_norm)
             if run.world.size == 1 or run.due(interval):  # several agree, where they wait anyway
                 asked = parallel.largest(interrupt.asked, run.device)
-            with clock.paused():
+            with log.paused():
                 if run.due(settings.eval_interval):
                     evaluate(run, log)
                 if run.due(settings.sample_interval):
@@ -117,8 +121,8 @@ def loop(run: Run) -> None:
         sys.exit(SIGNALLED + asked)
 
 
-def start_log(run: Run) -> RunLog | Silence:
-    return RunLog(run.config, run.step, run.describe()) if run.world.leads else Silence()
+def start_log(run: Run) -> Log | NullLog:
+    return Log(run.config, run.step, run.describe()) if run.world.leads else NullLog()
 
 
 def last_good(run: Run) -> str:
@@ -209,28 +213,9 @@ def check(config: Section, world: parallel.World) -> None:
 def open_folder(run: Run) -> None:
     """What an earlier run left there gets another name; run.json says how to repeat this one."""
     if run.world.leads:
-        folder = Path(run.config.out_dir)
-        folders.clean(folder)
-        kept = [path.name for path in checkpoint.kept_files(folder / "ckpt.pt")]
-        for path in [] if run.step else folders.set_aside(folder, (*FILES, *kept)):
+        about = run.describe() | {"config": run.config.as_dict()}
+        for path in folders.begin(run.config.out_dir, run.step, about):
             run.say(f"an earlier run's file is kept as {path}")
-        began = {"first_step": run.step, "processes": run.world.size, "device": str(run.device)}
-        folders.record(folder, began | run.describe() | {"config": run.config.as_dict()})
-
-
-def announce(run: Run) -> None:
-    corpus, size = run.corpus, run.world.size
-    kind = "shards" if run.config.system.parallel == "fsdp" else "copies"
-    processes = f" in {size} processes ({kind})" if size > 1 else ""
-    run.say(
-        f"corpus {corpus.name} (sha256 {corpus.sha256[:12]}): {len(corpus.train):,} tokens to "
-        f"train on, {len(corpus.val):,} to validate, {corpus.tokenizer.vocab_size} symbols\n"
-        f"model of {run.describe()['parameters']:,} parameters on {run.device}{processes}, "
-        f"{str(run.dtype)[6:]}{', compiled' if run.compiled else ''}; steps {run.step} to "
-        f"{run.config.training.max_iters}, results in {run.config.out_dir}"
-    )
-    if run.finished:
-        run.say("nothing is left to do: raise training.max_iters to go on")
 
 
 # --- One step -----------------------------------------------------------------------------------
@@ -312,24 +297,19 @@ def loss_of(run: Run, x0: Tensor, rows: Tensor) -> Tensor:
 # --- Beside the steps ---------------------------------------------------------------------------
 
 
-def report(run: Run, log: RunLog, loss: Tensor, grad_norm: Tensor, clock: Clock) -> None:
+def report(run: Run, log: Log, loss: Tensor, grad_norm: Tensor) -> None:
     """Raises `RuntimeError` if too many steps in a row had to be skipped."""
-    figures, milliseconds = run.meter.read(), clock.milliseconds_per_step(run.step)
-    values = {
-        "train/loss": loss.item(),
-        **{f"train/{name}": value for name, value in figures.items()},
-        "train/lr": run.optimizer.groups()[0]["lr"],
-        "train/grad_norm": grad_norm.item(),
-        "train/time_ms": milliseconds,
-    }
-    log.metrics(run.step, values)
-    speed = run.config.training.batch_size * run.model.config.block_size / milliseconds
-    skipped = f" | {figures['skipped']:.0f} steps skipped" if figures["skipped"] else ""
-    log.progress(run.step, f"loss {figures['loss_avg']:.3f} | {speed:.1f}k tokens/s{skipped}")
+    log.step(
+        run.step,
+        loss=loss.item(),
+        **run.meter.read(),
+        lr=run.optimizer.groups()[0]["lr"],
+        grad_norm=grad_norm.item(),
+    )
     run.meter.require_progress(run.config.training.max_skipped, last_good(run))
 
 
-def evaluate(run: Run, log: RunLog) -> None:
+def evaluate(run: Run, log: Log) -> None:
     """The bound of the EMA weights on both splits, on the same masks every time; keeps the best."""
     limit, L = run.config.training.eval_tokens, run.model.config.block_size
     quarter = max(1, (limit or len(run.corpus.val)) // 4)
@@ -387,7 +367,7 @@ def save(run: Run, name: str) -> bool:
             keep = run.config.training.keep if name == "ckpt.pt" else 0
             checkpoint.save(Path(run.config.out_dir, name), state, keep)
         except (OSError, ValueError) as error:
-            tell(f"{error}. The run goes on, and tries again at the next save", sys.stderr)
+            echo(f"{error}. The run goes on, and tries again at the next save", sys.stderr)
             failed = True
     failed = bool(parallel.largest(int(failed), run.device))
     run.saved = run.step if name == "ckpt.pt" and not failed else run.saved
