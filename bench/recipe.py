@@ -30,7 +30,7 @@ VARIATIONS = {
     "no convolution": ["model.conv_width=0"],
     "no QK-norm": ["model.qk_norm=false"],
     "untied head": ["model.tie_weights=false"],
-    "cosine to 10%": ["training.lr_schedule=cosine", "training.min_lr_ratio=0.1"],
+    "cosine": ["training.lr_schedule=cosine"],
     "half the rate": ["training.learning_rate=2.5e-3"],
     "AdamW 1e-3": ["training.optimizer=adamw", "training.learning_rate=1e-3"],
     "AdamW 3e-3": ["training.optimizer=adamw", "training.learning_rate=3e-3"],
@@ -38,7 +38,6 @@ VARIATIONS = {
     "plain AdamW": [  # the recipe of the field: a Llama-like network, the bound's weight, AdamW
         *("training.optimizer=adamw", "training.learning_rate=3e-3", "model.conv_width=0"),
         *("model.qk_norm=false", "diffusion.weighting=1.0", "training.lr_schedule=cosine"),
-        "training.min_lr_ratio=0.1",
     ],
 }
 
