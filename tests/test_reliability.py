@@ -461,32 +461,6 @@ def test_a_spike_between_two_entries_of_the_log_shows(train, monkeypatch):
     assert first["train/grad_norm_max"] > 100 * second["train/grad_norm_max"] > 0
 
 
-@pytest.mark.parametrize("name", ["muon", "adamw"])
-def test_a_device_that_decides_by_itself_skips_the_same_steps(name):
-    """As on a GPU, where nobody may wait for the number: here on the CPU, part by part."""
-
-    def trained(on_device: bool) -> list[torch.Tensor]:
-        torch.manual_seed(0)
-        model = torch.nn.ModuleDict(
-            {"blocks": torch.nn.Linear(4, 4), "head": torch.nn.Linear(4, 3)}
-        )
-        optimizer = optim.build_optimizer(model, name, 0.1, 0.1)
-        for bad in (0.0, 1.0, 0.0, 1.0, 1.0, 0.0):
-            for p in model.parameters():
-                p.grad = torch.randn_like(p)
-            if bad:
-                next(model.parameters()).grad[0] = float("nan")
-            for part in optimizer.parts if on_device else ():
-                part.found_inf = torch.tensor(bad)
-                part.step()
-            if not on_device:
-                optimizer.step(skip=torch.tensor(bad))
-        return [*model.parameters(), *checkpoint.tensors(optimizer.state_dict())]
-
-    pairs = list(zip(trained(on_device=True), trained(on_device=False), strict=True))
-    assert len(pairs) > 4 and all(torch.allclose(a, b, rtol=1e-6) for a, b in pairs)
-
-
 def test_a_bound_beyond_all_perplexities_does_not_end_a_run(train, monkeypatch):
     bound = NLLSamples.bound
     far = lambda self: (1e6, bound(self)[1])  # noqa: E731
