@@ -1,4 +1,4 @@
-"""How far is diffusion from autoregression: the same network, data and steps, several seeds.
+"""Compare diffusion with autoregression: same network, data and steps, several seeds.
 
 python -m bench.control seeds=3 train="training.max_iters=1000"
 """
@@ -25,7 +25,7 @@ OBJECTIVES = ("diffusion", "ar")
 
 
 def train(config: Section, objective: str, seed: int) -> Path:
-    """The folder of a run, which is trained unless it is there and complete."""
+    """The folder of a run. Trains it unless the folder holds the complete run."""
     folder = Path(config.out, f"{objective}-{seed}")
     if (folder / "seconds.json").is_file():
         return folder
@@ -41,7 +41,7 @@ def train(config: Section, objective: str, seed: int) -> Path:
 
 
 def score(folder: Path, config: Section) -> tuple[bounds.Passes, dict]:
-    """The latest weights of a run on its validation split, and what is said of it."""
+    """The scores of a run's latest weights on its validation split, and its figures."""
     loaded = runtime.load(folder / "ckpt.pt", runtime.pick_device(config.device))
     corpus = runtime.load_corpus(loaded.config["data"], loaded.tokenizer)
     context = loaded.model.config.block_size

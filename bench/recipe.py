@@ -1,8 +1,8 @@
 """What each ingredient of the recipe is worth: python -m bench.recipe seeds=[1,2,3]
 
-Every variation is trained by train.py, once for each seed, and evaluated on the same masks. Choose
-by the last tenth of the training split, which is the default; `validation=true` is for the table
-that is published.
+train.py trains every variation once per seed; all of them are evaluated on the same masks. The
+default is the last tenth of the training split, for choosing between variations. `validation=true`
+is for the published table.
 """
 
 import json
@@ -35,7 +35,7 @@ VARIATIONS = {
     "AdamW 1e-3": ["training.optimizer=adamw", "training.learning_rate=1e-3"],
     "AdamW 3e-3": ["training.optimizer=adamw", "training.learning_rate=3e-3"],
     "AdamW 6e-3": ["training.optimizer=adamw", "training.learning_rate=6e-3"],
-    "plain AdamW": [  # the recipe of the field: a Llama-like network, the bound's weight, AdamW
+    "plain AdamW": [  # the usual recipe: a Llama-like network, the bound's weight, AdamW
         *("training.optimizer=adamw", "training.learning_rate=3e-3", "model.conv_width=0"),
         *("model.qk_norm=false", "diffusion.weighting=1.0", "training.lr_schedule=cosine"),
         "training.min_lr_ratio=0.1",
@@ -44,7 +44,7 @@ VARIATIONS = {
 
 
 def train(config: Section, name: str, seed: int, corpus: Path) -> Path:
-    """The folder of one run, which is trained in a process of its own unless it is there."""
+    """The folder of one run. Trains it in a separate process unless that is done."""
     folder = Path(config.out_dir, f"{name.replace(' ', '-')}-{seed}")
     if (folder / "done").is_file():
         return folder
@@ -70,7 +70,7 @@ def evaluate(folder: Path, device: torch.device, draws: int) -> float:
 
 
 def write_corpus(config: Section) -> Path:
-    """The text of the runs, as a file: all of it, or the part that is trained on."""
+    """Write the text of the runs to a file: all of it, or its training split."""
     defaults = cli.load_defaults()["data"]
     _, content = text.find_text(defaults["dataset"], config.path, defaults["cache_dir"])
     path = Path(config.out_dir, "all.txt" if config.validation else "train-split.txt")
@@ -98,7 +98,7 @@ def line(name: str, runs: list[dict], reference: list[dict]) -> str:
 
 
 def curve(folder: Path) -> tuple[list[float], list[float | None]]:
-    """Seconds of training, the start included and evaluations left out, and the bound then."""
+    """Seconds of training, with the start and without evaluations, and the bound at each."""
     seconds, last, times, bounds = 0.0, 0, [], []
     for entry in map(json.loads, (folder / "metrics.jsonl").read_text().splitlines()):
         if "train/time_ms" in entry:
@@ -133,7 +133,7 @@ def main(config: Section, explicit: set[str]) -> None:
     names = config.variations or list(VARIATIONS)
     for name in names:
         if name not in VARIATIONS:
-            raise UserError(f"variations: no {name!r}: choose of {', '.join(VARIATIONS)}")
+            raise UserError(f"variations={name} is unknown: choose some of {', '.join(VARIATIONS)}")
     corpus, device, results = write_corpus(config), runtime.pick_device("auto"), {}
     print(f"{hardware(device)}; {config.steps or 'all'} steps, seeds {', '.join(config.seeds)}")
     print("| variation | nats/token | against the recipe | seconds |\n| --- | --- | --- | --- |")
