@@ -17,6 +17,7 @@ from omegaconf import OmegaConf
 import model
 import train
 from nanomdm import cli, texts
+from nanomdm.runlog import Log
 
 EXPERIMENTS = sorted(path.stem for path in (cli.CONFIGS / "experiment").glob("*.yaml"))
 DEFAULTS = cli.flat(cli.load_defaults())
