@@ -22,19 +22,29 @@ class Canvas(NamedTuple):
     is_masked: Tensor
 
 
-def read_prompts(prompt: str, path: str) -> list[str]:
-    """The one `prompt`, or the lines of the file `path` that are not blank."""
-    if not path:
-        return [prompt]
-    if prompt:
-        raise UserError("prompt and prompt_file are both given: leave one of them out")
+def read(config, tokenizer, context: int) -> tuple[list[str], list[Canvas]]:
+    """The prompts of a configuration, `num_samples` times each, and their canvases.
+
+    The one `prompt`, or the lines of `prompt_file` that are not blank. Raises `UserError`.
+    """
+    lines = [config.prompt]
+    if config.prompt_file:
+        if config.prompt:
+            raise UserError("prompt and prompt_file are both given: leave one of them out")
+        lines = read_lines(Path(config.prompt_file))
+    lines = [line for line in lines for _ in range(config.num_samples)]
+    return lines, [make_canvas(line, config.sampling.length, tokenizer, context) for line in lines]
+
+
+def read_lines(path: Path) -> list[str]:
     try:
-        lines = Path(path).read_text(encoding="utf-8-sig").split("\n")
+        lines = path.read_text(encoding="utf-8-sig").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"cannot read prompt_file={path} ({error}): name a UTF-8 text") from error
-    if not any(line.strip() for line in lines):
+    lines = [line for line in lines if line.strip()]
+    if not lines:
         raise UserError(f"prompt_file={path} holds no prompt: write one a line")
-    return [line for line in lines if line.strip()]
+    return lines
 
 
 def parse(prompt: str) -> list[str | int]:
