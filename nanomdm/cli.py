@@ -25,18 +25,10 @@ ROOT = Path(__file__).resolve().parents[1]
 CONFIGS = ROOT / "configs"
 RANK = int(os.environ.get("RANK", 0))  # of this process among those of torchrun
 FREE = "sampling.options"  # a dictionary with keys of a strategy's own
-KINDS = {
-    bool: "true or false",
-    int: "a whole number",
-    float: "a number",
-    str: "a text",
-    list: "a list like [a,b]",
-    dict: "a section like {a: 1}",
-}
 RANGES = {  # what a number must be: the condition, and the keys that it holds for
     "at least 1": (lambda x: x >= 1, ("num_samples", "sampling.steps", "eval.draws")),
     "positive": (
-        lambda x: x > 0,
+        lambda x: 0 < x < math.inf,
         (
             "training.max_iters",
             "training.batch_size",
@@ -159,8 +151,9 @@ def flat(values, prefix=""):
     """{"a": {"b": 1}} as {"a.b": 1}; `options` are one value."""
     result = {}
     for name, value in values.items():
-        inside = isinstance(value, dict) and not name.endswith("options")
-        result |= flat(value, f"{prefix}{name}.") if inside else {f"{prefix}{name}": value}
+        key = f"{prefix}{name}"
+        inside = isinstance(value, dict) and not key.endswith("options")
+        result |= flat(value, f"{key}.") if inside else {key: value}
     return result
 
 
@@ -175,7 +168,7 @@ def main(script: Callable, name: str = "config", reads: Sequence[str] = ()) -> N
     """Run `script(config)`; with -m, once for each combination of the values that are listed.
 
     configs/NAME.yaml holds the settings: a tool or a bench has its own. `reads` are the keys that
-    the script reads, or their beginnings, if it does not read all of them.
+    the script reads, or their beginnings, if not all: naming another is answered on stderr.
     """
     sys.stdout.reconfigure(errors="backslashreplace")  # for terminals that lack a letter
     with one_line_errors():
@@ -221,8 +214,8 @@ def jobs(words, name="config", reads=()):
         config = configure(settings, name, defaults)
         if options:
             config.out_dir = str(Path(config.out_dir, str(number)))
-        for key, _ in settings if reads and not (number or RANK) else ():
-            if not key.startswith((*reads, "experiment")):
+        for key, _ in settings:
+            if reads and not (number or RANK or key.startswith((*reads, "experiment"))):
                 print(f"{key} has no effect on {Path(sys.argv[0]).name}", file=sys.stderr)
         yield config
 
@@ -236,39 +229,34 @@ def compose(words: Sequence[str], experiment: str = "") -> Section:
 
 
 def read(words, defaults, sweep):
-    """The pairs (key, value) that each word stands for, as Hydra reads them: several in a sweep.
+    """The pairs (key, value) that each word stands for, as Hydra has to see them.
 
-    Words without an equals sign are the items of a tool's first setting, if that is a list:
-    `python -m tools.plot out out-ar` means `runs=[out,out-ar]`.
+    Texts, and lists of texts, are taken as they are; other values have Hydra's syntax, in which a
+    word of a sweep may list several. Words without an equals sign are the items of a tool's first
+    setting, if that is a list: `python -m tools.plot out out-ar` means `runs=[out,out-ar]`.
     """
-    first, items, pairs = next(iter(defaults)), [], []
+    first, items, choices = next(iter(defaults)), [], []
+    parser = OverridesParser.create()
     for word in words:
         key, equals, text = word.lstrip("+").partition("=")
-        key, _ = RENAMED.get(key, (key, None))
         if isinstance(defaults[first], list) and (not equals or "/" in key):  # no key has a slash
             items.append(verbatim(word))
-        elif not equals:
+            continue
+        if not equals:
             raise UserError(f"{word!r} is no setting: write key=value, as in model.n_layer=6")
-        elif key in RETIRED:
+        key, _ = RENAMED.get(key, (key, None))
+        if key in RETIRED:
             raise UserError(f"{key} is no longer a setting (now {RETIRED[key]!r}): leave it out")
-        else:
-            values = values_of(key, text, defaults.get(key), sweep)
-            pairs.append([(key, value) for value in values])
-    return [*pairs, [(first, f"[{','.join(items)}]")]] if items else pairs
-
-
-def values_of(key, text, default, sweep):
-    """Texts, and lists of them, are taken as they are; other values have Hydra's syntax."""
-    is_text = isinstance(default, str) and not (sweep and key in CHOICES)
-    if is_text or isinstance(default, list) and not text.startswith("["):
-        return [verbatim(text)]
-    if isinstance(default, list) and re.fullmatch(r"""\[[^]["']+]""", text):
-        return [f"[{','.join(verbatim(item.strip()) for item in text[1:-1].split(','))}]"]
-    if sweep:
-        override = OverridesParser.create().parse_override(f"{key}={text}")
-        if override.is_sweep_override():
-            return override.sweep_string_iterator()
-    return [text]
+        default, values = defaults.get(key), [text]
+        if isinstance(default, str) and not (sweep and key in CHOICES):
+            values = [verbatim(text)]
+        elif isinstance(default, list) and re.fullmatch(r"""\[[^]["']+]""", text):
+            texts = [verbatim(item.strip()) for item in text[1:-1].split(",")]
+            values = [f"[{','.join(texts)}]"]
+        elif sweep and (override := parser.parse_override(f"{key}={text}")).is_sweep_override():
+            values = override.sweep_string_iterator()
+        choices.append([(key, value) for value in values])
+    return [*choices, [(first, f"[{','.join(items)}]")]] if items else choices
 
 
 def verbatim(text):
@@ -333,8 +321,8 @@ def typed(key, value, default):
         value = [str(item) for item in value]
     elif (kind, given) == (float, int) or (kind, given) == (int, float) and value.is_integer():
         value = kind(value)
-    if type(value) is not kind or (kind is float and not math.isfinite(value)):
-        raise UserError(f"{key}={value} is not {KINDS[kind]}: its default is {default!r}")
+    if type(value) is not kind:
+        raise UserError(f"{key}={value} is not of type {kind.__name__}, like {default!r}")
     return value
 
 
@@ -352,7 +340,7 @@ def load_defaults(name: str = "config") -> dict:
     """The settings in configs/NAME.yaml, interpolations and all. Raises `UserError`."""
     path = CONFIGS / f"{name}.yaml"
     try:
-        if any(isinstance(token, yaml.AliasToken) for token in yaml.scan(path.read_bytes())):
+        if yaml.AliasToken in map(type, yaml.scan(path.read_bytes())):
             raise ValueError("an alias, which could repeat its anchor a billion times")
         return dict(OmegaConf.to_container(OmegaConf.load(path)))
     except Exception as error:  # of YAML, of its encoding or of OmegaConf
