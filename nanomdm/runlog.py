@@ -243,6 +243,8 @@ def open_log(run) -> Log | NullLog:
     echo(start_message(run.config, run.step, about))
     if run.finished:
         return NullLog()
+    if run.config.logging.wandb:
+        import_wandb()  # if it is missing, nothing has been touched yet
     config = run.config.as_dict()
     for path in folders.begin(run.config.out_dir, run.step, about | {"config": config}):
         echo(f"an earlier run's file is kept as {path}")
