@@ -327,7 +327,7 @@ def test_options_are_a_dictionary_of_any_keys(configure, words, options):
     [
         ("training.learning_rate=nan", "training.learning_rate=nan must be positive"),
         ("training.learning_rate=inf", "training.learning_rate=inf must be positive"),
-        ("num_samples=0", "num_samples=0 must be at least 1"),
+        ("num_samples=0", "num_samples=0 must be positive"),
         ("sampling.temperature=inf", "sampling.temperature=inf must be 0 or more"),
         ("sampling.options.threshold=text", "sampling.options.threshold=text must be in [0, 1]"),
         ("system.dtype=float8", "choose one of auto, float32, bfloat16, float16"),
@@ -339,7 +339,7 @@ def test_a_value_out_of_its_range_is_answered_with_the_range(refusal, word, name
 
 def test_every_key_that_is_named_in_a_table_is_a_setting():
     ranged = {key for _, keys in cli.RANGES.values() for key in keys}
-    tables = {*ranged, *cli.CHOICES, *cli.REPEATED, *(key for key, _ in cli.RENAMED.values())}
+    tables = {*ranged, *cli.CHOICES, *cli.REPEATED, *cli.RENAMED.values()}
     tables = {key for key in tables if not key.startswith("sampling.options.")}
     assert tables - DEFAULTS.keys() == {"experiment"}
     assert all(any(key.startswith(fixed) for key in DEFAULTS) for fixed in cli.FIXED)
@@ -351,10 +351,10 @@ def test_every_key_that_is_named_in_a_table_is_a_setting():
 
 @pytest.mark.parametrize("old", cli.RENAMED)
 def test_a_setting_is_known_by_its_old_name(configure, old):
-    new, default = cli.RENAMED[old]
+    new = cli.RENAMED[old]
     value = {"output": "a.json", "eval.tokens": 7}.get(new, 1)
     [(config, explicit)] = configure(f"{old}={value}")
-    assert cli.find(config, new) == value
+    assert get(config, new) == value
     assert explicit == {"sampling.options" if "options" in new else new}
 
 
