@@ -58,7 +58,7 @@ class Files:
             except (OSError, UserError) as error:
                 runlog.echo(f"{error}. The run continues, and saves again later", sys.stderr)
                 failed = True
-        failed = bool(parallel.largest(int(failed), self.device))
+        failed = parallel.largest(failed, self.device)
         if name == "ckpt.pt" and not failed:
             self.step = state["step"]
         return not failed

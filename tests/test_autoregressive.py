@@ -117,4 +117,4 @@ def test_a_resumed_run_keeps_its_objective(run, text_file):
 
 def test_an_unknown_objective_lists_the_two(run, text_file):
     result = run("train.py", f"data.path={text_file}", "training.objective=gan")
-    assert result.code == 2 and "choose diffusion or ar" in result.err
+    assert result.code == 2 and "choose one of diffusion, ar" in result.err

@@ -84,7 +84,7 @@ def names(line: str, parts: str) -> bool:
         ("training.eval_tokens=-1", "eval.tokens=-1 | 0 or more"),
         ("training.optimizer=sgd", "training.optimizer=sgd | adamw | muon"),
         ("training.lr_schedule=step", "training.lr_schedule=step | cosine | linear"),
-        ("sampling.steps=0", "sampling.steps=0 | at least 1"),
+        ("sampling.steps=0", "sampling.steps=0 | positive"),
         ("logging.interval=0", "logging.interval=0 | positive"),
         ("training.resume=maybe", "training.resume=maybe | auto, true, false"),
         ("training.objective=gpt", "training.objective=gpt | diffusion, ar"),
@@ -117,8 +117,8 @@ def test_a_setting_that_train_cannot_use(refusal, words, named):
         ),
         (["prompt=KING Ω"], "no character 'Ω' (position 5) | data.tokenizer=byte"),
         (["prompt=KING\t"], "no character '\\t' (position 4) | data.tokenizer=byte"),
-        (["num_samples=0"], "num_samples=0 | at least 1"),
-        (["sampling.steps=0"], "sampling.steps=0 | at least 1"),
+        (["num_samples=0"], "num_samples=0 | positive"),
+        (["sampling.steps=0"], "sampling.steps=0 | positive"),
         (["sampling.temperature=-1"], "sampling.temperature=-1.0 | 0 or more"),
         (["sampling.top_p=0"], "sampling.top_p=0.0 | (0, 1]"),
         (["sampling.top_p=1.5"], "sampling.top_p=1.5 | (0, 1]"),
@@ -156,7 +156,7 @@ def test_a_setting_that_sample_cannot_use(refusal, words, named):
 @pytest.mark.parametrize(
     ("word", "named"),
     [
-        ("eval.draws=0", "eval.draws=0 | at least 1"),
+        ("eval.draws=0", "eval.draws=0 | positive"),
         ("eval.tokens=-1", "eval.tokens=-1 | 0 or more"),
         ("system.dtype=float64", "system.dtype=float64 | float32 | bfloat16 | float16"),
         ("model.n_layer=2", "model.n_layer | checkpoint | leave it out"),

@@ -225,7 +225,7 @@ BOMB = "a: &a [x, x, x, x, x, x, x, x, x]\n" + "".join(
         "\xff\xfe",
         "just a text",
         "- 1\n- 2\n",
-        "model: {1: 2}\n",
+        "model: {1: {2: 3}}\n",
         "model: {n_layer: 2}\nmodel: {n_layer: 3}\n",
         "model: !!python/object/apply:os.system [true]\n",
         BOMB,

@@ -121,7 +121,7 @@ def test_the_factor_of_the_schedule_is_of_the_rates_that_the_groups_were_built_w
 
 
 def test_an_unknown_optimizer_is_refused_with_the_choices():
-    message = r"training\.optimizer=sgd is unknown: choose muon or adamw"
+    message = r"training\.optimizer=sgd is unknown: choose one of muon, adamw"
     with pytest.raises(ValueError, match=message):
         build_optimizer(build(), "sgd", RATE, DECAY)
 
@@ -426,7 +426,7 @@ def test_an_optimizer_and_a_schedule_from_outside_train_and_resume_exactly(
 
 def test_entries_from_outside_are_among_the_choices(monkeypatch):
     monkeypatch.setitem(OPTIMIZERS, "mine", sgd)
-    with pytest.raises(ValueError, match="choose muon, adamw or mine"):
+    with pytest.raises(ValueError, match="choose one of muon, adamw, mine"):
         build_optimizer(build(), "sgd", RATE, DECAY)
 
 
@@ -471,7 +471,7 @@ def test_a_quarter_of_the_decay_leaves_what_the_wave_or_the_line_says(schedule, 
 
 
 def test_an_unknown_schedule_is_refused_with_the_choices():
-    message = r"training\.lr_schedule=step is unknown: choose linear or cosine"
+    message = r"training\.lr_schedule=step is unknown: choose one of linear, cosine"
     with pytest.raises(ValueError, match=message):
         learning_rate_factor(0, 10, 1, "step")
 
