@@ -175,7 +175,7 @@ def test_the_card_says_how_to_measure_what_is_not_known(exported):
     path, folder, *_ = exported
     card, best = (folder / "README.md").read_text(), checkpoint.load(path)["best"]
     assert f"{best:.4f} nats per token is the lowest of its run" in card
-    assert f"`python eval.py checkpoint={path} eval.output=figures.json` measures it" in card
+    assert f"`python eval.py checkpoint={path} output=figures.json` measures it" in card
     assert "±" not in card and not re.search(r"\{[A-Z]+\}", card)
 
 
@@ -228,7 +228,7 @@ def test_a_folder_that_is_not_empty_is_left_alone(run, trained, tmp_path):
     (tmp_path / "kings").mkdir()
     (tmp_path / "kings" / "mine").write_text("dear")
     result = run("tools.export", *words(trained, "kings"))
-    assert result.code == 2 and "to=kings is there and not empty: name another" in result.err
+    assert result.code == 2 and "to=kings exists and is not empty: name another" in result.err
     assert [path.name for path in (tmp_path / "kings").iterdir()] == ["mine"]
 
 

@@ -1,11 +1,11 @@
-"""A data set of any size into the shards that train.py reads by data.dir; docs/data.md.
+"""Converts a data set of any size into the shards that data.dir reads (docs/data.md).
 
 python -m tools.prepare dataset=Skylion007/openwebtext
 python -m tools.prepare dataset=FOLDER tokenizer=bpe out=prepared/mine
 
-One process reads documents in their order, others tokenize them, and the first writes what comes
-back in that order: the result does not depend on how many there are. A journal says how far the
-shards are whole; whatever a kill leaves beyond it is cut off when the same command is given again.
+One process reads documents in their order, others tokenize them, and the first writes the tokens in
+the same order, so the result does not depend on the number of processes. A journal records how far
+the shards are complete. When the same command is given again, what a kill left beyond is cut off.
 """
 
 import errno
@@ -34,7 +34,7 @@ from nanomdm.tokenizers import EOT, TOKENIZERS, CharTokenizer, choices, load_tok
 from tools import sources
 from tools.shards import AGAIN, Job, ShardWriter, read_json, refuse_other, sha256_of
 
-SAVED = 5.0  # seconds between two entries of the journal, at the least
+SAVED = 5.0  # seconds between two entries of the journal, at least
 NO_RECIPE = ("out", "processes")  # settings that do not change the result
 
 
@@ -59,7 +59,7 @@ def make_tokenizer(config: Section, source: sources.Source, dataset):
 
 
 def head(texts: Iterable[str], characters: int) -> str:
-    """The first texts, so many characters of them."""
+    """The first texts, until they have this many characters."""
     found, size = [], 0
     for text in texts:
         found.append(text)
@@ -70,7 +70,7 @@ def head(texts: Iterable[str], characters: int) -> str:
 
 
 def read_tokenizer(path: Path):
-    """That of a meta.json, or of a tokenizer.json of Hugging Face's. Raises `UserError`."""
+    """The tokenizer of a meta.json or a Hugging Face tokenizer.json. Raises `UserError`."""
     try:
         content = path.read_text()
         found = json.loads(content)
@@ -81,7 +81,7 @@ def read_tokenizer(path: Path):
 
 
 def encode(tokenizer, pieces: list[sources.Piece]) -> dict[str, np.ndarray]:
-    """The ids of each split; the end of a document is the tokenizer's own, or else a newline."""
+    """The ids of each split; a document ends with the tokenizer's end, or else with a newline."""
     end = tokenizer.encode("\n") if tokenizer.eos is None else np.array([tokenizer.eos])
     dtype, found = data.dtype_of(tokenizer.vocab_size), {split: [] for split in data.SPLITS}
     for piece in pieces:
@@ -98,7 +98,7 @@ class Workers:
     def __init__(self, count: int, tokenizer):
         context = get_context("fork" if sys.platform == "linux" else "spawn")
         state = tokenizer.state()
-        self.window, self.tokenizer = 2 * count, tokenizer  # batches that are under way
+        self.window, self.tokenizer = 2 * count, tokenizer  # batches in progress
         self.pool = ProcessPoolExecutor(count, context, _start, (state,)) if count > 1 else None
 
     def map(self, batches: Iterable[sources.Batch]) -> Iterator[tuple[sources.Batch, dict]]:
@@ -118,7 +118,7 @@ class Workers:
         except BrokenProcessPool:
             dead = f"a tokenizing process died: take fewer processes; {AGAIN}"
             raise RuntimeError(dead) from None
-        except ValueError as error:  # of a tokenizer; raised again here, for cli.main to know it
+        except ValueError as error:  # of a tokenizer, in another process
             raise UserError(str(error)) from error
 
     def close(self) -> None:
@@ -128,7 +128,7 @@ class Workers:
 
 def _start(state: dict) -> None:
     global _tokenizer
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent hears it, and ends the pool
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent handles it and ends the pool
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
     _tokenizer = load_tokenizer(state)
@@ -144,11 +144,11 @@ def _encode(pieces: list[sources.Piece]) -> dict[str, np.ndarray]:
     return encode(_tokenizer, pieces)
 
 
-# --- The whole ----------------------------------------------------------------------------------
+# --- The preparation ----------------------------------------------------------------------------
 
 
 def run(job: Job, source: sources.Source, config: Section) -> None:
-    """Read, tokenize and write everything that the journal does not have yet."""
+    """Read, tokenize and write everything that the journal does not record yet."""
     dataset, journal = source.load(), job.journal
     if "tokenizer" not in journal:
         tokenizer = make_tokenizer(config, source, dataset)
@@ -173,7 +173,7 @@ def run(job: Job, source: sources.Source, config: Section) -> None:
     shards.sync()
     try:
         check_documents(documents, source)
-    except ValueError:  # the same settings would come to the same end
+    except ValueError:  # the same settings would fail again
         shutil.rmtree(job.folder)
         raise
     hashes = {path.name: sha256_of(path) for path in sorted(job.folder.glob("*.bin"))}
@@ -193,7 +193,7 @@ def check_documents(documents: dict[str, int], source: sources.Source) -> None:
 
 @contextmanager
 def counted(done: dict[str, int]):
-    """A function to be told of more tokens: a bar, or a line on stderr every ten seconds."""
+    """A callback that counts tokens: a progress bar, or a line on stderr every ten seconds."""
     total, start = sum(done.values()), time.monotonic()
     bar, first, last = runlog.progress_bar(None, total, "token"), total, start
 
@@ -226,7 +226,7 @@ def main(config: Section) -> None:
     with folders.locked(out, "out"):
         if (out / "meta.json").is_file():
             refuse_other(recipe, read_json(out / "meta.json"), out)
-            shutil.rmtree(out / "unfinished", ignore_errors=True)  # a kill came before the last act
+            shutil.rmtree(out / "unfinished", ignore_errors=True)  # a kill came before this removal
             print(f"{out} is prepared: python train.py data.dir={out}")
             return
         job = Job(out, recipe)
