@@ -170,7 +170,7 @@ def test_a_token_in_focus_shows_its_alternatives(browser, viewer, remasked, load
         xt = torch.tensor([[35 if i is None else i for i in remasked[1][0]]])
         best = loaded.model(xt)[0, 4].softmax(dim=-1).topk(5)
     panel = element(browser, "panel").text.split("\n")
-    assert panel[:4] == ["mask", "position 5", "not revealed yet", "the network expects now"]
+    assert panel[:4] == ["mask", "position 5", "not revealed yet", "the network predicts now"]
     names = [loaded.tokenizer.decode([i]) for i in best.indices.tolist()]
     names = [{" ": "space", "\n": "new line"}.get(name, name) for name in names]
     assert panel[4::2] == names

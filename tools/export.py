@@ -2,9 +2,9 @@
 
 python -m tools.export checkpoint=out/best.pt to=shakespeare-mdm
 
-The folder holds the EMA weights (safetensors), model.py and diffusion.py as they are here, a thin
-wrapper around them, the tokenizer, and a model card. `python -m tools.import_weights` reads it
-back.
+The folder holds the EMA weights (safetensors), model.py, diffusion.py and strategies.py as they are
+here, a thin wrapper around them, the tokenizer, and a model card. `python -m tools.import_weights`
+reads it back.
 """
 
 import json
@@ -24,9 +24,9 @@ from nanomdm.cli import Section
 from nanomdm.errors import UserError, optional
 from tools import hf_tokenizer
 
-CODE = ("model.py", "diffusion.py", "tools/modeling_nanomdm.py", "LICENSE")
+CODE = ("model.py", "diffusion.py", "nanomdm/strategies.py", "tools/modeling_nanomdm.py", "LICENSE")
 LEFT_OUT = (  # settings left out of the card's command: of the machine or of other scripts
-    *("data.cache_dir", "system.device", "training.resume", "training.init_from"),
+    *("system.device", "training.resume", "training.init_from"),
     *("sampling.", "logging.", "eval."),
 )
 
@@ -178,21 +178,16 @@ def training_of(state: dict, config: dict) -> str:
 
 def command(config: dict) -> str:
     """The training command: every setting that is not its default, except those of the machine."""
-    defaults, words = dotted(cli.load_defaults()), ["python train.py"]
-    for key, value in dotted(config).items():
-        if key.startswith(LEFT_OUT) or value == defaults.get(key):
+    words = ["python train.py"]
+    for key, default in (cli.flat(cli.load_defaults()) | cli.LOST).items():
+        value = cli.find(config, key, default)
+        if "." not in key or key.startswith(LEFT_OUT) or value == default:
             continue
         value = Path(value).name if key in ("data.path", "data.dir") else value
         words.append(
             shlex.quote(f"{key}={str(value).lower() if value in (True, False) else value}")
         )
     return " ".join(words)
-
-
-def dotted(config: dict) -> dict:
-    """Every setting of the sections, by its name on the command line."""
-    sections = {name: values for name, values in config.items() if isinstance(values, dict)}
-    return {f"{name}.{key}": v for name, values in sections.items() for key, v in values.items()}
 
 
 def bound_of(config: Section, state: dict, figures: dict | None) -> str:

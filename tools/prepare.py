@@ -20,7 +20,7 @@ from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import closing, contextmanager
+from contextlib import closing
 from multiprocessing import get_context
 from pathlib import Path
 
@@ -160,12 +160,13 @@ def run(job: Job, source: sources.Source, config: Section) -> None:
     shards = ShardWriter(job.folder, journal["dtype"], config.shard_tokens, journal["tokens"], size)
     batches, saved = source.read(dataset, sum(documents.values())), time.monotonic()
     count = config.processes or os.cpu_count() or 1
-    with closing(Workers(count, tokenizer)) as workers, counted(shards.tokens) as told:
+    counted = runlog.progress(None, "token", done=sum(shards.tokens.values()))
+    with closing(Workers(count, tokenizer)) as workers, counted as advance:
         for batch, ids in workers.map(batches):
             for split in data.SPLITS:
                 shards.write(split, ids[split])
                 documents[split] += batch.documents(held=split == "val")
-            told(sum(map(len, ids.values())))
+            advance(sum(map(len, ids.values())))
             if batch.state and time.monotonic() - saved >= SAVED:
                 shards.sync()
                 job.save(tokens=shards.tokens, documents=documents, state=batch.state)
@@ -189,27 +190,6 @@ def check_documents(documents: dict[str, int], source: sources.Source) -> None:
                 f"none of {sum(documents.values())} documents of {source.dataset} is for {split}: "
                 f"{other} val={source.val}, or divide the text (separator, begins)"
             )
-
-
-@contextmanager
-def counted(done: dict[str, int]):
-    """A callback that counts tokens: a progress bar, or a line on stderr every ten seconds."""
-    total, start = sum(done.values()), time.monotonic()
-    bar, first, last = runlog.progress_bar(None, total, "token"), total, start
-
-    def told(more: int) -> None:
-        nonlocal total, last
-        total += more
-        if bar is not None:
-            bar.update(more)
-        elif time.monotonic() - last > 10:
-            last = time.monotonic()
-            speed = (total - first) / (last - start)
-            print(f"{total:,} tokens, {speed:,.0f} tokens/s", file=sys.stderr, flush=True)
-
-    yield told
-    if bar is not None:
-        bar.close()
 
 
 def main(config: Section) -> None:
