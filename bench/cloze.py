@@ -10,18 +10,18 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+import runtime
 import torch
+from runtime import Loaded
 from torch import Tensor
 
 import diffusion
-import runtime
 from diffusion import NLLSamples
 from eval import measure
 from nanomdm import bounds, cli, report
 from nanomdm.cli import Section
 from nanomdm.errors import UserError
 from nanomdm.texts import Texts
-from runtime import Loaded
 
 TASKS = ("last_word", "choices")
 

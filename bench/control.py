@@ -12,9 +12,9 @@ import time
 from pathlib import Path
 
 import numpy as np
+import runtime
 import torch
 
-import runtime
 from diffusion import NLLSamples
 from eval import measure
 from nanomdm import bounds, cli, report

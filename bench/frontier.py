@@ -15,10 +15,10 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import NamedTuple
 
+import runtime
 import torch
 
 import diffusion
-import runtime
 from bench import judge as judges
 from diffusion import Sampling
 from model import ModelConfig, Transformer

@@ -27,11 +27,11 @@ from random import Random
 from tempfile import TemporaryDirectory
 from typing import NamedTuple
 
+import runtime
 import torch
 from omegaconf.errors import OmegaConfBaseException
 
 import data
-import runtime
 import sample
 from model import ModelConfig, Transformer
 from nanomdm import checkpoint, cli, optim, report, runlog, text

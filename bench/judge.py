@@ -16,11 +16,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+import runtime
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-import runtime
 from model import ModelConfig, Transformer
 from nanomdm import bounds, cli
 from nanomdm import text as texts_of

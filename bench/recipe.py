@@ -13,10 +13,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import runtime
 import torch
 
 import data
-import runtime
 from bench.throughput import hardware
 from model import ModelConfig, Transformer
 from nanomdm import cli, text

@@ -9,11 +9,11 @@ import statistics
 import time
 from pathlib import Path
 
+import runtime
 import torch
 from torch import Tensor
 
 import diffusion
-import runtime
 from bench.throughput import hardware, wait
 from model import ModelConfig, Transformer
 from nanomdm import cli

@@ -22,11 +22,11 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
+import runtime
 import torch
 import torch.nn.functional as F
 
 import data
-import runtime
 import train
 from model import ModelConfig, Transformer
 from nanomdm import cli, parallel

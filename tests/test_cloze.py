@@ -200,6 +200,7 @@ def test_the_harness_scores_rolls_and_generates_on_a_local_task(
 
 def test_what_the_harness_gets_is_the_conditional_bound(trained, local_tasks):
     import runtime
+
     from nanomdm.cli import section
     from tools import lm_eval as adapter
 

@@ -7,12 +7,12 @@ from tempfile import TemporaryDirectory
 
 import hypothesis.strategies as some
 import pytest
+import runtime
 import torch
 from conftest import load_model
 from hypothesis import HealthCheck, given, settings
 
 import data
-import runtime
 from bench import fuzz
 from nanomdm import checkpoint, cli, meta
 from nanomdm.errors import UserError

@@ -14,12 +14,12 @@ import time
 from pathlib import Path
 
 import pytest
+import runtime
 import torch
 from conftest import ROOT
 from hydra.core.global_hydra import GlobalHydra
 
 import data
-import runtime
 from nanomdm import checkpoint, cli, meta
 from nanomdm.errors import visible
 

@@ -5,10 +5,10 @@ import math
 import sys
 
 import pytest
+import runtime
 import torch
 from conftest import TEXT, TINY, load_model
 
-import runtime
 import train
 from bench import judge as judging
 from nanomdm import cli
