@@ -93,6 +93,7 @@ class Job:
 
     def save(self, **entries) -> None:
         self.journal |= entries
+        self.folder.mkdir(parents=True, exist_ok=True)
         write_atomically(self.path, json.dumps(self.journal).encode())
 
     def finish(self) -> dict:
