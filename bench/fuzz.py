@@ -148,7 +148,7 @@ def sound_state(tokenizer: CharTokenizer | ByteTokenizer = CHARACTERS) -> dict:
         "best": 4.2,
         "ema": model.state_dict(),
         "model": model.state_dict(),
-        "meter": optim.Meter(CPU).state(),
+        "meter": optim.StepStats(CPU, {}).state(),
         "optimizer": optimizer.state_dict(),
     }
 

@@ -240,9 +240,9 @@ def main(config: Section) -> None:
         if head not in ("masked", "full"):
             raise UserError(f"heads=[{head}] is unknown: choose masked, full or both")
     device = runtime.pick_device(config.device, parallel.world().local_rank)
-    leads, rows = parallel.world().leads, []
+    is_main, rows = parallel.world().is_main, []
     with parallel.processes(device), tempfile.TemporaryDirectory() as folder:
-        if leads:
+        if is_main:
             print(f"{hardware(device)}; {parallel.world().size} process(es), seed {config.seed}")
             print("| size | parameters | tokens/s | MFU | peak memory | first step | loading |")
             print("| --- | --- | --- | --- | --- | --- | --- |", flush=True)
@@ -250,15 +250,15 @@ def main(config: Section) -> None:
             for head in config.heads:
                 row = bench(config, preset, head, device, Path(folder))
                 rows.append(row)
-                if leads:
+                if is_main:
                     print(line(row), flush=True)
-                if leads and row["nanogpt"]:
+                if is_main and row["nanogpt"]:
                     low, middle, high = row["times_nanogpt"]
                     print(
                         f"\nnanoGPT at this size, in turn: {row['nanogpt'] / 1e3:,.1f}k tokens/s; "
                         f"ours is {middle:.2f} times as fast ({low:.2f} to {high:.2f})"
                     )
-    if config.output and leads:
+    if config.output and is_main:
         Path(config.output).write_text(
             json.dumps({"hardware": hardware(device), "rows": rows}, indent=1)
         )

@@ -174,7 +174,7 @@ def test_a_text_with_what_is_special_to_hydra_arrives_as_it_is(run):
 
 def test_a_bench_is_not_swept(run):
     result = run("bench.judge", "-m", "texts=1,2")
-    assert result.code == 2 and "leave it out" in result.err
+    assert result.code == 2 and "no option -m" in result.err
 
 
 # --- Hugging Face --------------------------------------------------------------------------------

@@ -13,7 +13,6 @@ from types import SimpleNamespace
 
 import pytest
 from conftest import ROOT, TINY
-from hydra._internal.hydra import Hydra
 
 import data
 from nanomdm import cli, folders
@@ -62,8 +61,7 @@ def folder(tmp_path_factory) -> Path:
 
 @pytest.fixture(autouse=True)
 def small(monkeypatch):
-    """Batches of some documents, an entry in the journal after each; Hydra composes once."""
-    monkeypatch.setattr(Hydra, "get_mode", lambda *_, **__: None)
+    """Batches of some documents, an entry in the journal after each."""
     monkeypatch.setattr(sources, "BATCH", 2000)
     monkeypatch.setattr(prepare, "SAVED", 0.0)
 

@@ -18,7 +18,7 @@ def figures(tmp_path_factory) -> dict:
     """What a short siege found; it raises for a breach."""
     path = tmp_path_factory.mktemp("siege") / "siege.json"
     names = ("seconds", "clients", "slow", "seed", "output")
-    siege.main(siege.cli.section(dict(zip(names, (3.0, 4, 3, 1, str(path)), strict=True))), set())
+    siege.main(siege.cli.section(dict(zip(names, (3.0, 4, 3, 1, str(path)), strict=True))))
     return json.loads(path.read_text())
 
 

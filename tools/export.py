@@ -178,8 +178,9 @@ def training_of(state: dict, config: dict) -> str:
 
 def command(config: dict) -> str:
     """The training command: every setting that is not its default, except those of the machine."""
-    words = ["python train.py"]
-    for key, default in (cli.flat(cli.load_defaults()) | cli.LOST).items():
+    words, defaults = ["python train.py"], cli.flat(cli.load_defaults())
+    defaults |= {key: cli.RETIRED[key] for key in cli.DECISIVE}
+    for key, default in defaults.items():
         value = cli.find(config, key, default)
         if "." not in key or key.startswith(LEFT_OUT) or value == default:
             continue
