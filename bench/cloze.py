@@ -1,4 +1,4 @@
-"""What is missing in a text: the bound of a fill given its context, and tasks that go by it.
+"""Score parts of texts given the rest: the conditional bound, last words, multiple choice.
 
 python -m bench.cloze checkpoint=out/best.pt path=lambada_test.jsonl
 """
@@ -27,7 +27,7 @@ TASKS = ("last_word", "choices")
 
 
 class Fill(NamedTuple):
-    """A text with a part that is to be predicted, given the rest."""
+    """A text, of which `target` is to be predicted, given the rest."""
 
     before: str
     target: str
@@ -35,7 +35,7 @@ class Fill(NamedTuple):
 
 
 class Item(NamedTuple):
-    """A question: one fill, or several of which the one at `answer` is right."""
+    """A question: one fill, or several, of which the one at index `answer` is correct."""
 
     fills: list[Fill]
     answer: int = 0
@@ -44,10 +44,10 @@ class Item(NamedTuple):
 def as_texts(fills: Sequence[Fill], tokenizer, context: int, source: str = "") -> Texts:
     """A row for each fill: its target, and as much of its surroundings as the context holds.
 
-    The three parts are tokenized apart, so that what is predicted does not depend on what stands
-    around it. A target beyond the context takes several rows, each of half a context, given what
-    stands before it; `document` says which fill a row belongs to. Raises `UserError` for an empty
-    target.
+    The three parts are tokenized separately, so that the predicted tokens do not depend on their
+    surroundings. A target longer than the context takes several rows of half a context each, with
+    the text before them as context; `document` says which fill a row belongs to. Raises `UserError`
+    for an empty target.
     """
     rows, predict, document, sizes = [], [], [], []
     for number, fill in enumerate(fills):
@@ -79,9 +79,9 @@ def by_fill(values: Tensor, texts: Texts) -> Tensor:
 
 @torch.no_grad()
 def greedy(loaded: Loaded, texts: Texts, batch_size: int = 64) -> list[bool]:
-    """Whether the model fills each row rightly, with its likeliest tokens, the surest first.
+    """Whether the most probable tokens, filled in by decreasing confidence, equal each row.
 
-    One token a call; from left to right where the model is autoregressive.
+    One token per call. An autoregressive model fills from left to right.
     """
     model, right = loaded.model, [False] * len(texts.rows)
     strategy = "left_to_right" if model.config.causal else "confidence"
@@ -109,7 +109,7 @@ def greedy(loaded: Loaded, texts: Texts, batch_size: int = 64) -> list[bool]:
 
 
 def greedy_fills(loaded: Loaded, texts: Texts, batch_size: int = 64) -> list[bool]:
-    """The same for each fill: all of its rows."""
+    """Whether all rows of each fill are right, by `greedy`."""
     wrong = ~torch.tensor(greedy(loaded, texts, batch_size))
     return (by_fill(wrong.long(), texts) == 0).tolist()
 
@@ -118,7 +118,7 @@ def greedy_fills(loaded: Loaded, texts: Texts, batch_size: int = 64) -> list[boo
 
 
 def read_items(path: str, task: str) -> list[Item]:
-    """The items of a .jsonl file. Raises `UserError` for a line that is none."""
+    """The items of a .jsonl file. Raises `UserError` for any other line."""
     if task not in TASKS:
         raise UserError(f"task={task} is unknown: choose one of {', '.join(TASKS)}")
     if not Path(path).is_file():
@@ -128,18 +128,18 @@ def read_items(path: str, task: str) -> list[Item]:
         try:
             items.append((last_word if task == "last_word" else choices)(json.loads(line)))
         except (ValueError, KeyError, TypeError, IndexError, AttributeError):
-            raise UserError(f"{path}, line {number}: no item of the task {task}") from None
+            raise UserError(f"{path}, line {number} is not an item of task={task}") from None
     return items
 
 
 def last_word(values: dict) -> Item:
-    """The last word of a text, with the space before it, given all that precedes (LAMBADA)."""
+    """The last word of a text, with the space before it, given the text before it (LAMBADA)."""
     before, word = values["text"].rstrip().rsplit(" ", 1)
     return Item([Fill(before, " " + word)])
 
 
 def choices(values: dict) -> Item:
-    """Several fills of one gap. `answer` counts from 0."""
+    """Several fills of one blank. `answer` counts from 0."""
     after = values.get("after", "")
     fills = [Fill(values["context"], choice, after) for choice in values["choices"]]
     fills[answer := int(values["answer"])]
@@ -147,7 +147,7 @@ def choices(values: dict) -> Item:
 
 
 def fit_for(items: Sequence[Item], tokenizer) -> list[Item]:
-    """Those items whose characters the tokenizer knows."""
+    """The items whose characters the tokenizer knows."""
 
     def known(item: Item) -> bool:
         try:
@@ -177,10 +177,10 @@ def score_last_words(nats: Tensor, right: Sequence[bool], sizes: Tensor) -> dict
 
 
 def score_choices(nats: Tensor, items: Sequence[Item], sizes: Tensor) -> dict:
-    """Accuracy by cost and by cost per byte; and what share of answers the masks leave open.
+    """Accuracy by cost and by cost per byte, and the share of undecided answers.
 
-    nats (draws, fills) holds the fills of all items in order. An answer is open if the two cheapest
-    choices differ by less than two standard errors over the passes.
+    nats (draws, fills) holds the fills of all items in order. An answer is undecided if the two
+    cheapest choices differ by less than two standard errors over the passes.
     """
     right, right_per_byte, undecided, start = [], [], [], 0
     for item in items:
@@ -203,7 +203,7 @@ def main(config: Section) -> None:
     loaded = runtime.load(config.checkpoint, device)
     known = fit_for(items, loaded.tokenizer)
     if not known:
-        raise UserError(f"no item of {config.path} can be written in the model's symbols")
+        raise UserError(f"every item of {config.path} has symbols that the tokenizer lacks")
     keep = min(config.limit or len(known), len(known))
     chosen = [known[i * len(known) // keep] for i in range(keep)]
     fills = [fill for item in chosen for fill in item.fills]

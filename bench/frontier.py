@@ -1,7 +1,7 @@
 """Quality against network calls, for every strategy: python -m bench.frontier
 
-Samples are judged by an autoregressive model (bench/judge.py): bits per byte, with the entropy of
-their tokens and the share of distinct n-grams beside it, since repetition lowers the bits, too.
+An autoregressive model judges the samples (bench/judge.py). Bits per byte are reported with the
+entropy of the tokens and the share of distinct n-grams, because repetition lowers the bits, too.
 """
 
 import json
@@ -27,7 +27,7 @@ from nanomdm.checkpoint import load_model
 from nanomdm.cli import Section
 from nanomdm.errors import UserError
 
-BUDGETS = (8, 32)  # calls, and the context: where the best strategy is named
+BUDGETS = (8, 32)  # calls within which the best strategy is named, besides the context
 SAME = 2.0  # standard errors of a difference within which two entropies count as equal
 
 
@@ -36,8 +36,8 @@ class Row(NamedTuple):
 
     name: str
     label: str
-    calls: float  # that a text needs by itself, on average
-    batch_calls: int  # that the batches needed
+    calls: float  # network calls that a text needs by itself, on average
+    batch_calls: int  # network calls of the batches
     bits: float  # per byte, under the judge
     bits_error: float
     entropy: float  # nats, of the tokens of a text, on average
@@ -53,7 +53,7 @@ def main(config: Section) -> None:
     grid = settings_of(config, loaded.model)
     text, L = judges.held_out_text(judge, config.held_out), loaded.model.config.block_size
     held_out = judges.cut(text, L, config.samples, config.seed)
-    judges.controls(judge, held_out, config.seed)  # refuses a judge that judges nothing
+    judges.controls(judge, held_out, config.seed)  # refuses a judge that cannot judge
     rows = []
     print(HEADER)
     for name, texts in judges.control_texts(held_out, config.seed).items():
@@ -62,13 +62,13 @@ def main(config: Section) -> None:
     for settings in grid:
         rows.append(sample_and_measure(loaded, judge, settings, config))
         print(line(rows[-1]), flush=True)
-        write(rows, config, L)  # every time: a run that is cut short has lost nothing
+        write(rows, config, L)  # after each row: an interrupted run loses nothing
     print("\n".join(conclusions(rows, L)))
     plot(rows, Path(config.output).with_suffix(".png"))
 
 
 def settings_of(config: Section, model: runtime.Transformer) -> list[Sampling]:
-    """What to sample with: every strategy, over its own range of calls."""
+    """The settings to sample with: every strategy over its own range of calls."""
     names = config.strategies or list(diffusion.STRATEGIES)
     steps = [int(calls) for calls in config.calls]
     paces = [calls for calls in steps if calls <= model.config.block_size]
@@ -78,7 +78,7 @@ def settings_of(config: Section, model: runtime.Transformer) -> list[Sampling]:
         "remask": [
             {"steps": calls, "remask_rate": float(rate)}
             for rate in config.remask_rates
-            for calls in steps  # which more steps than tokens may still improve
+            for calls in steps  # more steps than tokens may improve it further
         ],
     }
     grid = []
@@ -98,7 +98,7 @@ def settings_of(config: Section, model: runtime.Transformer) -> list[Sampling]:
 
 
 def sample_and_measure(loaded, judge, settings: Sampling, config: Section) -> Row:
-    """Draw `config.samples` texts from nothing, count their calls, and judge them."""
+    """Draw `config.samples` unconditional texts, count their calls and judge them."""
     model, texts, alone, calls = loaded.model, [], 0, 0
     dtype = runtime.pick_dtype(config.dtype, model.device, training=False)
     start = time.perf_counter()
@@ -120,7 +120,7 @@ def sample_and_measure(loaded, judge, settings: Sampling, config: Section) -> Ro
 
 
 def describe(settings: Sampling) -> str:
-    """The strategy, the settings that are its own, and what else is not the default."""
+    """The strategy, its own settings, and the other settings that are not the default."""
     strategy, given = settings.strategy, asdict(settings)
     own = {"threshold": {"threshold"}, "eb": {"gamma"}, "remask": {"remask_rate"}}.get(
         strategy, set()
@@ -133,7 +133,7 @@ def describe(settings: Sampling) -> str:
 
 
 def measure(judge: judges.Judge, texts: list[str], name: str, label: str) -> Row:
-    """The verdict on some texts, as a row without calls."""
+    """The row of some texts, without calls."""
     verdict = judges.judge_texts(judge, texts)
     entropies = [judges.entropy(judge.encode(text)) for text in texts]
     error = statistics.stdev(entropies) / math.sqrt(len(texts))
@@ -158,7 +158,7 @@ def line(row: Row) -> str:
 
 
 def best(rows: list[Row], calls: float, reference: Row) -> Row | None:
-    """The lowest bits within so many calls, at an entropy that is not significantly lower."""
+    """The row of lowest bits within `calls` whose entropy is not significantly lower."""
 
     def is_duller(row: Row) -> bool:
         error = math.hypot(row.entropy_error, reference.entropy_error)

@@ -1,7 +1,7 @@
 """Sampling speed: python -m bench.sampling checkpoint=out/ckpt.pt
 
-For every strategy samples/s, tokens/s and network calls, and the share of the time that the network
-has: what is left is the sampler's own. Sampling in 1,000 calls should cost 1,000 forward passes.
+For every strategy: samples/s, tokens/s, network calls, and the network's share of the time. The
+rest is the sampler's own. Sampling in 1,000 calls should cost 1,000 forward passes.
 """
 
 import json
@@ -47,9 +47,9 @@ def load(config: Section, device: torch.device) -> Transformer:
 
 
 def measure(model: Transformer, strategy: str, batch_size: int, config: Section) -> dict:
-    """The median over rounds of canvases that are all holes.
+    """The median over rounds of fully masked canvases.
 
-    The network's share is taken in a round before them, because its clock waits for the device.
+    A round before them measures the network's share, because its clock waits for the device.
     """
     L, timed = model.config.block_size, Timed(model)
     holes = torch.ones(batch_size, L, dtype=torch.bool, device=model.device)

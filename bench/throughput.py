@@ -3,9 +3,9 @@
 python -m bench.throughput presets=[default,small]
 python -m bench.throughput nanogpt=../nanoGPT
 
-Whole optimizer steps as train.py takes them, on random tokens in a memory-mapped file. The model
-FLOPs utilisation counts the operations that are done, against matrix products timed in the same
-run.
+It times whole optimizer steps as train.py takes them, on random tokens in a memory-mapped file. The
+model FLOPs utilisation (MFU) is the rate of the operations that are done, relative to that of
+matrix products timed in the same run.
 """
 
 import importlib.util
@@ -41,7 +41,7 @@ TOKENS = 2**24  # in the file that batches are cut from
 
 
 def hardware(device: torch.device) -> str:
-    """One line that names what the figures were taken on."""
+    """One line that names the machine and the versions."""
     versions = f"torch {torch.__version__}, Python {platform.python_version()}"
     if device.type == "cuda":
         return f"{torch.cuda.get_device_name(device)}; {versions}"
@@ -57,13 +57,13 @@ def hardware(device: torch.device) -> str:
 
 
 def wait(device: torch.device) -> None:
-    """Return when the device has done what it was given."""
+    """Wait until the device has finished its queued work."""
     if device.type in ("cuda", "mps"):
         getattr(torch, device.type).synchronize()
 
 
 def matmul_peak(device: torch.device, dtype: torch.dtype) -> float:
-    """FLOP/s of square matrix products, the best of 10: what MFU is measured against."""
+    """FLOP/s of square matrix products, the best of 10: the reference of the MFU."""
     n = 8192 if device.type == "cuda" else 2048
     a, b = (torch.randn(n, n, device=device, dtype=dtype) for _ in range(2))
     return max(2 * n**3 / seconds(lambda: a @ b, device) for _ in range(10))
@@ -77,7 +77,7 @@ def seconds(call: Callable, device: torch.device) -> float:
 
 
 def flops_per_token(model: Transformer, rows: float) -> float:
-    """Forward and backward of one token; the head is counted for the share `rows` of them.
+    """Operations of forward and backward; the head counts for the share `rows` of the tokens.
 
     Six for each weight of a block's matrices and 12 n_layer L D for full attention (PaLM, arXiv
     2204.02311, appendix B).
@@ -115,7 +115,7 @@ def load_nanogpt(folder: str, config: Section, vocabulary: int, device: torch.de
     """A training step of nanoGPT at the same size and batch: its model and its own optimizer."""
     path = Path(folder, "model.py")
     if not path.is_file():
-        raise UserError(f"no file {path}: nanogpt= wants a folder with nanoGPT's model.py")
+        raise UserError(f"no file {path}: nanogpt= must be a folder with nanoGPT's model.py")
     spec = importlib.util.spec_from_file_location("nanogpt_model", path)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
@@ -141,7 +141,7 @@ def load_nanogpt(folder: str, config: Section, vocabulary: int, device: torch.de
 
 
 def measure(run: train.Run, rival: Callable | None, steps: int, rounds: int) -> dict:
-    """Tokens/s of `rounds` rounds of so many steps, in turn with the rival's if there is one."""
+    """Tokens/s of `rounds` rounds of `steps` steps, alternating with those of a rival, if any."""
     device, settings = run.device, run.config.training
     tokens = settings.batch_size * run.model.config.block_size
 
@@ -173,7 +173,7 @@ def measure(run: train.Run, rival: Callable | None, steps: int, rounds: int) -> 
 
 
 def loading_share(run: train.Run, step_seconds: float) -> float:
-    """The time that a step's batches take to read, as a share of the step."""
+    """The time to read a step's batches, as a share of the step."""
     B, L = run.config.training.batch_size, run.model.config.block_size
     times = [
         seconds(lambda i=i: run.corpus.batch(B, L, runtime.generator(0, "data", i)), run.device)
