@@ -1,10 +1,11 @@
-"""What is missing in a text: the bound of a fill given its context, and tasks that go by it.
+"""Score parts of texts given the rest: the conditional bound, last words, multiple choice.
 
 python -m bench.cloze checkpoint=out/best.pt path=lambada_test.jsonl
 """
 
 import json
 import math
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -14,20 +15,20 @@ import torch
 from torch import Tensor
 
 import diffusion
-import runtime
-from diffusion import NLLSamples
-from eval import measure
-from nanomdm import bounds, cli, report
+from bench.score import nll_samples
+from model import ModelConfig, Transformer
+from nanomdm import bounds, cli, devices, report
+from nanomdm.checkpoint import Loaded, load_model
 from nanomdm.cli import Section
 from nanomdm.errors import UserError
+from nanomdm.strategies import STRATEGIES
 from nanomdm.texts import Texts
-from runtime import Loaded
 
 TASKS = ("last_word", "choices")
 
 
 class Fill(NamedTuple):
-    """A text with a part that is to be predicted, given the rest."""
+    """A text, of which `target` is to be predicted, given the rest."""
 
     before: str
     target: str
@@ -35,7 +36,7 @@ class Fill(NamedTuple):
 
 
 class Item(NamedTuple):
-    """A question: one fill, or several of which the one at `answer` is right."""
+    """A question: one fill, or several, of which the one at index `answer` is correct."""
 
     fills: list[Fill]
     answer: int = 0
@@ -44,10 +45,10 @@ class Item(NamedTuple):
 def as_texts(fills: Sequence[Fill], tokenizer, context: int, source: str = "") -> Texts:
     """A row for each fill: its target, and as much of its surroundings as the context holds.
 
-    The three parts are tokenized apart, so that what is predicted does not depend on what stands
-    around it. A target beyond the context takes several rows, each of half a context, given what
-    stands before it; `document` says which fill a row belongs to. Raises `UserError` for an empty
-    target.
+    The three parts are tokenized separately, so that the predicted tokens do not depend on their
+    surroundings. A target longer than the context takes several rows of half a context each, with
+    the text before them as context; `document` says which fill a row belongs to. Raises `UserError`
+    for an empty target.
     """
     rows, predict, document, sizes = [], [], [], []
     for number, fill in enumerate(fills):
@@ -79,17 +80,17 @@ def by_fill(values: Tensor, texts: Texts) -> Tensor:
 
 @torch.no_grad()
 def greedy(loaded: Loaded, texts: Texts, batch_size: int = 64) -> list[bool]:
-    """Whether the model fills each row rightly, with its likeliest tokens, the surest first.
+    """Whether the most probable tokens, filled in by decreasing confidence, equal each row.
 
-    One token a call; from left to right where the model is autoregressive.
+    One token per call. An autoregressive model fills from left to right.
     """
     model, right = loaded.model, [False] * len(texts.rows)
-    strategy = "left_to_right" if model.config.causal else "confidence"
+    strategy = STRATEGIES["left_to_right" if model.config.causal else "confidence"]
     shapes = [
         (len(row), int(where.sum())) for row, where in zip(texts.rows, texts.predict, strict=True)
     ]
-    for length, holes in sorted(set(shapes)):
-        same = [i for i, shape in enumerate(shapes) if shape == (length, holes)]
+    for length, masked in sorted(set(shapes)):
+        same = [i for i, shape in enumerate(shapes) if shape == (length, masked)]
         for start in range(0, len(same), batch_size):
             part = same[start : start + batch_size]
             x0 = torch.stack([texts.rows[i] for i in part]).to(model.device)
@@ -99,7 +100,7 @@ def greedy(loaded: Loaded, texts: Texts, batch_size: int = 64) -> list[bool]:
                 x0,
                 is_masked=is_masked,
                 mask_id=model.config.mask_id,
-                steps=holes,
+                steps=masked,
                 strategy=strategy,
                 temperature=0.0,
             )
@@ -109,7 +110,7 @@ def greedy(loaded: Loaded, texts: Texts, batch_size: int = 64) -> list[bool]:
 
 
 def greedy_fills(loaded: Loaded, texts: Texts, batch_size: int = 64) -> list[bool]:
-    """The same for each fill: all of its rows."""
+    """Whether all rows of each fill are right, by `greedy`."""
     wrong = ~torch.tensor(greedy(loaded, texts, batch_size))
     return (by_fill(wrong.long(), texts) == 0).tolist()
 
@@ -118,7 +119,7 @@ def greedy_fills(loaded: Loaded, texts: Texts, batch_size: int = 64) -> list[boo
 
 
 def read_items(path: str, task: str) -> list[Item]:
-    """The items of a .jsonl file. Raises `UserError` for a line that is none."""
+    """The items of a .jsonl file. Raises `UserError` for any other line."""
     if task not in TASKS:
         raise UserError(f"task={task} is unknown: choose one of {', '.join(TASKS)}")
     if not Path(path).is_file():
@@ -128,18 +129,18 @@ def read_items(path: str, task: str) -> list[Item]:
         try:
             items.append((last_word if task == "last_word" else choices)(json.loads(line)))
         except (ValueError, KeyError, TypeError, IndexError, AttributeError):
-            raise UserError(f"{path}, line {number}: no item of the task {task}") from None
+            raise UserError(f"{path}, line {number} is not an item of task={task}") from None
     return items
 
 
 def last_word(values: dict) -> Item:
-    """The last word of a text, with the space before it, given all that precedes (LAMBADA)."""
+    """The last word of a text, with the space before it, given the text before it (LAMBADA)."""
     before, word = values["text"].rstrip().rsplit(" ", 1)
     return Item([Fill(before, " " + word)])
 
 
 def choices(values: dict) -> Item:
-    """Several fills of one gap. `answer` counts from 0."""
+    """Several fills of one blank. `answer` counts from 0."""
     after = values.get("after", "")
     fills = [Fill(values["context"], choice, after) for choice in values["choices"]]
     fills[answer := int(values["answer"])]
@@ -147,7 +148,7 @@ def choices(values: dict) -> Item:
 
 
 def fit_for(items: Sequence[Item], tokenizer) -> list[Item]:
-    """Those items whose characters the tokenizer knows."""
+    """The items whose characters the tokenizer knows."""
 
     def known(item: Item) -> bool:
         try:
@@ -166,21 +167,21 @@ def share(hits: Sequence[bool]) -> dict:
 
 def score_last_words(nats: Tensor, right: Sequence[bool], sizes: Tensor) -> dict:
     """Accuracy, perplexity of a word, bits per byte, from nats (draws, N) of words."""
-    nats_per_word, word_error = bounds.ratio(nats.mean(dim=0), torch.ones(nats.size(1)))
+    per_word, word_error = bounds.ratio(nats.mean(dim=0), torch.ones(nats.size(1)))
     bits, bits_error = bounds.ratio(nats.mean(dim=0) / math.log(2), sizes)
     return {
         "accuracy": share(right),
-        "nats_per_word": {"value": nats_per_word, "standard_error": word_error},
-        "perplexity": math.exp(nats_per_word),
+        "nats_per_word": {"value": per_word, "standard_error": word_error},
+        "perplexity": math.exp(per_word),
         "bits_per_byte": {"value": bits, "standard_error": bits_error},
     }
 
 
 def score_choices(nats: Tensor, items: Sequence[Item], sizes: Tensor) -> dict:
-    """Accuracy by cost and by cost per byte; and what share of answers the masks leave open.
+    """Accuracy by cost and by cost per byte, and the share of undecided answers.
 
-    nats (draws, fills) holds the fills of all items in order. An answer is open if the two cheapest
-    choices differ by less than two standard errors over the passes.
+    nats (draws, fills) holds the fills of all items in order. An answer is undecided if the two
+    cheapest choices differ by less than two standard errors over the passes.
     """
     right, right_per_byte, undecided, start = [], [], [], 0
     for item in items:
@@ -191,7 +192,7 @@ def score_choices(nats: Tensor, items: Sequence[Item], sizes: Tensor) -> dict:
         if len(item.fills) > 1:
             best, second = mean.argsort()[:2].tolist()
             gaps = nats[:, part][:, second] - nats[:, part][:, best]
-            gap, error = NLLSamples.mean_and_error(gaps)
+            gap, error = bounds.mean_and_error(gaps)
             undecided.append(not gap > 2 * error)
     figures = {"accuracy": share(right), "accuracy_per_byte": share(right_per_byte)}
     return figures | {"undecided": share(undecided)} if undecided else figures
@@ -199,11 +200,11 @@ def score_choices(nats: Tensor, items: Sequence[Item], sizes: Tensor) -> dict:
 
 def main(config: Section) -> None:
     items = read_items(config.path, config.task)
-    device = runtime.pick_device(config.device)
-    loaded = runtime.load(config.checkpoint, device)
+    device = devices.pick_device(config.device)
+    loaded = load_model(config.checkpoint, device, Transformer, ModelConfig)
     known = fit_for(items, loaded.tokenizer)
     if not known:
-        raise UserError(f"no item of {config.path} can be written in the model's symbols")
+        raise UserError(f"every item of {config.path} has symbols that the tokenizer lacks")
     keep = min(config.limit or len(known), len(known))
     chosen = [known[i * len(known) // keep] for i in range(keep)]
     fills = [fill for item in chosen for fill in item.fills]
@@ -212,9 +213,16 @@ def main(config: Section) -> None:
         f"{config.path}: {len(chosen):,} of {len(items):,} items ({len(items) - len(known):,} have "
         "symbols that the tokenizer lacks)"
     )
-    samples, seconds = measure(
-        loaded, texts, seed=config.seed, draws=config.draws, batch_size=config.batch_size
+    start = time.perf_counter()
+    samples = nll_samples(
+        loaded.model,
+        texts.rows,
+        seed=config.seed,
+        draws=config.draws,
+        predict=texts.predict,
+        batch_size=config.batch_size,
     )
+    seconds = time.perf_counter() - start
     nats, sizes = by_fill(samples.nats, texts), by_fill(texts.sizes, texts)
     if config.task == "last_word":
         figures = score_last_words(nats, greedy_fills(loaded, texts, config.batch_size), sizes)

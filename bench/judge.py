@@ -1,10 +1,10 @@
-"""Samples under a judge: bits per byte, with entropy and distinct n-grams always beside it.
+"""Judge samples: bits per byte, always reported with entropy and distinct n-grams.
 
 python -m bench.judge judge=out-ar/ckpt.pt samples=samples.jsonl
 
-The judge is an autoregressive checkpoint of this project or any Hugging Face causal model. One that
-does not put three controls in order (held-out text, its words shuffled, one line repeated) judges
-nothing and is refused.
+The judge is an autoregressive checkpoint of this project or any Hugging Face causal model. A judge
+that does not order three controls (held-out text, its words shuffled, one line repeated) is
+refused.
 """
 
 import json
@@ -20,9 +20,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-import runtime
+import data
 from model import ModelConfig, Transformer
-from nanomdm import bounds, cli
+from nanomdm import bounds, cli, devices
 from nanomdm import text as texts_of
 from nanomdm.checkpoint import load_model
 from nanomdm.cli import Section
@@ -36,7 +36,7 @@ NGRAMS = (2, 4)  # lengths, in tokens of the judge
 
 
 class Judge:
-    """An autoregressive network that says what texts cost.
+    """An autoregressive network that scores texts.
 
     `nll(x0)` gives the cross-entropies (B, L) in nats of ids (B, L), every token given those before
     it and the first given the beginning of a text.
@@ -54,10 +54,10 @@ class Judge:
 
     @torch.no_grad()
     def nats(self, texts: Sequence[str], batch_size: int = 32) -> list[float]:
-        """-log p of each text in nats, all of its tokens counted.
+        """-log p of each text in nats, over all of its tokens.
 
-        A text longer than the context is read in windows that move by half of it, each token being
-        scored once, with at least half a context before it.
+        A text longer than the context is read in windows that move by half a context. Each token is
+        scored once; those beyond the first window have at least half a context before them.
         """
         total, found = [0.0] * len(texts), []
         for number, text in enumerate(texts):
@@ -79,7 +79,7 @@ class OwnJudge(Judge):
         self.loaded = load_model(path, device, Transformer, ModelConfig)
         if not self.loaded.model.config.causal:
             raise UserError(
-                f"{path} is no autoregressive model: train a judge with training.objective=ar"
+                f"{path} is not autoregressive: train a judge with training.objective=ar"
             )
         self.name, self.device = path, device
         self.context = self.loaded.model.config.block_size
@@ -88,7 +88,7 @@ class OwnJudge(Judge):
         return self.loaded.tokenizer.encode(text).tolist()
 
     def nll(self, x0: Tensor) -> Tensor:
-        return runtime.nll(self.loaded.model, x0, x0, torch.ones_like(x0, dtype=torch.bool))
+        return self.loaded.model(x0, x0, torch.ones_like(x0, dtype=torch.bool))
 
 
 class HuggingFaceJudge(Judge):
@@ -103,17 +103,17 @@ class HuggingFaceJudge(Judge):
             from transformers import AutoModelForCausalLM, AutoTokenizer
         except ImportError:
             raise UserError(
-                f"{name} is no checkpoint of ours, and a Hugging Face judge needs a package: "
+                f"{name} is not a .pt checkpoint, and a Hugging Face judge needs a package: "
                 "pip install transformers"
             ) from None
         try:
-            trusted = {"trust_remote_code": False}  # else it asks, at a terminal
+            trusted = {"trust_remote_code": False}  # otherwise it asks at a terminal
             self.tokenizer = AutoTokenizer.from_pretrained(name, **trusted)
             self.model = AutoModelForCausalLM.from_pretrained(name, **trusted).to(device).eval()
-        except Exception as error:  # whatever a hub, a folder or a configuration can fail with
+        except Exception as error:  # a hub, a folder or a configuration can fail in any way
             reason = str(error).strip().splitlines()[0] if str(error) else type(error).__name__
             raise UserError(
-                f"no judge {name}: neither a checkpoint nor a Hugging Face causal model ({reason})"
+                f"cannot load judge {name}, neither a checkpoint nor a causal model ({reason})"
             ) from error
         self.name, self.device = name, device
         starts = (self.tokenizer.bos_token_id, self.tokenizer.eos_token_id)
@@ -136,7 +136,7 @@ class HuggingFaceJudge(Judge):
 def load_judge(name: str, device: torch.device) -> Judge:
     """The judge `name`: a checkpoint file of this project, else a Hugging Face name or folder.
 
-    Raises `UserError` for what is neither.
+    Raises `UserError` if it is neither.
     """
     kind = OwnJudge if Path(name).suffix == ".pt" else HuggingFaceJudge
     return kind(name, device)
@@ -157,7 +157,7 @@ def _runs_of_equal_length(windows: list, batch_size: int):
 
 
 class Verdict(NamedTuple):
-    """What is said of a set of texts; never one of these figures without the others."""
+    """The figures of a set of texts, which are always reported together."""
 
     bits_per_byte: float
     error: float  # its standard error over the texts
@@ -237,13 +237,13 @@ def controls(
     gap = shuffled.bits_per_byte - real.bits_per_byte
     if not gap > 2 * math.hypot(real.error, shuffled.error):
         raise UserError(
-            f"{judge.name} judges nothing: held-out text costs {real.bits_per_byte:.3f} bits/byte "
-            f"and its words shuffled {shuffled.bits_per_byte:.3f}: train it longer, or take another"
+            f"{judge.name} cannot judge: held-out text costs {real.bits_per_byte:.3f} bits/byte "
+            f"and its words shuffled {shuffled.bits_per_byte:.3f}: train it longer or take another"
         )
     if not repeated.entropy < min(real.entropy, shuffled.entropy):
         raise UserError(
             f"one line repeated has the entropy {repeated.entropy:.3f}, no less than real text "
-            f"({real.entropy:.3f}): take longer texts"
+            f"({real.entropy:.3f}): choose longer texts"
         )
     return rows
 
@@ -254,21 +254,21 @@ def held_out_text(judge: Judge, path: str) -> str:
         return texts_of.read_text(path)
     if not isinstance(judge, OwnJudge) or "data" not in judge.loaded.config:
         raise UserError(f"{judge.name} has no validation split: name a text by held_out=")
-    corpus = runtime.load_corpus(judge.loaded.config["data"], judge.loaded.tokenizer)
-    return corpus.tokenizer.decode(corpus.val.tolist())
+    corpus = data.load(cli.section(judge.loaded.config["data"]), judge.loaded.tokenizer)
+    return corpus.tokenizer.decode(corpus.val[:].tolist())
 
 
 def read_samples(path: str, length: int) -> list[str]:
     """The texts of a .jsonl (field "text"), or a text file cut into pieces of `length`."""
     if Path(path).suffix != ".jsonl":
         return cut(texts_of.read_text(path), length, 10**9, 0)
-    texts_of.read_text(path)  # its messages for what is no text
+    texts_of.read_text(path)  # raises for a file that is not text
     lines = Path(path).read_text().splitlines()
     return [json.loads(line)["text"] for line in lines if line.strip()]
 
 
 def main(config: Section) -> None:
-    judge = load_judge(config.judge, runtime.pick_device(config.device))
+    judge = load_judge(config.judge, devices.pick_device(config.device))
     held_out = cut(held_out_text(judge, config.held_out), config.length, config.texts, config.seed)
     rows = controls(judge, held_out, config.seed, config.batch_size)
     if config.samples:

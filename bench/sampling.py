@@ -1,7 +1,7 @@
 """Sampling speed: python -m bench.sampling checkpoint=out/ckpt.pt
 
-For every strategy samples/s, tokens/s and network calls, and the share of the time that the network
-has: what is left is the sampler's own. Sampling in 1,000 calls should cost 1,000 forward passes.
+For every strategy: samples/s, tokens/s, network calls, and the network's share of the time. The
+rest is the sampler's own. Sampling in 1,000 calls should cost 1,000 forward passes.
 """
 
 import json
@@ -13,12 +13,14 @@ import torch
 from torch import Tensor
 
 import diffusion
-import runtime
 from bench.throughput import hardware, wait
 from model import ModelConfig, Transformer
-from nanomdm import cli
+from nanomdm import cli, devices
 from nanomdm.checkpoint import load_model
 from nanomdm.cli import Section
+from nanomdm.errors import UserError
+from nanomdm.random import generator
+from nanomdm.strategies import STRATEGIES
 
 UNTRAINED = 65  # symbols
 
@@ -47,22 +49,22 @@ def load(config: Section, device: torch.device) -> Transformer:
 
 
 def measure(model: Transformer, strategy: str, batch_size: int, config: Section) -> dict:
-    """The median over rounds of canvases that are all holes.
+    """The median over rounds of fully masked canvases.
 
-    The network's share is taken in a round before them, because its clock waits for the device.
+    A round before them measures the network's share, because its clock waits for the device.
     """
     L, timed = model.config.block_size, Timed(model)
-    holes = torch.ones(batch_size, L, dtype=torch.bool, device=model.device)
+    is_masked = torch.ones(batch_size, L, dtype=torch.bool, device=model.device)
 
     def fill(network) -> tuple[int, float]:
         start = time.perf_counter()
         sampled = diffusion.sample(
             network,
-            holes.long(),
-            is_masked=holes,
+            is_masked.long(),
+            is_masked=is_masked,
             mask_id=model.config.mask_id,
-            generator=runtime.generator(config.seed, "bench"),
-            strategy=strategy,
+            generator=generator(config.seed, "bench"),
+            strategy=STRATEGIES[strategy],
             steps=config.steps,
         )
         wait(model.device)
@@ -82,13 +84,14 @@ def measure(model: Transformer, strategy: str, batch_size: int, config: Section)
 
 
 def main(config: Section) -> None:
-    device = runtime.pick_device(config.device)
+    device = devices.pick_device(config.device)
     model, rows = load(config, device), []
     names = config.strategies or [
-        name for name in diffusion.STRATEGIES if not model.config.causal or name == "left_to_right"
+        name for name in STRATEGIES if not model.config.causal or name == "left_to_right"
     ]
     for name in names:
-        diffusion.Sampling(strategy=name)
+        if name not in STRATEGIES:
+            raise UserError(f"strategies={name} is unknown: choose some of {', '.join(STRATEGIES)}")
     print(f"{hardware(device)}; {model.config.block_size} tokens, seed {config.seed}")
     print("| strategy | batch | calls | samples/s | tokens/s | the network's share |")
     print("| --- | --- | --- | --- | --- | --- |")

@@ -3,9 +3,9 @@
 python -m bench.throughput presets=[default,small]
 python -m bench.throughput nanogpt=../nanoGPT
 
-Whole optimizer steps as train.py takes them, on random tokens in a memory-mapped file. The model
-FLOPs utilisation counts the operations that are done, against matrix products timed in the same
-run.
+It times whole optimizer steps as train.py takes them, on random tokens in a memory-mapped file. The
+model FLOPs utilisation (MFU) is the rate of the operations that are done, relative to that of
+matrix products timed in the same run.
 """
 
 import importlib.util
@@ -18,30 +18,32 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 
 import data
-import runtime
 import train
-from model import ModelConfig, Transformer
-from nanomdm import cli, parallel
+from model import Transformer
+from nanomdm import cli, devices, parallel
 from nanomdm.cli import Section
 from nanomdm.errors import UserError
+from nanomdm.random import generator
+from nanomdm.tokenizers import CharTokenizer
 
 VOCABULARY = {"char": 65, "byte": 256, "gpt2": 50257}
 TOKENS = 2**24  # in the file that batches are cut from
+LETTERS = 256  # code point of the first letter of an alphabet of any size
 
 
 # --- The machine ---------------------------------------------------------------------------------
 
 
 def hardware(device: torch.device) -> str:
-    """One line that names what the figures were taken on."""
+    """One line that names the machine and the versions."""
     versions = f"torch {torch.__version__}, Python {platform.python_version()}"
     if device.type == "cuda":
         return f"{torch.cuda.get_device_name(device)}; {versions}"
@@ -57,13 +59,13 @@ def hardware(device: torch.device) -> str:
 
 
 def wait(device: torch.device) -> None:
-    """Return when the device has done what it was given."""
+    """Wait until the device has finished its queued work."""
     if device.type in ("cuda", "mps"):
         getattr(torch, device.type).synchronize()
 
 
 def matmul_peak(device: torch.device, dtype: torch.dtype) -> float:
-    """FLOP/s of square matrix products, the best of 10: what MFU is measured against."""
+    """FLOP/s of square matrix products, the best of 10: the reference of the MFU."""
     n = 8192 if device.type == "cuda" else 2048
     a, b = (torch.randn(n, n, device=device, dtype=dtype) for _ in range(2))
     return max(2 * n**3 / seconds(lambda: a @ b, device) for _ in range(10))
@@ -77,7 +79,7 @@ def seconds(call: Callable, device: torch.device) -> float:
 
 
 def flops_per_token(model: Transformer, rows: float) -> float:
-    """Forward and backward of one token; the head is counted for the share `rows` of them.
+    """Operations of forward and backward; the head counts for the share `rows` of the tokens.
 
     Six for each weight of a block's matrices and 12 n_layer L D for full attention (PaLM, arXiv
     2204.02311, appendix B).
@@ -95,27 +97,24 @@ def make_run(config: Section, folder: Path, device: torch.device) -> train.Run:
     """A run as train.py assembles it, but on random tokens."""
     vocabulary = VOCABULARY.get(config.data.tokenizer, 65)
     tokens = np.random.default_rng(config.system.seed).integers(vocabulary, size=TOKENS)
-    tokens.astype(np.uint16).tofile(folder / "train.bin")
-    train_tokens = np.memmap(folder / "train.bin", dtype=np.uint16, mode="r")
-    tokenizer = SimpleNamespace(vocab_size=vocabulary)
-    corpus = data.Corpus("random tokens", "", tokenizer, train_tokens, train_tokens[:1])
-    shape = ModelConfig(vocabulary, causal=config.training.objective == "ar", **vars(config.model))
-    torch.manual_seed(config.system.seed)
-    model = Transformer(shape).to(device)
-    return train.assemble(config, corpus, model, device, parallel.world())
+    tokenizer = CharTokenizer("".join(map(chr, range(LETTERS, LETTERS + vocabulary))))
+    about = {"corpus": "random tokens", "sha256": "0" * 64}
+    data.write_bins(folder, {"train": tokens, "val": tokens[:1]}, tokenizer, about)
+    config.data.dir, config.data.path, config.out_dir = str(folder), "", str(folder / "out")
+    return train.Run(config, device)
 
 
-def full_head(model, xt, x0, is_masked, capacity=None):
-    """`runtime.nll` as it is usually written: logits of every position, then the mask."""
-    logits = model(xt).flatten(0, 1).float()  # (B L, V)
-    return F.cross_entropy(logits, x0.flatten(), reduction="none").view_as(x0) * is_masked
+def full_head(forward, xt, targets, where, capacity=None):
+    """`Transformer.forward` as it is usually written: logits of every position, then the mask."""
+    logits = forward(xt).flatten(0, 1).float()  # (B L, V)
+    return F.cross_entropy(logits, targets.flatten(), reduction="none").view_as(targets) * where
 
 
 def load_nanogpt(folder: str, config: Section, vocabulary: int, device: torch.device) -> Callable:
     """A training step of nanoGPT at the same size and batch: its model and its own optimizer."""
     path = Path(folder, "model.py")
     if not path.is_file():
-        raise UserError(f"no file {path}: nanogpt= wants a folder with nanoGPT's model.py")
+        raise UserError(f"no file {path}: nanogpt= must be a folder with nanoGPT's model.py")
     spec = importlib.util.spec_from_file_location("nanogpt_model", path)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
@@ -127,10 +126,10 @@ def load_nanogpt(folder: str, config: Section, vocabulary: int, device: torch.de
     size = (config.training.batch_size, config.model.block_size + 1)
     ids = torch.randint(vocabulary, size, device=device)
     x, y = ids[:, :-1].contiguous(), ids[:, 1:].contiguous()
-    dtype = runtime.pick_dtype("auto" if device.type == "cuda" else "float32", device, True)
+    dtype = devices.pick_dtype("auto" if device.type == "cuda" else "float32", device, True)
 
     def step() -> None:
-        with runtime.autocast(device, dtype):
+        with devices.autocast(device, dtype):
             _, loss = gpt(x, y)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(gpt.parameters(), 1.0)
@@ -141,25 +140,27 @@ def load_nanogpt(folder: str, config: Section, vocabulary: int, device: torch.de
 
 
 def measure(run: train.Run, rival: Callable | None, steps: int, rounds: int) -> dict:
-    """Tokens/s of `rounds` rounds of so many steps, in turn with the rival's if there is one."""
+    """Tokens/s of `rounds` rounds of `steps` steps, alternating with those of a rival, if any."""
     device, settings = run.device, run.config.training
     tokens = settings.batch_size * run.model.config.block_size
+    step = train.training_step
+    step = partial(devices.eager_if_compiling_fails(step) if run.compiled else step, run)
 
     def one_round(step: Callable) -> float:
         return steps * tokens / seconds(lambda: [step() for _ in range(steps)], device)
 
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
-    first = seconds(lambda: train.optimize(run), device)
-    for step in [lambda: train.optimize(run)] * 2 + ([rival] if rival else []):
-        step()
+    first = seconds(step, device)
+    for warm_up in [step, step] + ([rival] if rival else []):
+        warm_up()
     ours, theirs = [], []
     for _ in range(rounds):
-        ours.append(one_round(lambda: train.optimize(run)))
+        ours.append(one_round(step))
         theirs += [one_round(rival)] if rival else []
     ratios = [a / b for a, b in zip(ours, theirs, strict=False)]
     return {
-        "parameters": run.describe()["parameters"],
+        "parameters": sum(p.numel() for p in run.model.parameters()),
         "dtype": str(run.dtype)[6:],
         "compiled": run.compiled,
         "tokens_per_second": statistics.median(ours),
@@ -173,10 +174,10 @@ def measure(run: train.Run, rival: Callable | None, steps: int, rounds: int) -> 
 
 
 def loading_share(run: train.Run, step_seconds: float) -> float:
-    """The time that a step's batches take to read, as a share of the step."""
+    """The time to read a step's batches, as a share of the step."""
     B, L = run.config.training.batch_size, run.model.config.block_size
     times = [
-        seconds(lambda i=i: run.corpus.batch(B, L, runtime.generator(0, "data", i)), run.device)
+        seconds(lambda i=i: run.corpus.batch(B, L, generator(0, "data", i)), run.device)
         for i in range(20)
     ]
     return statistics.median(times) / step_seconds
@@ -196,16 +197,12 @@ def peak_memory(device: torch.device) -> int:
 def bench(config: Section, preset: str, head: str, device: torch.device, folder: Path) -> dict:
     words = [*shlex.split(config.words), f"system.seed={config.seed}"]
     settings = cli.compose(words, "" if preset == "default" else preset)
-    train.check(settings, parallel.world())
     run = make_run(settings, folder, device)
     vocabulary = run.model.config.vocab_size
     rival = load_nanogpt(config.nanogpt, settings, vocabulary, device) if config.nanogpt else None
-    usual = runtime.nll
-    try:
-        runtime.nll = full_head if head == "full" else usual
-        figures = measure(run, rival, config.steps, config.rounds)
-    finally:
-        runtime.nll = usual
+    if head == "full":
+        run.model.forward = partial(full_head, run.model.forward)
+    figures = measure(run, rival, config.steps, config.rounds)
     processes, training = parallel.world().size, settings.training
     tokens = training.batch_size * settings.model.block_size / training.grad_accum / processes
     rows = 1.0 if head == "full" or run.model.config.causal else run.capacity / tokens
@@ -239,10 +236,10 @@ def main(config: Section) -> None:
     for head in config.heads:
         if head not in ("masked", "full"):
             raise UserError(f"heads=[{head}] is unknown: choose masked, full or both")
-    device = runtime.pick_device(config.device, parallel.world().local_rank)
-    leads, rows = parallel.world().leads, []
+    device = devices.pick_device(config.device, parallel.world().local_rank)
+    is_main, rows = parallel.world().is_main, []
     with parallel.processes(device), tempfile.TemporaryDirectory() as folder:
-        if leads:
+        if is_main:
             print(f"{hardware(device)}; {parallel.world().size} process(es), seed {config.seed}")
             print("| size | parameters | tokens/s | MFU | peak memory | first step | loading |")
             print("| --- | --- | --- | --- | --- | --- | --- |", flush=True)
@@ -250,15 +247,15 @@ def main(config: Section) -> None:
             for head in config.heads:
                 row = bench(config, preset, head, device, Path(folder))
                 rows.append(row)
-                if leads:
+                if is_main:
                     print(line(row), flush=True)
-                if leads and row["nanogpt"]:
+                if is_main and row["nanogpt"]:
                     low, middle, high = row["times_nanogpt"]
                     print(
                         f"\nnanoGPT at this size, in turn: {row['nanogpt'] / 1e3:,.1f}k tokens/s; "
                         f"ours is {middle:.2f} times as fast ({low:.2f} to {high:.2f})"
                     )
-    if config.output and leads:
+    if config.output and is_main:
         Path(config.output).write_text(
             json.dumps({"hardware": hardware(device), "rows": rows}, indent=1)
         )

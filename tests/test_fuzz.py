@@ -47,12 +47,12 @@ def test_damage_is_refused_in_one_line_or_does_no_harm(kind):
 
 
 def test_the_fuzzer_finds_a_reader_that_trusts(monkeypatch):
-    """Its oracle works: without checksums, flipped bytes are silent garbage."""
+    """Its oracle works: without checksums, flipped bytes are silent corruption."""
     monkeypatch.setattr(meta, "digest", lambda meta: meta.get("check", ""))
     monkeypatch.setattr(data, "sha256_of", lambda content: "0" * 64)
     config = cli.section({"seed": 1, "first": 0, "limit": 5.0})
     whys = [outcome.why for outcome in fuzz.run_kind("bins bytes", 60, config)]
-    assert any("silent garbage" in why for why in whys)
+    assert any("silent corruption" in why for why in whys)
 
 
 def test_the_fuzzer_counts(run, monkeypatch, tmp_path):

@@ -138,10 +138,10 @@ def test_a_run_that_is_killed_again_and_again_ends_as_the_one_in_peace(tortured)
 def test_the_harness_notices_a_checkpoint_that_a_kill_has_cost(tmp_path):
     checkpoint.save(tmp_path / "ckpt.pt", {"step": 8})
     assert torture.examine(tmp_path, before=4) == (8, False)
-    with pytest.raises(RuntimeError, match="cost steps"):
+    with pytest.raises(RuntimeError, match="lost steps"):
         torture.examine(tmp_path, before=12)
     (tmp_path / "ckpt.pt").write_bytes((tmp_path / "ckpt.pt").read_bytes()[:-9])
-    with pytest.raises(RuntimeError, match="cost the checkpoint"):
+    with pytest.raises(RuntimeError, match="destroyed the checkpoint"):
         torture.examine(tmp_path, before=4)
 
 

@@ -1,10 +1,10 @@
-"""Attack the demo for minutes: everything is answered, refused or cut off, and memory stays level.
+"""Load test of the demo: it answers, refuses or closes everything, and its memory stays constant.
 
 python -m bench.siege seconds=120
 
-It starts `python -m tools.demo` with a tiny model, and asks and attacks it over sockets of its own,
-below any HTTP library, in threads. Honest requests among them are timed. A breach is an answer that
-an attack must not get, a connection that outlives its patience, or a demo that no longer answers.
+It starts `python -m tools.demo` with a tiny model. Threads send it valid and malicious requests
+over raw sockets; valid requests are timed. A breach is an answer that an attack must not get, a
+connection that stays open too long, or a demo that no longer answers.
 """
 
 import json
@@ -30,8 +30,8 @@ from nanomdm.errors import UserError
 from nanomdm.tokenizers import ByteTokenizer
 
 ROOT = Path(__file__).resolve().parent.parent
-HUNG = 45.0  # seconds: longer than the demo waits for anybody
-GROWTH = 1.1  # of memory, from the middle to the end, that is taken for level
+HUNG = 45.0  # seconds, longer than the demo ever waits
+GROWTH = 1.1  # of memory from the middle to the end that counts as constant
 SCRIPT = "<script>alert(1)</script>"
 
 
@@ -39,13 +39,13 @@ SCRIPT = "<script>alert(1)</script>"
 
 
 class Answer(NamedTuple):
-    status: str  # a number, "cut off" without any, "hung", "left" by ourselves or "unsafe"
+    status: str  # a number, "cut off", "hung", "left" (by the client) or "unsafe"
     headers: str = ""
     body: str = ""
 
 
 class Target(NamedTuple):
-    """The demo, and until when it is attacked."""
+    """The port of the demo, and the time at which the test ends."""
 
     port: int
     until: float
@@ -59,7 +59,7 @@ class Target(NamedTuple):
         """Send bytes and read to the end of the connection."""
         try:
             with self.connection() as connection:
-                with suppress(ConnectionError):  # it may be refused before all of it is sent
+                with suppress(ConnectionError):  # the demo may refuse before all of it is sent
                     connection.sendall(request)
                 return read_answer(connection)
         except TimeoutError:
@@ -68,7 +68,7 @@ class Target(NamedTuple):
             return Answer("cut off")
 
     def drip(self, request: bytes, more: bytes) -> Answer:
-        """Send bytes, and then `more` of them each half second, until it is cut off."""
+        """Send bytes, then `more` every half second until the demo closes the connection."""
         try:
             with self.connection() as connection:
                 connection.sendall(request)
@@ -90,7 +90,7 @@ def read_answer(connection: socket.socket) -> Answer:
     try:
         while part := connection.recv(2**16):
             content += part
-    except ConnectionResetError:  # after what it has sent: a body that nobody wanted
+    except ConnectionResetError:  # after its answer, because it did not read the body
         pass
     except TimeoutError:
         if not content:
@@ -102,7 +102,7 @@ def read_answer(connection: socket.socket) -> Answer:
 
 
 def request(method: str = "GET", path: str = "/", body: bytes = b"", **headers: str) -> bytes:
-    """An HTTP request; an underscore in a header's name is a dash, an empty header left out."""
+    """An HTTP request; underscores in header names become dashes, empty headers are left out."""
     named = {"host": "127.0.0.1", "content_length": str(len(body)) if body else ""} | headers
     lines = [f"{name.replace('_', '-')}: {value}" for name, value in named.items() if value]
     return "\r\n".join([f"{method} {path} HTTP/1.1", *lines, "\r\n"]).encode("latin-1") + body
@@ -113,7 +113,7 @@ def post(path: str, values, **headers: str) -> bytes:
     return request("POST", path, body, **{"content_type": "application/json"} | headers)
 
 
-# --- Honest --------------------------------------------------------------------------------------
+# --- Valid requests ------------------------------------------------------------------------------
 
 
 def page(target: Target, random: Random) -> Answer:
@@ -157,7 +157,7 @@ def another_origin(target: Target, random: Random) -> Answer:
 
 
 def no_json_type(target: Target, random: Random) -> Answer:
-    """What a form on another page could send without asking first."""
+    """What a form on another page can send without a preflight request."""
     kind = random.choice(("text/plain", "application/x-www-form-urlencoded", "multipart/form-data"))
     return target.ask(post("/generate", {"text": "To"}, content_type=kind))
 
@@ -203,7 +203,7 @@ def bad_request(target: Target, random: Random) -> Answer:
 
 
 def script_in_a_prompt(target: Target, random: Random) -> Answer:
-    """It comes back, if it does, as data that no browser takes for a page."""
+    """If the script comes back, it is data that no browser shows as a page."""
     path = random.choice(("/generate", "/tokens"))
     answer = target.ask(post(path, {"text": SCRIPT, "steps": 2}))
     sound = all(word in answer.headers for word in ("nosniff", "content-security-policy"))
@@ -212,7 +212,7 @@ def script_in_a_prompt(target: Target, random: Random) -> Answer:
 
 
 def leave(target: Target, random: Random) -> Answer:
-    """Ask for much, and go."""
+    """Ask for a long text and leave."""
     with target.connection() as connection:
         connection.sendall(post("/generate", {"text": "To", "steps": 16}))
         time.sleep(random.choice((0, 0.01)))
@@ -235,7 +235,7 @@ def slow_body(target: Target, random: Random) -> Answer:
 
 
 def no_reader(target: Target, random: Random) -> Answer:
-    """Ask for a text again and again, and read nothing of it."""
+    """Ask for a text and do not read it."""
     with target.connection() as connection:
         connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2048)
         connection.sendall(post("/generate", {"text": "To", "steps": 16}))
@@ -244,7 +244,7 @@ def no_reader(target: Target, random: Random) -> Answer:
 
 
 def flood(target: Target, random: Random) -> Answer:
-    """After a pause, more silent connections than the demo keeps: each has to be ended by it."""
+    """After a pause, open more silent connections than the demo keeps: it must close each."""
     time.sleep(max(0.0, min(20.0, target.until - time.monotonic())))
     if time.monotonic() > target.until:
         return Answer("left")
@@ -265,7 +265,7 @@ def flood(target: Target, random: Random) -> Answer:
 
 
 class Attack(NamedTuple):
-    """What is done, and the answers that it may get; 503 stands for: too many at once."""
+    """A request and the answers that it may get; 503 means too many at once."""
 
     run: Callable[[Target, Random], Answer]
     allowed: set[str]
@@ -295,11 +295,11 @@ ATTACKS = {
 }
 
 
-# --- The siege -----------------------------------------------------------------------------------
+# --- The load test -------------------------------------------------------------------------------
 
 
 class Log:
-    """What came of the attacks, from many threads."""
+    """The answers to all attacks, from many threads."""
 
     def __init__(self):
         self.statuses, self.seconds, self.lock = (
@@ -315,7 +315,7 @@ class Log:
                 self.seconds[name].append(seconds)
 
     def breaches(self) -> dict[str, dict[str, int]]:
-        """Answers that an attack must not get, and how often it did."""
+        """Answers that an attack must not get, and their counts."""
         wrong = {
             name: {s: n for s, n in counts.items() if s not in ATTACKS[name].allowed}
             for name, counts in self.statuses.items()
@@ -329,16 +329,16 @@ def attack(target: Target, log: Log, random: Random, names: list[str]) -> None:
         name, start = random.choice(names), time.perf_counter()
         try:
             answer = ATTACKS[name].run(target, random)
-        except OSError:  # of its own sockets, refused or reset
+        except OSError:  # a socket of ours was refused or reset
             answer = Answer("cut off")
-        except Exception as error:  # of the siege itself, or an answer that is no HTTP
+        except Exception as error:  # of the load test itself, or an answer that is not HTTP
             answer = Answer(f"unsafe ({error!r})")
         log.add(name, answer, time.perf_counter() - start)
 
 
 @contextmanager
 def demo():
-    """A demo of a tiny model on a free port: its process, the port, and what it says on stderr."""
+    """A demo of a tiny model on a free port: its process, its port, and the file of its stderr."""
     with TemporaryDirectory() as folder:
         checkpoint.save(Path(folder, "ckpt.pt"), sound_state(ByteTokenizer()))
         words = [f"checkpoint={folder}/ckpt.pt", "port=0", "device=cpu", "seconds=10"]
@@ -359,13 +359,13 @@ def demo():
 
 
 def memory(process: subprocess.Popen) -> float:
-    """MiB that a process holds (Linux)."""
+    """The resident memory of a process in MiB (Linux)."""
     status = Path(f"/proc/{process.pid}/status").read_text()
     return int(re.search(r"VmRSS:\s+(\d+)", status)[1]) / 1024
 
 
 def besiege(process: subprocess.Popen, port: int, config: Section) -> tuple[Log, list[float]]:
-    """The attacks, and the demo's memory at the start, in the middle and at the end."""
+    """Run the attacks: their log, and the demo's memory at the start, middle and end."""
     log, target = Log(), Target(port, time.monotonic() + config.seconds)
     fast = [name for name, each in ATTACKS.items() if not each.slow]
     slow = [name for name, each in ATTACKS.items() if each.slow and name != "flood"]
@@ -385,12 +385,12 @@ def besiege(process: subprocess.Popen, port: int, config: Section) -> tuple[Log,
     return log, levels
 
 
-def main(config: Section) -> None:
+def main(config: Section, explicit: set[str]) -> None:
     for name in ("seconds", "clients"):
         if getattr(config, name) <= 0 or config.slow < 0:
             raise UserError(f"{name}={getattr(config, name):g} must be positive")
     if not Path("/proc/self/status").is_file():
-        raise UserError("the siege reads a process's memory from /proc: run it on Linux")
+        raise UserError("the load test reads a process's memory from /proc: run it on Linux")
     with demo() as (process, port, said):
         warm = Target(port, time.monotonic())
         for _ in range(20):
@@ -426,7 +426,7 @@ def tell(log: Log, levels: list[float], after: str, config: Section) -> None:
     if breaches := log.breaches():
         raise RuntimeError(f"breaches: {breaches}")
     if after != "200" or (config.seconds > 30 and levels[2] > GROWTH * levels[1]):
-        raise RuntimeError("the demo did not hold: it grew, or answers no more")
+        raise RuntimeError("the demo failed: its memory grew, or it no longer answers")
 
 
 if __name__ == "__main__":

@@ -1,9 +1,9 @@
-"""Training killed by SIGKILL at random moments, again and again: python -m bench.torture kills=50
+"""Crash test: training killed by SIGKILL at random moments. python -m bench.torture kills=50
 
-A small model is trained once in peace. Then the same command, with training.resume=auto, is started
-as often as it is killed, until it is done. After every kill the checkpoint has to load and to be no
-older than before; at the end metrics.jsonl and every number in ckpt.pt have to be those of the run
-in peace, bit for bit.
+It trains a small model once without interruption. Then it starts the same command, with
+training.resume=auto, again after every kill until it is done. After every kill the checkpoint must
+load and be no older than before. At the end metrics.jsonl and every number in ckpt.pt must equal
+those of the uninterrupted run, bit for bit.
 """
 
 import json
@@ -30,15 +30,15 @@ SMALL = (
     *("model.n_layer=1", "model.n_head=2", "model.n_embd=32", "model.block_size=32"),
     *("training.batch_size=4", "training.max_iters=80", "training.warmup_iters=5"),
     *("training.eval_interval=20", "training.eval_tokens=512", "training.sample_interval=0"),
-    *("training.save_interval=4", "logging.interval=1"),
+    *("training.save_interval=4", "training.keep=1", "logging.interval=1"),
     *("system.compile=false", "system.device=cpu", "training.resume=auto"),
 )
 COMPARED = ("model", "ema", "optimizer", "meter", "scaler", "step", "best")
-WRITING = 0.003  # seconds that a write of so small a checkpoint takes, about
+WRITING = 0.003  # seconds, about, to write such a small checkpoint
 
 
 class Kill(NamedTuple):
-    step: int  # of the checkpoint that was there, 0 if there was none yet
+    step: int  # of the checkpoint on disk, 0 if there was none yet
     writing: bool  # whether it left an unfinished file
 
 
@@ -46,7 +46,7 @@ class Kill(NamedTuple):
 
 
 def start(words: list[str], output: Path, fresh: bool = True) -> int:
-    """The id of a process that runs train.py, by a new Python or, if not `fresh`, by this one's."""
+    """The id of a process that runs train.py: a new Python or, if not `fresh`, a fork."""
     if child := os.fork():
         return child
     try:
@@ -68,7 +68,7 @@ def over(process: int) -> bool:
 
 
 def wait(process: int, ready: Callable[[], bool], look: float = 5e-3) -> None:
-    """Return when it is `ready` or the process has ended; `look` is the time between two looks."""
+    """Return when it is `ready` or the process has ended; `look` is the time between two checks."""
     while not (ready() or over(process)):
         time.sleep(look)
 
@@ -90,7 +90,7 @@ def finish(process: int, output: Path) -> bool:
 
 
 def survive(folder: Path, words: list[str], limit: int, config: Section, fresh: bool) -> list[Kill]:
-    """One run into `folder`, to its end, killed up to `limit` times on the way."""
+    """One run into `folder`, to its end, with up to `limit` kills on the way."""
     chance, output = random.Random(f"{config.seed} {folder.name}"), folder.with_suffix(".txt")
     kills = []
     while True:
@@ -115,23 +115,23 @@ def strike(process: int, folder: Path, chance: random.Random, config: Section) -
 
 
 def unfinished(folder: Path) -> list[Path]:
-    return list(folder.glob(".*.pt.*.tmp"))  # as errors.write_atomically calls them
+    return [path for path in (folder / ".ckpt.pt.tmp", folder / ".best.pt.tmp") if path.exists()]
 
 
 def examine(folder: Path, before: int) -> Kill:
-    """What a kill has left. Raises `RuntimeError` if it cost a checkpoint."""
+    """The state after a kill. Raises `RuntimeError` if the kill cost a checkpoint."""
     path = folder / "ckpt.pt"
     try:
         step = checkpoint.load(path)["step"] if before or path.exists() else 0
     except ValueError as error:
-        raise RuntimeError(f"a kill has cost the checkpoint: {error}") from error
+        raise RuntimeError(f"a kill destroyed the checkpoint: {error}") from error
     if step < before:
-        raise RuntimeError(f"a kill has cost steps: {path} had {before}, now {step}")
+        raise RuntimeError(f"a kill lost steps: {path} had {before}, now {step}")
     return Kill(step, bool(unfinished(folder)))
 
 
 def result(folder: Path) -> dict:
-    """What two runs have to have in common: every logged figure but times, and the last state."""
+    """What two runs must have in common: every logged figure but times, and the last state."""
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     figures = [{k: v for k, v in line.items() if k != "train/time_ms"} for line in lines]
     state = checkpoint.load(folder / "ckpt.pt")
@@ -150,7 +150,7 @@ def same(a, b) -> bool:
 
 
 def torture(config: Section, words: list[str], fresh: bool = True) -> list[list[Kill]]:
-    """The kills of each run that it took. Raises `RuntimeError` where one has changed anything."""
+    """The kills of each run. Raises `RuntimeError` if a kill changed the result of a run."""
     out = Path(config.out_dir)
     out.mkdir(parents=True, exist_ok=True)
     survive(out / "peace", words, 0, config, fresh)
@@ -159,13 +159,13 @@ def torture(config: Section, words: list[str], fresh: bool = True) -> list[list[
         folder = out / f"run{len(runs) + 1}"
         runs.append(survive(folder, words, left, config, fresh))
         if not same(result(folder), expected):
-            raise RuntimeError(f"{folder} is not what the run in {out / 'peace'} is")
+            raise RuntimeError(f"{folder} differs from the uninterrupted run in {out / 'peace'}")
     return runs
 
 
-def main(config: Section) -> None:
+def main(config: Section, explicit: set[str]) -> None:
     if Path(config.out_dir).exists():
-        raise UserError(f"out_dir={config.out_dir} is there: remove it, or choose another")
+        raise UserError(f"out_dir={config.out_dir} exists: remove it or choose another")
     os.environ["OMP_NUM_THREADS"] = "1"
     text = config.path or str(cli.ROOT / "corpora" / "plays.txt")
     words = [*SMALL, f"data.path={text}", f"data.cache_dir={config.out_dir}/data"]
@@ -176,7 +176,7 @@ def main(config: Section) -> None:
         f"{hardware(torch.device('cpu'))}\n"
         f"{len(kills)} kills in {len(runs)} runs, {sum(k.writing for k in kills)} of them in a "
         f"write, {sum(not k.step for k in kills)} before the first checkpoint: every checkpoint "
-        f"loads, and every run ends with the figures and the weights of the one in peace\n"
+        f"loads, and every run ends with the figures and weights of the uninterrupted one\n"
         f"{time.monotonic() - began:.0f} s"
     )
 
