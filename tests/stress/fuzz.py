@@ -1,12 +1,12 @@
 """Fuzzer: damages files, reads them, and requires a one-line error or a correct result.
 
-python -m bench.fuzz cases=10000
+python -m tests.stress.fuzz cases=10000
 
 Each case damages a small valid file, reads it as the scripts do and uses the result: a network
 fills in a text, a tokenizer encodes one, a corpus gives a batch. Three outcomes are allowed:
-`refused`, an error that cli.py reports in one line (a `UserError`, or OmegaConf's own); `same`, the
-result of the valid file in every bit; `other`, another result where nothing could reveal the
-damage, such as another letter in a text. Everything else is a bug.
+`refused`, a mistake that cli.py reports in one line; `same`, the result of the valid file in every
+bit; `other`, another result where nothing could reveal the damage, such as another letter in a
+text. Everything else is a bug.
 """
 
 import io
@@ -28,20 +28,23 @@ from tempfile import TemporaryDirectory
 from typing import NamedTuple
 
 import torch
+from hydra.errors import HydraException
+from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 import data
-import runtime
-import sample
+import diffusion
 from model import ModelConfig, Transformer
-from nanomdm import checkpoint, cli, optim, report, runlog, text
+from nanomdm import checkpoint, cli, optim, prompts, report, runlog, strategies, text
 from nanomdm.cli import Section
 from nanomdm.errors import UserError
+from nanomdm.random import generator
 from nanomdm.tokenizers import BPETokenizer, ByteTokenizer, CharTokenizer, load_tokenizer
 
 TEXT = "To be, or not to be: that is the question.\n" * 8
 CPU = torch.device("cpu")
 CHARACTERS = CharTokenizer("".join(sorted(set(TEXT))))
+REFUSALS = (UserError, HydraException, OmegaConfBaseException)  # cli.py prints each in one line
 
 
 # --- Damage --------------------------------------------------------------------------------------
@@ -126,10 +129,10 @@ def any_value_or_tensor(random: Random):
     return random.choice(TENSORS)() if random.random() < 0.5 else any_value(random)
 
 
-# --- Sound files ---------------------------------------------------------------------------------
+# --- Valid files ---------------------------------------------------------------------------------
 
 
-def sound_state(tokenizer: CharTokenizer | ByteTokenizer = CHARACTERS) -> dict:
+def valid_state(tokenizer: CharTokenizer | ByteTokenizer = CHARACTERS) -> dict:
     """What train.py saves, for a tiny network after one step of its optimizer."""
     torch.manual_seed(0)
     config = ModelConfig(tokenizer.vocab_size, block_size=16, n_layer=1, n_head=2, n_embd=8)
@@ -144,7 +147,7 @@ def sound_state(tokenizer: CharTokenizer | ByteTokenizer = CHARACTERS) -> dict:
         "best": 4.2,
         "ema": model.state_dict(),
         "model": model.state_dict(),
-        "meter": optim.Meter(CPU).state(),
+        "stats": optim.StepStats(CPU, {}).state(),
         "optimizer": optimizer.state_dict(),
     }
 
@@ -160,9 +163,9 @@ def stepped(model: Transformer, state: list | None = None) -> optim.Optimizers:
     return optimizer
 
 
-def write_sound(folder: Path) -> None:
+def write_valid(folder: Path) -> None:
     """Write a valid version of every file that the cases damage."""
-    checkpoint.save(folder / "ckpt.pt", sound_state())
+    checkpoint.save(folder / "ckpt.pt", valid_state())
     tokenizer = CHARACTERS
     splits = {"train": tokenizer.encode(TEXT[:300]), "val": tokenizer.encode(TEXT[300:])}
     data.write_bins(folder / "bins", splits, tokenizer, {"corpus": "question", "sha256": "0" * 64})
@@ -174,7 +177,7 @@ def write_sound(folder: Path) -> None:
     stoi = tokenizer.ids
     meta = {"vocab_size": len(stoi), "itos": {i: c for c, i in stoi.items()}, "stoi": stoi}
     (folder / "nanogpt" / "meta.pkl").write_bytes(pickle.dumps(meta))
-    (folder / "bpe.json").write_text(BPETokenizer.train(TEXT, 270).state()["serialized"])
+    (folder / "bpe.json").write_text(BPETokenizer.train(TEXT, len(TEXT), 270).state()["serialized"])
     for name in ("config.yaml", "experiment/medium.yaml"):
         (folder / "configs" / name).parent.mkdir(exist_ok=True)
         (folder / "configs" / name).write_bytes((cli.CONFIGS / name).read_bytes())
@@ -188,27 +191,33 @@ def write_sound(folder: Path) -> None:
 
 
 def use_checkpoint(folder: Path):
-    loaded = runtime.load(folder / "ckpt.pt", CPU)
+    loaded = load_model(folder)
     prompt = torch.from_numpy(loaded.tokenizer.encode(loaded.tokenizer.decode([0])))[None]
-    length = min(loaded.model.config.block_size, 16)
+    shape = loaded.model.config
+    length = min(shape.block_size, 16)
     canvas = torch.nn.functional.pad(prompt, (0, length - 1))[:, :length]
-    settings = runtime.sampling(cli.section(defaults()["sampling"]), loaded.model)
+    section = cli.section(defaults()).sampling
+    sampler = strategies.from_config(section, diffusion.sample, shape.causal)
     is_masked = torch.arange(length)[None] > 0
-    filled = runtime.fill(loaded.model, canvas, is_masked, settings, runtime.generator(1, "sample"))
+    filled = sampler.fill(loaded.model, canvas, is_masked, generator=generator(1, "sample"))
     return loaded.state, loaded.tokenizer.decode(filled.ids[0].tolist())
+
+
+def load_model(folder: Path, resume: bool = False) -> checkpoint.Loaded:
+    return checkpoint.load_model(folder / "ckpt.pt", CPU, Transformer, ModelConfig, resume)
 
 
 def use_run(folder: Path):
     """What a resumed run takes from the checkpoint besides the averaged weights."""
-    loaded = runtime.load(folder / "ckpt.pt", CPU, resume=True)
-    config = cli.section(defaults())
-    resumed = cli.resumed(loaded.config, config, {"training.max_iters"}, whole=False)
+    loaded, config = load_model(folder, resume=True), cli.section(defaults())
+    config.explicit = {"training.max_iters"}
+    resumed = cli.resumed(loaded.config, config, whole=False)
     loaded.model.load_state_dict(loaded.state["model"])
     return resumed.as_dict(), stepped(loaded.model, loaded.state["optimizer"]).state_dict()
 
 
 def use_bins(name: str, folder: Path):
-    corpus = runtime.open_bins(folder / name)
+    corpus = data.open_bins(folder / name)
     corpus.require(8)
     batch = corpus.batch(4, 8, torch.Generator().manual_seed(1))
     decoded = [corpus.tokenizer.decode(row) for row in (*batch.tolist(), corpus.val[:].tolist())]
@@ -241,8 +250,8 @@ def use_metrics(folder: Path):
 
 
 def use_texts(folder: Path):
-    prompts = [sample.parse(line) for line in sample.read_prompts("", folder / "prompts.txt")]
-    return prompts, text.read_text(folder / "text.jsonl")
+    lines = prompts.read_prompts("", folder / "prompts.txt")
+    return [prompts.parse(line) for line in lines], text.read_text(folder / "text.jsonl")
 
 
 # --- Kinds ---------------------------------------------------------------------------------------
@@ -309,7 +318,7 @@ def spoil_json(name: str, folder: Path, random: Random) -> None:
 
 def spoil_settings(folder: Path, random: Random) -> None:
     path = folder / "configs" / "experiment" / "medium.yaml"
-    values = cli.load_yaml(path)
+    values = dict(OmegaConf.to_container(OmegaConf.load(path)))
     changed = damaged_value(values, random, partial(any_value, random))
     path.write_text(json.dumps(changed))  # JSON is YAML, too
 
@@ -327,7 +336,7 @@ BINS = ["bins/train.bin", "bins/val.bin", "bins/meta.json"]
 NANOGPT = ["nanogpt/train.bin", "nanogpt/val.bin", "nanogpt/meta.pkl"]
 SETTINGS = ["configs/config.yaml", "configs/experiment/medium.yaml"]
 STATE = ["model_config", "tokenizer", "config", "corpus", "step", "ema"]
-RUN = ["optimizer", "optimizer", "config", "model", "best", "meter"]
+RUN = ["optimizer", "optimizer", "config", "model", "best", "stats"]
 KINDS = {
     "checkpoint bytes": Kind(8, partial(spoil_bytes, ["ckpt.pt"]), use_checkpoint, checked=True),
     "checkpoint values": Kind(4, partial(spoil_state, STATE), use_checkpoint),
@@ -389,11 +398,11 @@ def run_kind(name: str, cases: int, config: Section) -> list[Outcome]:
     kind, outcomes = KINDS[name], []
     with TemporaryDirectory() as made:
         folder = Path(made)
-        write_sound(folder)
-        sound = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+        write_valid(folder)
+        valid = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
         expected = fingerprint(kind.use(folder))
         for number in range(config.first, config.first + cases):
-            for path, content in sound.items():
+            for path, content in valid.items():
                 path.write_bytes(content)
             kind.spoil(folder, Random(f"{config.seed}/{name}/{number}"))
             outcome = outcome_of(kind, folder, expected, config.limit)
@@ -408,9 +417,8 @@ def outcome_of(kind: Kind, folder: Path, expected: str, limit: float) -> Outcome
     try:
         with no_longer_than(limit):
             found = fingerprint(kind.use(folder))
-    except (ValueError, OmegaConfBaseException) as error:  # what cli.main reports in one line
-        ours = isinstance(error, OmegaConfBaseException) or cli.raised_by_us(error)
-        what, why = ("refused", "") if ours else ("bug", f"{type(error).__name__}: {error}")
+    except REFUSALS:
+        what, why = "refused", ""
     except BaseException as error:  # a panic of the tokenizers library is not an Exception
         if isinstance(error, KeyboardInterrupt):
             raise
@@ -422,7 +430,7 @@ def outcome_of(kind: Kind, folder: Path, expected: str, limit: float) -> Outcome
     return Outcome(what, time.perf_counter() - start, why[:300])
 
 
-def tell(rows: list[dict], seconds: float, config: Section) -> None:
+def print_totals(rows: list[dict], seconds: float, config: Section) -> None:
     """Print and write the totals. Raises `RuntimeError` if there was a bug."""
     total = {what: sum(row[what] for row in rows) for what in ("cases", *WHAT)}
     print(
@@ -442,7 +450,7 @@ def memory() -> int:
     return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
-def main(config: Section, explicit: set[str]) -> None:
+def main(config: Section) -> None:
     if config.cases < 1 or config.limit <= 0:
         raise UserError("cases and limit must be positive")
     if unknown := [name for name in config.kinds if name not in KINDS]:
@@ -462,8 +470,8 @@ def main(config: Section, explicit: set[str]) -> None:
             f"{row['bug']:>5}  {1e3 * row['slowest']:.0f} ms",
             flush=True,
         )
-    tell(rows, time.perf_counter() - start, config)
+    print_totals(rows, time.perf_counter() - start, config)
 
 
 if __name__ == "__main__":
-    cli.main(main, "bench/fuzz")
+    cli.main(main, "stress/fuzz")
