@@ -23,7 +23,7 @@ def compared(run, text_file, tmp_path, monkeypatch):
         monkeypatch.setattr(control, "subprocess", types.SimpleNamespace(run=train, DEVNULL=None))
         values = cli.load_defaults("bench/control") | {"device": "cpu", "draws": 2}
         values |= {"train": " ".join([*TINY, f"data.path={text_file}"]), "output": "o.json"}
-        control.main(cli.section(values | settings), set())
+        control.main(cli.section(values | settings))
         return json.loads((tmp_path / "o.json").read_text()), len(trained)
 
     return compared
