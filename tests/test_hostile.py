@@ -19,13 +19,12 @@ from conftest import ROOT
 from hydra.core.global_hydra import GlobalHydra
 
 import data
-import runtime
 from nanomdm import checkpoint, cli, meta
 from nanomdm.errors import visible
 
 SOURCES = sorted(
     path
-    for folder in (".", "bench", "tools", "tests")
+    for folder in (".", "nanomdm", "bench", "tools", "tests", "tests/stress")
     for path in (ROOT / folder).glob("*.py")
     if path.name != "setup.py"
 )
@@ -154,7 +153,7 @@ def test_a_payload_in_nanogpts_meta_file_is_not_executed(tmp_path):
         (tmp_path / f"{split}.bin").write_bytes(b"\0\0" * 9)
     (tmp_path / "meta.pkl").write_bytes(pickle.dumps({"itos": Payload(tmp_path / "executed")}))
     with pytest.raises(ValueError, match="it wants to load"):
-        runtime.open_bins(tmp_path)
+        data.open_bins(tmp_path)
     assert not (tmp_path / "executed").exists()
 
 
@@ -311,7 +310,7 @@ def test_names_in_a_meta_file_hold_no_control_characters(key, tmp_path):
     meta = {"dtype": "uint16", "tokenizer": {"kind": "byte"}, key: ESCAPES}
     (tmp_path / "meta.json").write_text(json.dumps(meta))
     with pytest.raises(ValueError, match="control characters"):
-        runtime.open_bins(tmp_path)
+        data.open_bins(tmp_path)
 
 
 # --- Supply -------------------------------------------------------------------------------------
