@@ -13,11 +13,11 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from nanomdm.meta import digest, read_meta
 from torch import Generator, Tensor
 
 from nanomdm.bins import Shards, check_ids, open_split
 from nanomdm.errors import UserError, write_atomically
+from nanomdm.meta import digest, read_meta
 from nanomdm.text import find_text
 from nanomdm.tokenizers import load_tokenizer, train_tokenizer
 

@@ -88,7 +88,7 @@ def measure(
 
 
 def choose_texts(config: cli.Section, models: list[checkpoint.Loaded]) -> texts.Texts:
-    """The whole of data.path, or the validation split that data.dir, data.dataset or the run name."""
+    """All of data.path, or the validation split that data.dir, data.dataset or the run names."""
     tokenizer, state = models[0].tokenizer, models[0].state
     if any(loaded.tokenizer.state() != tokenizer.state() for loaded in models):
         raise UserError(

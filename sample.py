@@ -58,7 +58,7 @@ def fill(
     """Fill canvases (B, N) of one length; `rows` (B,) are their numbers among all canvases.
 
     A canvas longer than the context is filled window by window. What follows an end-of-text token
-    is left out, unless the prompt continues behind it. `calls` and `seconds` are those of the batch.
+    is left out, unless the prompt continues behind it. calls and seconds are those of the batch.
     """
     start, calls, model, tokenizer = time.perf_counter(), 0, loaded.model, loaded.tokenizer
     mask_id, eos = model.config.mask_id, -1 if tokenizer.eos is None else tokenizer.eos

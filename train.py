@@ -38,9 +38,14 @@ def main(config: cli.Section) -> None:
             while not (run.finished or interrupt.stop):
                 loss, grad_norm = step(run)
                 if run.due(config.logging.interval):
-                    log.step(run, loss, grad_norm)
+                    lr = run.optimizer.param_groups[0]["lr"]
+                    figures = run.stats.read() | {
+                        "loss": float(loss),
+                        "grad_norm": float(grad_norm),
+                    }
+                    log.step(run.step, lr=lr, **figures)
                     run.stats.require_progress(run.files.last_good)
-                interrupt.agree(run.due(config.logging.interval))
+                interrupt.agree(run.due(config.logging.interval), device)
                 with log.paused():
                     if run.due(settings.eval_interval):
                         evaluate(run, log)
@@ -49,7 +54,7 @@ def main(config: cli.Section) -> None:
                         log.samples(
                             run.step, [run.sampler.text(run.ema, run.corpus.tokenizer, seeded)]
                         )
-                    if run.due(settings.save_interval) and not run.stats.failing:
+                    if run.due(settings.save_interval) and not run.stats.consecutive:
                         save(run, "ckpt.pt")
             if run.files.step != run.step:
                 save(run, "ckpt.pt")
@@ -75,8 +80,8 @@ def training_step(run: "Run") -> tuple[Tensor, Tensor]:
         rows = world.rows(B, part, parts)  # the rows of the batch in this micro-batch
         x0 = run.corpus.batch(B, shape.block_size, generator(seed, "data", run.step), rows)
         x0, rows = devices.move(x0, run.device), devices.move(rows, run.device)
-        sync = parallel.synchronising(run.forward, last=part == parts - 1)
-        with sync, devices.autocast(run.device, run.dtype):
+        parallel.synchronise(run.forward, part == parts - 1)
+        with devices.autocast(run.device, run.dtype):
             if shape.causal:  # the autoregressive control: every token, given those before it
                 everywhere = torch.ones_like(x0, dtype=torch.bool)
                 loss = run.forward(x0, x0, everywhere, x0.numel()).mean()
@@ -97,7 +102,10 @@ def training_step(run: "Run") -> tuple[Tensor, Tensor]:
     run.scaler.unscale_(run.optimizer)
     grad_norm = torch.nn.utils.clip_grad_norm_(parameters, settings.grad_clip or math.inf)
     grad_norm = parallel.full_tensor(grad_norm)
-    run.optimizer.set_learning_rate(optim.learning_rate_factor(run.step, settings))
+    rate = optim.learning_rate_factor(
+        run.step, settings.max_iters, settings.warmup_iters, settings.lr_schedule
+    )
+    run.optimizer.set_learning_rate(rate)
     run.optimizer.step(skip=run.stats.add(loss, grad_norm, run.step + 1))
     run.scaler.update()
     optim.update_ema(list(run.ema.parameters()), parameters, settings.ema_decay, run.step)
@@ -167,7 +175,8 @@ class Run:
         config, loaded, resumes = checkpoint.starting_point(config, Transformer, ModelConfig)
         settings, system = config.training, config.system
         state = loaded.state if resumes else {"step": 0, "best": math.inf}
-        parallel.check(system.parallel, settings.batch_size, settings.grad_accum)
+        parallel.check_kind(system.parallel)
+        parallel.world().check_batch(settings.batch_size, settings.grad_accum)
         self.config, self.device, self.step = config, device, state["step"]
         self.best = state["best"]  # the lowest bound on val so far, nats per token
         self.dtype = devices.pick_dtype(system.dtype, device, training=True)
@@ -190,15 +199,18 @@ class Run:
             devices.compile_parts(self.model)
         # What a training step calls: the model, or its copies or shards in all processes.
         self.forward = parallel.distribute(system.parallel, self.model, self.ema, self.dtype)
-        self.optimizer = optim.build_optimizer(self.model, settings)
+        self.optimizer = optim.build_optimizer(
+            self.model, settings.optimizer, settings.learning_rate, settings.weight_decay
+        )
         self.scaler = torch.amp.GradScaler(device.type, enabled=self.dtype == torch.float16)
-        self.stats = optim.StepStats(device, state)
+        self.stats = optim.StepStats(device, state.get("stats", state.get("meter", {})))
         if resumes:
             self.optimizer.load_state_dict(state["optimizer"])
             self.scaler.load_state_dict(state["scaler"])
         self.files = checkpoint.Files(config.out_dir, self.step, device)
-        B = settings.batch_size
-        times = (parallel.world().last_rows(B, settings.grad_accum).double() + 0.5) / B
+        B, parts, size = settings.batch_size, settings.grad_accum, parallel.world().size
+        world = parallel.World(size - 1, size)  # the process that has the latest times
+        times = (world.rows(B, parts - 1, parts)[:, None].double() + 0.5) / B
         self.capacity = devices.masked_capacity(
             mask_probability(times), self.model.config.block_size, B
         )

@@ -9,8 +9,7 @@ from importlib import import_module
 from importlib.util import find_spec, module_from_spec, spec_from_file_location
 from pathlib import Path
 
-from . import bounds, checkpoint, optim, text, tokenizers
-from .bounds import nelbo
+from . import bounds, checkpoint, optim, strategies, text, tokenizers
 from .tokenizers import load_tokenizer
 
 
@@ -38,6 +37,7 @@ else:
 
 ModelConfig, Transformer = model.ModelConfig, model.Transformer
 masked_diffusion_loss, sample = diffusion.masked_diffusion_loss, diffusion.sample
+nelbo = diffusion.nelbo
 
 __all__ = [
     "ModelConfig",
@@ -53,6 +53,7 @@ __all__ = [
     "optim",
     "sample",
     "save",
+    "strategies",
     "text",
     "tokenizers",
 ]

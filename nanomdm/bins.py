@@ -13,7 +13,7 @@ SCANNED = 2**27  # tokens of train that are checked when it is opened; batches a
 def open_split(folder: Path, split: str, meta: dict, vocab_size: int) -> "np.ndarray | Shards":
     """The ids of SPLIT.bin or of the shards SPLIT_*.bin, memory-mapped and checked.
 
-    `meta` is what the meta file says. Raises `UserError` for files that are missing, cut or damaged.
+    `meta` is what the meta file says. Raises `UserError` for what is missing, cut or damaged.
     """
     whole, shards = folder / f"{split}.bin", sorted(folder.glob(f"{split}_*.bin"))
     if whole.is_file() and shards:

@@ -80,7 +80,7 @@ def masked_capacity(p_mask: Tensor, L: int, n: int) -> int:
 
 
 def pays_to_compile(setting: str, device: torch.device, steps: int) -> bool:
-    """`auto`: always on a GPU; on a CPU where there is a C++ compiler and the run is long enough."""
+    """`auto`: always on a GPU; on a CPU if there is a C++ compiler and the run is long enough."""
     if setting != "auto" or device.type != "cpu":
         return setting == "true" or (setting == "auto" and device.type == "cuda")
     compiler = shutil.which(os.environ.get("CXX", "g++")) or shutil.which("clang++")

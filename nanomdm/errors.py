@@ -3,7 +3,7 @@
 import importlib
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
@@ -21,6 +21,13 @@ class UserError(ValueError):
     """
 
 
+def check_choice(key: str, value: str, choices: Collection[str]) -> None:
+    """Raise `UserError` with the choices for a value that is none of them."""
+    if value not in choices:
+        *most, last = choices
+        raise UserError(f"{key}={value} is unknown: choose {', '.join(most)} or {last}")
+
+
 @contextmanager
 def as_user_error(prefix: str = ""):
     """Turn a `ValueError` of model.py or diffusion.py about a user's setting into a `UserError`."""
@@ -30,13 +37,15 @@ def as_user_error(prefix: str = ""):
         raise UserError(f"{prefix}{error}") from error
 
 
-def optional(package: str):
+def optional(package: str, needed_by: str = "this"):
     """Import an optional package. Raises `UserError` with the install command if it is missing."""
     try:
         return importlib.import_module(package)
     except ImportError:
         name = package.split(".")[0]
-        raise UserError(f"this needs a package that is missing: pip install {name}") from None
+        raise UserError(
+            f"{needed_by} needs a package that is missing: pip install {name}"
+        ) from None
 
 
 def visible(text: str, stream=None) -> str:

@@ -1,4 +1,4 @@
-"""Folders that a run writes into: one process at a time, earlier files kept, how to repeat it."""
+"""A run's folder: one process at a time, the files of earlier runs kept, how to repeat the run."""
 
 import importlib.metadata
 import json
@@ -9,30 +9,34 @@ import socket
 import subprocess
 import sys
 import time
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import TextIO
 
 from .errors import UserError, write_atomically
+from .parallel import world
 
-try:
-    import fcntl
-except ImportError:  # Windows
-    fcntl = None
-
+FILES = ("ckpt.pt", "best.pt", "metrics.jsonl", "run.json")  # of a run
 LOCK = ".lock"
+PACKAGES = ("torch", "numpy", "hydra-core", "omegaconf")  # whose versions run.json has
 ROOT = Path(__file__).resolve().parents[1]
-PACKAGES = ("torch", "numpy", "hydra-core", "omegaconf")
+
+
+# --- One process at a time ----------------------------------------------------------------------
 
 
 @contextmanager
 def locked(folder: str | Path, key: str = "out_dir"):
     """Make the folder, and keep every other process out of it while the context lasts.
 
-    The lock is the system's (flock), so that it dies with its owner, whatever ends that. It leaves
-    nothing behind, nor a folder that was made for nothing. Raises `UserError`, which names the
-    setting `key`, where another process has the lock, and where nothing can be written.
+    The lock is the system's (flock), so it ends with its owner, whatever ends that process. The
+    context leaves no lock file behind, and no folder that it made and that is still empty. Raises
+    `UserError`, which names the setting `key`, if another process has the lock or if the folder
+    cannot be written.
     """
+    if not world().is_main:
+        yield
+        return
     path, is_new = Path(folder, LOCK), not Path(folder).exists()
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -44,8 +48,8 @@ def locked(folder: str | Path, key: str = "out_dir"):
     try:
         yield
     finally:
-        with suppress(OSError):  # the folder may have become read-only, or be gone
-            path.unlink()  # while the lock is still held: see _take
+        with suppress(OSError):  # the folder may have become read-only, or have been removed
+            path.unlink()  # while this process still has the lock: see _take
         file.close()
         if is_new:
             with suppress(OSError):  # it is not empty
@@ -57,52 +61,54 @@ def _take(path: Path, key: str) -> TextIO:
     while True:
         file = path.open("a+")
         try:
-            _lock(file)
+            import fcntl
+
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             file.seek(0)
             raise UserError(
                 f"{key}={path.parent} is in use by process {file.read() or '(unknown)'}: wait for "
                 f"it, stop it, or choose another {key}"
             ) from None
+        except (ImportError, OSError) as error:  # Windows, and some network file systems
+            print(
+                f"{path.parent} cannot be locked ({error}): let one process use it",
+                file=sys.stderr,
+            )
         if path.exists() and os.path.samestat(os.fstat(file.fileno()), path.stat()):
             break
-        file.close()  # its owner removed it in the meantime: locked, but no longer what others find
+        file.close()  # the owner removed it before this process locked it: others find a new file
     file.truncate(0)
     file.write(f"{os.getpid()} on {socket.gethostname()}")
     file.flush()
     return file
 
 
-def _lock(file: TextIO) -> None:
-    try:
-        if fcntl is None:
-            raise OSError(0, "no flock on this system")
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise
-    except OSError as error:  # some network file systems have none, either
-        where = Path(file.name).parent
-        print(f"{where} is not locked ({error.strerror}): let one process use it", file=sys.stderr)
+# --- Files of a run -----------------------------------------------------------------------------
 
 
-def clean(folder: str | Path) -> list[Path]:
-    """Remove what was being written when a process died; for the owner of the lock only."""
-    left = list(Path(folder).glob(".*.tmp"))
-    for path in left:
+def begin(folder: str | Path, first_step: int, about: dict) -> list[Path]:
+    """Prepare the folder for a run, which has to hold its lock; `about` goes into run.json.
+
+    Removes what a killed process was writing. A new run (`first_step` 0) sets the files of an
+    earlier one aside: returns their new paths.
+    """
+    for path in Path(folder).glob(".*.tmp"):
         path.unlink()
-    return left
+    kept = [] if first_step else set_aside(folder, FILES)
+    record(folder, {"first_step": first_step} | about)
+    return kept
 
 
 def set_aside(folder: str | Path, names: tuple[str, ...]) -> list[Path]:
-    """Rename the files `names` of an earlier run to name-1, name-2, ...: the first that is free.
+    """Rename the files `names` to name-1, name-2, ...: the first number that is free for them all.
 
     Returns the new paths, empty if there was nothing to rename.
     """
-    old = [Path(folder, name) for name in names if Path(folder, name).exists()]
-    number = 1
-    while any(_numbered(Path(folder, name), number).exists() for name in names):
+    paths, number = [Path(folder, name) for name in names], 1
+    while any(_numbered(path, number).exists() for path in paths):
         number += 1
-    return [path.rename(_numbered(path, number)) for path in old]
+    return [path.rename(_numbered(path, number)) for path in paths if path.exists()]
 
 
 def _numbered(path: Path, number: int) -> Path:
@@ -115,7 +121,11 @@ def _numbered(path: Path, number: int) -> Path:
 def record(folder: str | Path, about: dict) -> None:
     """Add an entry to run.json: how this process was started, with which code, and `about`."""
     path = Path(folder, "run.json")
-    entries = _entries(path)
+    try:
+        entries = list(json.loads(path.read_bytes())) if path.exists() else []
+    except (ValueError, TypeError):  # it is damaged
+        set_aside(folder, (path.name,))
+        entries = []
     started = {
         "time": time.strftime("%Y-%m-%d %H:%M:%S %z"),
         "command": shlex.join(sys.orig_argv),
@@ -125,28 +135,19 @@ def record(folder: str | Path, about: dict) -> None:
         "versions": {"python": platform.python_version()}
         | {name: importlib.metadata.version(name) for name in PACKAGES},
     }
-    write_atomically(path, (json.dumps([*entries, started | about], indent=1) + "\n").encode())
-
-
-def _entries(path: Path) -> list[dict]:
-    """What run.json holds; one that is damaged gets another name."""
-    try:
-        return list(json.loads(path.read_text())) if path.exists() else []
-    except (ValueError, TypeError):
-        set_aside(path.parent, (path.name,))
-        return []
+    write_atomically(path, json.dumps([*entries, started | about], indent=1).encode() + b"\n")
 
 
 def git_state(root: Path) -> dict | None:
-    """The revision of a working tree and the tracked files that differ from it; None if it is none.
+    """The revision of the working tree `root` and the tracked files that differ from it.
 
-    Also None where there is no git.
+    None if `root` is not the top of a working tree, or without git.
     """
 
     def git(*words: str) -> list[str]:
         command = ["git", "-C", str(root), *words]
-        result = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
-        return result.stdout.splitlines()
+        output = subprocess.check_output(command, stderr=subprocess.DEVNULL, text=True, timeout=60)
+        return output.splitlines()
 
     try:
         top, revision = git("rev-parse", "--show-toplevel", "HEAD")
@@ -154,3 +155,25 @@ def git_state(root: Path) -> dict | None:
     except (OSError, subprocess.SubprocessError):
         return None
     return {"revision": revision, "changed": changed} if Path(top) == root else None
+
+
+# --- A file to write -----------------------------------------------------------------------------
+
+
+def open_output(path: str):
+    """The text file `path`, opened for writing; an earlier one is kept under a new name.
+
+    "" is no file: a context that gives None. Raises `UserError`.
+    """
+    if not path:
+        return nullcontext()
+    try:
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        if Path(path).is_file():
+            kept = set_aside(Path(path).parent, (Path(path).name,))
+            print(f"an earlier file is kept as {kept[0]}", file=sys.stderr)
+        return open(path, "w", encoding="utf-8")
+    except OSError as error:
+        raise UserError(
+            f"cannot write output={path} ({error.strerror}): choose another file"
+        ) from error

@@ -5,23 +5,18 @@ Every function also works where there is one process alone, and then costs nothi
 
 import os
 from collections.abc import Callable
-from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from contextlib import contextmanager
 from datetime import timedelta
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.device_mesh import init_device_mesh
-from torch.nn.parallel import DistributedDataParallel
 
-from .errors import UserError
-
-KINDS = ("auto", "ddp", "fsdp")
+from .errors import UserError, check_choice
 
 
-@dataclass(frozen=True)
-class World:
+class World(NamedTuple):
     """Which of how many processes this one is; `local_rank` counts those of one machine."""
 
     rank: int = 0
@@ -29,92 +24,93 @@ class World:
     local_rank: int = 0
 
     @property
-    def leads(self) -> bool:
+    def is_main(self) -> bool:
         """Whether this is the process that writes and prints."""
         return self.rank == 0
 
     def rows(self, batch_size: int, part: int = 0, parts: int = 1) -> Tensor:
         """The rows of a global batch that this process computes in micro-batch `part`.
 
-        Every so-manieth row, so that each micro-batch has times from all over [0, 1].
+        Every (size x parts)-th row, so that each micro-batch has times from all over [0, 1].
         """
         return torch.arange(self.rank + part * self.size, batch_size, self.size * parts)
 
     def check_batch(self, batch_size: int, parts: int) -> None:
         """Raise `UserError` for a batch that micro-batches and processes do not divide."""
         if batch_size % (parts * self.size):
-            times = f" times {self.size} processes" if self.size > 1 else ""
             raise UserError(
-                f"training.batch_size={batch_size} is not divisible by training.grad_accum={parts}"
-                f"{times}: change one of them"
+                f"training.batch_size={batch_size} is not divisible by training.grad_accum={parts} "
+                f"x {self.size} processes: change one of them"
             )
 
 
 def world() -> World:
-    """As torchrun's environment says; a process by itself without it."""
-    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
-    return World(*(int(os.environ[name]) for name in names)) if "RANK" in os.environ else World()
+    """As torchrun's environment variables say; without them one process alone."""
+    if "RANK" not in os.environ:
+        return World()
+    return World(*(int(os.environ[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK")))
 
 
 @contextmanager
 def processes(device: torch.device, minutes: float = 30):
     """Join the process group that torchrun announces, if it does: NCCL on GPUs, gloo on CPUs.
 
-    A process that waits for another longer than `minutes` raises a `ConnectionError` that, on CPUs,
-    names the process that is missing. NCCL ends a process itself; its log says where it waited.
+    A process that waits longer than `minutes` for another raises a `ConnectionError`, which names
+    the missing process. NCCL ends the process itself instead; its log says where it waited.
     """
     if "RANK" not in os.environ or dist.is_initialized():
         yield
         return
-    limit, others = timedelta(minutes=minutes), None
+    group = None
     try:
-        if device.type == "cuda":
-            torch.cuda.set_device(device)
-            dist.init_process_group("nccl", device_id=device, timeout=limit, **meeting(limit))
-        else:
-            dist.init_process_group("gloo", timeout=limit, **meeting(limit))
-            others = dist.new_group(backend="gloo")
+        group = join(device, timedelta(minutes=minutes))
         yield
     except RuntimeError as error:
-        if "gloo" not in str(error).lower():
-            raise
-        raise ConnectionError(f"the processes lost each other: {roll_call(others)}") from error
+        if device.type != "cuda":
+            roll_call(group, error)
+        raise
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
 
 
-def meeting(limit: timedelta) -> dict:
-    """Where and as whom to join a process group.
+def join(device, limit):
+    """Join the process group; on CPUs, returns a second one, for the roll call.
 
     torchrun's store still holds the addresses of processes that it has restarted since (PyTorch
-    2.13), hence a name for each start. Only one machine can count them: see docs/reliability.md.
+    2.13), so each start gets a prefix. With several machines it cannot: see docs/reliability.md.
     """
     store, rank, size = next(dist.rendezvous("env://", timeout=limit))
     if os.environ.get("GROUP_WORLD_SIZE") == "1":
         store = dist.PrefixStore(f"start {os.environ['TORCHELASTIC_RESTART_COUNT']}", store)
-    return {"store": store, "rank": rank, "world_size": size}
+    options = {"store": store, "rank": rank, "world_size": size, "timeout": limit}
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+        return dist.init_process_group("nccl", device_id=device, **options)
+    dist.init_process_group("gloo", **options)
+    return dist.new_group(backend="gloo")
 
 
-def roll_call(group) -> str:
-    """Which processes of a `group` of their own do not answer within a few seconds, in words."""
-    if group is None:
-        return "not all of them were there in time (system.timeout)"
+def roll_call(group, error):
+    """Raise `ConnectionError` if not all processes of the group answer within a few seconds.
+
+    If they do, they have all had the same `error`. Its text is in the line, for it may as well be
+    this process alone that failed while the others were computing.
+    """
     try:
         dist.monitored_barrier(group, timeout=timedelta(seconds=5), wait_all_ranks=True)
-    except RuntimeError as error:
-        named = "Rank" in str(error)
-        return str(error) if named else "one of them has ended, see torchrun's own line"
-    return "all of them answer, see the line of the first that failed"
+    except (RuntimeError, ValueError) as missing:  # ValueError: this process has not joined
+        raise ConnectionError(f"the processes lost each other: {error}; {missing}") from error
 
 
 @contextmanager
-def leader_first():
-    """The leading process does something before the others, which find it done."""
-    if dist.is_initialized() and not world().leads:
+def main_process_first():
+    """The main process runs the block first; the others wait and find it done."""
+    here = world()
+    if not here.is_main:
         dist.barrier()
     yield
-    if dist.is_initialized() and world().leads:
+    if here.is_main and here.size > 1:
         dist.barrier()
 
 
@@ -122,55 +118,56 @@ def leader_first():
 
 
 def check_kind(kind: str) -> None:
-    """Raise `UserError` for a `system.parallel` that is unknown or cannot be had here."""
-    if kind not in KINDS:
-        raise UserError(f"system.parallel={kind} is unknown: choose one of {', '.join(KINDS)}")
+    """Raise `UserError` for a `system.parallel` that is unknown or needs several processes."""
+    check_choice("system.parallel", kind, ("auto", "ddp", "fsdp"))
     if kind != "auto" and "RANK" not in os.environ:
         raise UserError(
             f"system.parallel={kind} is for several processes: start them by torchrun, as in "
-            "docs/scaling.md, or say system.parallel=auto"
+            "docs/scaling.md, or set system.parallel=auto"
         )
 
 
 def distribute(kind: str, model: nn.Module, average: nn.Module, dtype: torch.dtype) -> nn.Module:
-    """What to call for a training step; `model` itself where there is one process.
+    """The module to call in a training step; with one process `model` itself.
 
-    Copies of it (DDP), whose gradients are averaged, or, for `fsdp`, shards, in place, of it and of
-    its moving average.
+    DDP averages the gradients of copies. `fsdp` shards the model and its moving average in place.
     """
     if kind == "fsdp":
         shard(average, torch.float32)
         return shard(model, dtype)
     if not dist.is_initialized():
         return model
-    return DistributedDataParallel(model, broadcast_buffers=False, gradient_as_bucket_view=True)
+    return nn.parallel.DistributedDataParallel(
+        model, broadcast_buffers=False, gradient_as_bucket_view=True
+    )
 
 
 def shard(model: nn.Module, dtype: torch.dtype) -> nn.Module:
     """FSDP2 (arXiv 2304.11277), in place: each process keeps its share of every weight.
 
-    The weights of a block are gathered while it computes, in `dtype`; what is outside the blocks,
-    what flows between them and the sums of gradients are float32, as without shards.
+    The weights of a block are gathered while it computes, in `dtype`. The layers outside the
+    blocks, the residual stream and the sums of gradients are float32, as without shards.
     """
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard  # here: it takes a second
 
-    mesh = init_device_mesh(model.device.type, (dist.get_world_size(),))
+    mesh = dist.init_device_mesh(model.device.type, (world().size,))
     policy = MixedPrecisionPolicy(
         param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False
     )
     for block in model.blocks:
         fully_shard(block, mesh=mesh, mp_policy=policy)
-    # Without a backward pass nothing else would cut the outermost weights again.
+    # Without a backward pass nothing else shards the outermost weights again.
     return fully_shard(model, mesh=mesh, reshard_after_forward=None if model.training else True)
 
 
-def synchronising(model: nn.Module, last: bool):
-    """The context of a micro-batch: gradients are averaged after the `last` of a step only."""
-    if hasattr(model, "set_requires_gradient_sync"):  # it is sharded
-        model.set_requires_gradient_sync(last)
-    elif isinstance(model, DistributedDataParallel) and not last:
-        return model.no_sync()
-    return nullcontext()
+def synchronise(model: nn.Module, wanted: bool) -> None:
+    """Whether the next forward and backward pass averages the gradients over the processes.
+
+    Of several micro-batches only the last has to.
+    """
+    if hasattr(model, "set_requires_gradient_sync"):  # FSDP2
+        model.set_requires_gradient_sync(wanted)
+    model.require_backward_grad_sync = wanted  # which DDP's no_sync() sets
 
 
 # --- Values -------------------------------------------------------------------------------------
@@ -182,11 +179,11 @@ def mean(value: Tensor) -> Tensor:
         return value
     total = value.clone()
     dist.all_reduce(total)
-    return total / dist.get_world_size()
+    return total / world().size
 
 
 def largest(value: int, device: torch.device) -> int:
-    """The largest value of any process: all of them get the same answer."""
+    """The largest value of all processes, which all of them get."""
     if not dist.is_initialized():
         return value
     shared = torch.tensor(value, device=device)
@@ -195,15 +192,15 @@ def largest(value: int, device: torch.device) -> int:
 
 
 def share_rows(nll: Callable) -> Callable:
-    """`nll`, each process computing its share of the rows: the same result on all of them."""
+    """`nll(xt, targets, where)`, each process computing some of the rows; all get all of them."""
     here = world()
     if here.size == 1:
         return nll
 
-    def shared(model: nn.Module, xt: Tensor, x0: Tensor, is_masked: Tensor) -> Tensor:
+    def shared(xt, targets, where):
         rows = here.rows(len(xt)).to(xt.device)
-        read = rows if len(rows) else rows.new_zeros(1)  # all have to call a sharded model
-        mine = nll(model, xt[read], x0[read], is_masked[read])
+        read = rows if len(rows) else rows.new_zeros(1)  # every process has to call a sharded model
+        mine = nll(xt[read], targets[read], where[read])
         total = mine.new_zeros(xt.shape).index_copy(0, rows, mine[: len(rows)])
         dist.all_reduce(total)
         return total
@@ -211,33 +208,33 @@ def share_rows(nll: Callable) -> Callable:
     return shared
 
 
-def whole(tensor: Tensor) -> Tensor:
-    """A tensor, gathered if it is sharded. All processes have to ask for it together."""
-    return tensor.full_tensor() if is_sharded(tensor) else tensor
+def full_tensor(tensor: Tensor) -> Tensor:
+    """A tensor, gathered if it is sharded (a DTensor). All processes have to call this together."""
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
 
 
-def is_sharded(tensor: Tensor) -> bool:
-    return hasattr(tensor, "full_tensor")  # a DTensor, whose module takes a second to import
+def shard_like(tensor: Tensor, other: Tensor) -> Tensor:
+    """A tensor that every process has in full, sharded as `other` is.
 
-
-def like(tensor: Tensor, other: Tensor) -> Tensor:
-    """A tensor that all processes have whole, cut as `other` of the same shape is."""
-    if not is_sharded(other) or tensor.shape != other.shape:
+    Raises `ValueError` for another shape.
+    """
+    if tensor.shape != other.shape:
+        raise ValueError(f"a tensor of shape {tensor.shape} in the place of {other.shape}")
+    if not hasattr(other, "full_tensor"):
         return tensor
-    from torch.distributed.tensor import distribute_tensor
+    from torch.distributed.tensor import distribute_tensor  # here: it takes a second
 
-    tensor = tensor.to(other.device)
     return distribute_tensor(tensor, other.device_mesh, other.placements, src_data_rank=None)
 
 
-def gather(state, leads: bool):
-    """A nested state of dicts and lists with its tensors whole, on the CPU of the leading process.
+def gather(state):
+    """A nested state of dicts and lists with full tensors, on the CPU of the main process.
 
-    One after the other, so that a GPU needs room for one of them. All processes take part.
+    One tensor after the other, so that a GPU needs room for one. All processes take part.
     """
     if isinstance(state, Tensor):
-        tensor = whole(state.detach())
-        return tensor.cpu() if leads else None
+        tensor = full_tensor(state)
+        return tensor.cpu() if world().is_main else None
     if isinstance(state, dict):
-        return {key: gather(value, leads) for key, value in state.items()}
-    return [gather(v, leads) for v in state] if isinstance(state, list | tuple) else state
+        return {key: gather(value) for key, value in state.items()}
+    return [gather(value) for value in state] if isinstance(state, list | tuple) else state

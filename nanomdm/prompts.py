@@ -1,4 +1,4 @@
-"""Prompts: templates with blanks, as canvases; windows of texts that are longer than the context."""
+"""Prompts: templates with blanks, as canvases; windows of texts longer than the context."""
 
 import re
 from collections import defaultdict

@@ -1,263 +1,257 @@
-"""What a run tells while it goes on: progress, metrics.jsonl, Weights & Biases; and Ctrl-C."""
+"""The log of a run: progress, metrics.jsonl, samples, W&B; and what Ctrl-C does."""
 
 import json
 import math
-import netrc
 import os
 import signal
-import socket
 import sys
 import time
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from pathlib import Path
 from types import SimpleNamespace
-from typing import TextIO
-from urllib.parse import urlsplit
+from typing import BinaryIO, TextIO
 
-from .errors import UserError, visible, write_atomically
+from . import folders, parallel
+from .errors import visible, write_atomically
+from .tracking import import_wandb, start_wandb
+
+try:
+    from tqdm import tqdm
+except ImportError:
+    tqdm = None
 
 
-class RunLog:
-    """A training run's log: a progress bar or lines, metrics.jsonl in its folder and W&B if asked.
+class Log(ExitStack):
+    """A training run's log: progress on stderr, metrics.jsonl in out_dir, and W&B if switched on.
 
-    `details` go to W&B beside the configuration.
+    The main process has one, each other process a `NullLog`. `about` goes to W&B beside the
+    configuration.
     """
 
-    def __init__(self, config: SimpleNamespace, first_step: int, details: dict):
-        self.total, self.first_step = config.training.max_iters, first_step
-        self.wandb = start_wandb(config, details) if config.logging.wandb else None
-        self.file = open_metrics(Path(config.out_dir, "metrics.jsonl"), first_step)
-        self.bar = progress_bar(self.total, first_step, "step")
-        self.start = time.monotonic()
+    def __init__(self, config: SimpleNamespace, first_step: int, about: dict):
+        super().__init__()
+        settings, path = config.training, Path(config.out_dir, "metrics.jsonl")
+        self.tokens_per_step = settings.batch_size * config.model.block_size
+        self.wandb = start_wandb(config, about) if config.logging.wandb else None
+        if self.wandb:
+            self.push(lambda error, *_: self.wandb.finish(exit_code=1 if error else 0))
+        self.file = self.enter_context(open_metrics(path, first_step))
+        self.unwritten = b""
+        self.callback(self.flush)
+        self.advance = self.enter_context(progress(settings.max_iters, "step", first_step, 0))
+        self.logged, self.start = first_step, time.perf_counter()  # the last step that was logged
 
-    def __enter__(self) -> "RunLog":
-        return self
+    def step(self, step: int, **figures: float) -> None:
+        """Record the figures of optimizer step number `step` as train/NAME, and show progress.
 
-    def __exit__(self, kind, error, trace) -> None:
-        self.flush()
-        with suppress(OSError):  # said by flush
-            self.file.close()
-        if self.bar is not None:
-            self.bar.close()
-        if self.wandb is not None:
-            self.wandb.finish(exit_code=0 if error is None else 1)
-
-    def metrics(self, step: int, values: dict[str, float]) -> None:
-        """Record figures at `step` (optimizer steps done) in metrics.jsonl and W&B.
-
-        What is not finite is null in metrics.jsonl, for JSON has no word for it.
+        time_ms is the mean time of a step since the last call, without what was done in `paused`.
         """
-        plain = {key: value if math.isfinite(value) else None for key, value in values.items()}
-        self.file.write(json.dumps({"step": step, **plain}) + "\n")
-        self.flush()
-        if self.wandb is not None:
-            self.wandb.log(values, step=step)
-
-    def flush(self) -> None:
-        """Write what is recorded; where that fails, say so and try again with the next entry."""
-        try:
-            self.file.flush()
-        except OSError as error:
-            tell(
-                f"cannot write {self.file.name} ({error.strerror}): free some space there, then "
-                "the entries that are missing follow",
-                sys.stderr,
-            )
-
-    def samples(self, step: int, texts: list[str]) -> None:
-        """Show generated texts, and send them to W&B as a table."""
-        for text in texts:
-            self.say(f"--- sample after {step} steps ---\n{visible(text, sys.stdout)}\n---")
-        if self.wandb is not None:
-            table = import_wandb().Table(["step", "text"], [[step, text] for text in texts])
-            self.wandb.log({"samples": table}, step=step)
-
-    def progress(self, step: int, text: str) -> None:
-        """Move the bar, or print a line, with `text` beside the steps and the time left."""
-        if self.bar is not None:
-            self.bar.set_postfix_str(text, refresh=False)
-            self.bar.update(step - self.bar.n)
-            return
-        seconds = time.monotonic() - self.start
-        left = seconds / (step - self.first_step) * (self.total - step)
-        line = f"step {step:>5}/{self.total} | {text} | {seconds:.0f} s, {left:.0f} s left"
-        tell(line, sys.stderr)
-
-    def say(self, line: str) -> None:
-        """Print on stdout without breaking the bar."""
-        if self.bar is not None:
-            self.bar.write(line)
-        else:
-            tell(line)
-
-
-class Silence:
-    """The log of a process that does not lead."""
-
-    def __enter__(self) -> "Silence":
-        return self
-
-    def __exit__(self, *error) -> None:
-        pass
-
-    def _nothing(self, *args) -> None:
-        pass
-
-    metrics = samples = progress = say = _nothing
-
-
-def tell(line: str, file: TextIO | None = None) -> None:
-    """Print a line. A reader that is gone, or a full disk behind stdout, does not end a run."""
-    with suppress(OSError):
-        print(line, file=file or sys.stdout, flush=True)
-
-
-def progress_bar(total: int, done: int, unit: str):
-    """tqdm's bar, where tqdm is installed and stderr is a terminal; else None."""
-    if not sys.stderr.isatty():
-        return None
-    try:
-        from tqdm import tqdm
-    except ImportError:
-        return None
-    return tqdm(total=total, initial=done, unit=unit, unit_scale=unit != "step", dynamic_ncols=True)
-
-
-@contextmanager
-def progress(total: int, unit: str):
-    """A function to be told how much more is done: a bar, or a line on stderr every ten seconds."""
-    bar, done, last = progress_bar(total, 0, unit), 0, time.monotonic()
-
-    def told(more: int) -> None:
-        nonlocal done, last
-        done += more
-        if bar is not None:
-            bar.update(more)
-        elif time.monotonic() - last > 10:
-            last = time.monotonic()
-            print(f"{done / total:.0%} of {total:,} {unit}s", file=sys.stderr, flush=True)
-
-    yield told
-    if bar is not None:
-        bar.close()
-
-
-def open_metrics(path: Path, first_step: int) -> TextIO:
-    """metrics.jsonl for writing on: a resumed run drops what was recorded after its first step.
-
-    A crash on the way leaves the file as it was, or as it is to be.
-    """
-    lines = path.read_text(errors="replace").splitlines(True) if path.exists() else []
-    kept = [line for line in lines if first_step and _step(line) <= first_step]
-    if kept != lines:
-        write_atomically(path, "".join(kept).encode())
-    return path.open("a")
-
-
-def _step(line: str) -> float:
-    """The step of a line of metrics.jsonl; infinite if it was cut or damaged."""
-    try:
-        return float(json.loads(line)["step"]) if line.endswith("}\n") else math.inf
-    except (ValueError, KeyError, TypeError):
-        return math.inf
-
-
-# --- Weights & Biases ---------------------------------------------------------------------------
-
-
-def start_wandb(config: SimpleNamespace, details: dict):
-    """A W&B run; offline, and saying so, without login or network. WANDB_MODE goes before that."""
-    wandb = import_wandb()
-    mode, settings = os.environ.get("WANDB_MODE"), config.logging
-    if mode is None and (reason := why_offline()):
-        mode = "offline"
-        print(
-            f"W&B goes offline ({reason}): set WANDB_MODE=online if that is wrong", file=sys.stderr
-        )
-    return wandb.init(
-        project=settings.project,
-        name=settings.name or None,
-        tags=settings.tags,
-        mode=mode,
-        dir=config.out_dir,
-        config=config.as_dict() | details,
-    )
-
-
-def import_wandb():
-    try:
-        import wandb
-    except ImportError:
-        raise UserError("logging.wandb=true needs a package: pip install wandb") from None
-    return wandb
-
-
-def why_offline() -> str:
-    """Why W&B cannot be reached; empty if it can."""
-    url = urlsplit(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai"))
-    port = url.port or (80 if url.scheme == "http" else 443)
-    if not os.environ.get("WANDB_API_KEY") and not _in_netrc(url.hostname):
-        return "no login"
-    try:
-        socket.create_connection((url.hostname, port), timeout=3).close()
-    except OSError as error:
-        return f"no network: {error}"
-    return ""
-
-
-def _in_netrc(host: str) -> bool:
-    try:
-        return netrc.netrc(os.environ.get("NETRC")).authenticators(host) is not None
-    except (OSError, netrc.NetrcParseError):
-        return False
-
-
-# --- Time and signals ---------------------------------------------------------------------------
-
-
-class Clock:
-    """Times the steps, and leaves out what is done between them."""
-
-    def __init__(self, step: int):
-        self.step, self.start = step, time.perf_counter()
-
-    def milliseconds_per_step(self, step: int) -> float:
-        """The mean since the last call."""
-        milliseconds = 1e3 * (time.perf_counter() - self.start) / (step - self.step)
-        self.step, self.start = step, time.perf_counter()
-        return milliseconds
+        steps, now = step - self.logged, time.perf_counter()
+        figures["time_ms"] = milliseconds = 1e3 * (now - self.start) / steps
+        self.logged, self.start = step, now
+        self.metrics(step, {f"train/{name}": value for name, value in figures.items()})
+        speed = self.tokens_per_step / milliseconds
+        skipped = f" | {figures['skipped']:.0f} steps skipped" if figures["skipped"] else ""
+        self.advance(steps, f"loss {figures['loss_avg']:.3f} | {speed:.1f}k tokens/s{skipped}")
 
     @contextmanager
     def paused(self):
+        """Leave what is done in this context out of the time per step."""
         pause = time.perf_counter()
         yield
         self.start += time.perf_counter() - pause
 
+    def metrics(self, step: int, values: dict[str, float]) -> None:
+        """Record figures at `step` (optimizer steps done) in metrics.jsonl and W&B.
 
-class Interrupt:
+        A figure that is not finite is null in metrics.jsonl, because JSON has no such number.
+        """
+        plain = {key: value if math.isfinite(value) else None for key, value in values.items()}
+        self.unwritten += json.dumps({"step": step, **plain}).encode() + b"\n"
+        self.flush()
+        if self.wandb:
+            self.wandb.log(values, step=step)
+
+    def flush(self) -> None:
+        """Write what is recorded; if that fails, print why and try again with the next entry."""
+        try:
+            while self.unwritten:
+                self.unwritten = self.unwritten[self.file.write(self.unwritten) :]
+        except OSError as error:
+            echo(
+                f"cannot write {self.file.name} ({error.strerror}): free some space there; the "
+                "missing entries are written then",
+                sys.stderr,
+            )
+
+    def samples(self, step: int, texts: list[str]) -> None:
+        """Print generated texts, and send them to W&B as a table."""
+        for text in texts:
+            echo(f"--- sample after {step} steps ---\n{visible(text, sys.stdout)}\n---")
+        if self.wandb:
+            table = import_wandb().Table(["step", "text"], [[step, text] for text in texts])
+            self.wandb.log({"samples": table}, step=step)
+
+    def say(self, line: str) -> None:
+        """Print a line on stdout."""
+        echo(line)
+
+
+class NullLog(ExitStack):
+    """The log of a process that is not the main one: every method of `Log`, without effect."""
+
+    def say(self, *args, **figures) -> None:
+        pass
+
+    step = metrics = samples = say
+    paused = nullcontext
+
+
+def start_message(config: SimpleNamespace, first_step: int, about: dict) -> str:
+    """What a run is: its first lines on the terminal; `about` as train.py describes the run."""
+    size, last_step = about["processes"], config.training.max_iters
+    kind = "shards" if config.system.parallel == "fsdp" else "copies"
+    processes = f" in {size} processes ({kind})" if size > 1 else ""
+    message = (
+        f"corpus {about['corpus']['name']} (sha256 {about['corpus']['sha256'][:12]}): "
+        f"{about['tokens']['train']:,} tokens to train on, {about['tokens']['val']:,} to validate, "
+        f"{about['architecture']['vocab_size']} symbols\n"
+        f"model of {about['parameters']:,} parameters on {about['device']}{processes}, "
+        f"{about['dtype']}{', compiled' if about['compiled'] else ''}; "
+        f"steps {first_step} to {last_step}, results in {config.out_dir}"
+    )
+    if first_step >= last_step:
+        message += "\nnothing is left to do: raise training.max_iters to go on"
+    return message
+
+
+def echo(line: str, file: TextIO | None = None) -> None:
+    """Print a line without breaking the bar. A closed pipe or a full disk does not end a run."""
+    with suppress(OSError), tqdm.external_write_mode(file) if tqdm else nullcontext():
+        print(line, file=file, flush=True)
+
+
+@contextmanager
+def progress(total: int | None, unit: str, done: int = 0, seconds: float = 10):
+    """Gives a function `advance(more, text="")`, which moves tqdm's bar with `text` beside it.
+
+    Without tqdm or a terminal it prints lines on stderr, at most one in `seconds`.
+    """
+    bar, first, start = None, done, time.perf_counter()
+    printed = start
+    if tqdm is not None and sys.stderr.isatty():
+        scale = unit != "step"  # 1.2M tokens
+        bar = tqdm(total=total, initial=done, unit=unit, unit_scale=scale, dynamic_ncols=True)
+
+    def advance(more: int, text: str = "") -> None:
+        nonlocal done, printed
+        done, now = done + more, time.perf_counter()
+        if bar is not None:
+            bar.set_postfix_str(text, refresh=False)
+            bar.update(more)
+        elif now - printed >= seconds:
+            printed, elapsed, new = now, now - start, done - first
+            text = text or f"{new / elapsed:,.0f} {unit}s/s"
+            left = f", {elapsed * (total - done) / max(new, 1):.0f} s left" if total else ""
+            line = f"{unit} {done:>5}/{total or '?'} | {text} | {elapsed:.0f} s{left}"
+            echo(line, sys.stderr)
+
+    yield advance
+    if bar is not None:
+        bar.close()
+
+
+def open_metrics(path: Path, first_step: int) -> BinaryIO:
+    """Open metrics.jsonl for appending, unbuffered.
+
+    A new run begins with an empty file, a resumed one with the entries up to its first step. A
+    crash leaves the old file or the new one.
+    """
+    lines = path.read_bytes().splitlines(True) if path.exists() else []
+    kept = [line for line in lines if _is_entry(line, first_step)]
+    if kept != lines:
+        write_atomically(path, b"".join(kept))
+    return path.open("ab", buffering=0)
+
+
+def _is_entry(line: bytes, last_step: int) -> bool:
+    """Whether a line of metrics.jsonl is complete and of a step up to `last_step`."""
+    try:
+        return line.endswith(b"}\n") and json.loads(line)["step"] <= last_step
+    except (ValueError, KeyError, TypeError, RecursionError):
+        return False
+
+
+class Interrupt(ExitStack):
     """Turns Ctrl-C and SIGTERM into a request to save and exit; a third Ctrl-C ends at once.
 
-    `asked` is the signal's number, 0 before there is one. The second Ctrl-C is heard and changes
-    nothing: impatience does not cost a checkpoint.
+    `asked` is the signal's number, or 0 before there is one. A second Ctrl-C changes nothing, so
+    that impatience costs no checkpoint.
     """
 
-    asked = pressed = 0
+    asked = pressed = stop = 0
 
-    def __enter__(self) -> "Interrupt":
-        numbers = (signal.SIGINT, signal.SIGTERM)
-        self.previous = {number: signal.signal(number, self._ask) for number in numbers}
+    def __enter__(self):
+        for number in (signal.SIGINT, signal.SIGTERM):
+            before = signal.signal(number, self._ask)
+            self.callback(signal.signal, number, before)
         return self
 
-    def __exit__(self, *error) -> None:
-        for number, handler in self.previous.items():
-            signal.signal(number, handler)
-
-    def _ask(self, number, frame) -> None:
+    def _ask(self, number, frame):
         self.asked = number
         if number != signal.SIGINT:
             return
         self.pressed += 1
         if self.pressed == 1:  # print() is not for signal handlers
             os.write(2, b"saving after this step; Ctrl-C twice more ends without it\n")
-        if self.pressed == 2:
-            signal.signal(signal.SIGINT, signal.default_int_handler)
+        if self.pressed == 3:
+            raise KeyboardInterrupt
+
+    def agree(self, due: bool, device) -> None:
+        """Set `stop` to the number of a signal that a process got, in all processes alike.
+
+        Several processes compare only where it is `due`: they have to wait for each other then.
+        """
+        if due or parallel.world().size == 1:
+            self.stop = parallel.largest(self.asked, device)
+
+    def exit(self, step: int) -> None:
+        """End the process, if a signal stopped the run, as a shell expects it."""
+        if self.stop:
+            if parallel.world().is_main:
+                echo(f"saved after step {step}: resume with training.resume=true")
+            sys.exit(128 + self.stop)
+
+
+# --- The log of train.py ------------------------------------------------------------------------
+
+
+def open_log(run) -> Log | NullLog:
+    """Announce a training run, prepare its folder and open its log.
+
+    All but the main process get a `NullLog`, and so does a run that is over.
+    """
+    about, world = describe(run), parallel.world()
+    if not world.is_main:
+        return NullLog()
+    echo(start_message(run.config, run.step, about))
+    if run.finished:
+        return NullLog()
+    entry = about | {"config": run.config.as_dict()}
+    for path in folders.begin(run.config.out_dir, run.step, entry):
+        echo(f"an earlier run's file is kept as {path}")
+    return Log(run.config, run.step, about)
+
+
+def describe(run) -> dict:
+    """What a log has of a training run beside its configuration."""
+    return {
+        "parameters": sum(p.numel() for p in run.model.parameters()),
+        "architecture": vars(run.model.config),
+        "corpus": {"name": run.corpus.name, "sha256": run.corpus.sha256},
+        "tokens": {split: len(getattr(run.corpus, split)) for split in ("train", "val")},
+        "processes": parallel.world().size,
+        "device": str(run.device),
+        "dtype": str(run.dtype).removeprefix("torch."),
+        "compiled": run.compiled,
+    }

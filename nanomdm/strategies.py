@@ -1,7 +1,7 @@
 """Sampling strategies: which masked positions a step of the reverse process reveals.
 
-A strategy is a function from a `diffusion.State` to the positions (B, L) to reveal in this step. Its
-own settings are further arguments, which `sampling.options` sets by name. To add one, write the
+A strategy is a function from a `diffusion.State` to the positions (B, L) to reveal in this step.
+Its own settings are further arguments, which `sampling.options` sets by name. To add one, write the
 function and its entry in STRATEGIES; `diffusion.sample(strategy=f)` takes any function, too. A
 strategy that is `adaptive` ignores `steps`: it reveals at least one position in each step, and goes
 on until none is masked.

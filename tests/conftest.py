@@ -15,12 +15,12 @@ import sample as sample_script
 import train as train_script
 from model import ModelConfig, Transformer
 from nanomdm import checkpoint, cli
-from nanomdm.runlog import RunLog
+from nanomdm.runlog import Log
 
 torch.set_num_threads(1)  # threads only get into each other's way where models are tiny
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPTS = {
-    "train.py": train_script.train,
+    "train.py": train_script.main,
     "sample.py": sample_script.main,
     "eval.py": eval_script.main,
 }
@@ -95,7 +95,7 @@ def trained(tmp_path_factory, text_file) -> Path:
         patch.chdir(folder)
         words = [f"data.path={text_file}", f"out_dir={folder}/out"]
         patch.setattr(sys, "argv", ["train.py", *TINY, *words])
-        cli.main(train_script.train)
+        cli.main(train_script.main, reads=train_script.READS)
     return folder / "out"
 
 
@@ -107,7 +107,7 @@ def log(tmp_path):
         logging=SimpleNamespace(wandb=False),
         out_dir=str(tmp_path),
     )
-    return lambda first_step=0: RunLog(config, first_step, {})
+    return lambda first_step=0: Log(config, first_step, {})
 
 
 def load_model(path: str | Path, resume: bool = False) -> checkpoint.Loaded:

@@ -9,15 +9,15 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import runtime
 import torch
+from runtime import open_bins
 from test_tokenizers import POEM, SHAKESPEARE, needs_shakespeare
 
 import data
-import runtime
 from data import Corpus
 from data import blocks as blocks_of
 from nanomdm.tokenizers import TOKENIZERS, ByteTokenizer, CharTokenizer, Tokenizer
-from runtime import open_bins
 
 # --- Preparation --------------------------------------------------------------------------------
 

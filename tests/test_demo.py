@@ -11,9 +11,9 @@ from contextlib import contextmanager
 
 import numpy as np
 import pytest
+import runtime
 from conftest import load_model
 
-import runtime
 from diffusion import Sampling
 from nanomdm.checkpoint import Loaded
 from sample import make_canvas

@@ -12,11 +12,11 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import runtime
 from conftest import ROOT, TINY
 from hydra._internal.hydra import Hydra
 
 import data
-import runtime
 from nanomdm import cli, folders
 from nanomdm.tokenizers import EOT, BPETokenizer
 

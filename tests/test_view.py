@@ -10,11 +10,11 @@ from xml.etree import ElementTree
 
 import numpy as np
 import pytest
+import runtime
 import torch
 from conftest import load_model
 
 import diffusion
-import runtime
 from diffusion import Sampling
 from nanomdm.checkpoint import Loaded
 from sample import Canvas, make_canvas

@@ -7,6 +7,7 @@ From elsewhere, tunnel: ssh -L 8000:127.0.0.1:8000 machine.
 import socket
 
 import runtime
+
 from model import ModelConfig, Transformer
 from nanomdm import cli
 from nanomdm.checkpoint import load_model

@@ -12,10 +12,10 @@ checkpoint of ours is scored exactly.
 import json
 from pathlib import Path
 
+import runtime
 import torch
 
 import diffusion
-import runtime
 from bench.cloze import Fill, as_texts, by_fill, greedy_fills
 from eval import measure
 from nanomdm import cli

@@ -16,6 +16,7 @@ from types import SimpleNamespace
 from typing import NamedTuple
 
 import anyio
+import runtime
 import torch
 import uvicorn
 from starlette.applications import Starlette
@@ -25,7 +26,6 @@ from starlette.responses import HTMLResponse, JSONResponse, Response
 from starlette.routing import Route
 
 import diffusion
-import runtime
 from diffusion import Sampling
 from nanomdm.checkpoint import Loaded
 from nanomdm.errors import UserError

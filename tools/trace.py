@@ -23,10 +23,10 @@ import base64
 from collections.abc import Callable
 
 import numpy as np
+import runtime
 import torch
 from torch import Tensor
 
-import runtime
 from diffusion import Event, Sampled, Sampling
 from nanomdm.checkpoint import Loaded
 from nanomdm.errors import UserError

@@ -6,6 +6,7 @@ The page is one file that needs nothing else; the picture is an animated SVG.
 from pathlib import Path
 
 import runtime
+
 from model import ModelConfig, Transformer
 from nanomdm import cli
 from nanomdm.checkpoint import load_model

@@ -1,0 +1,51 @@
+"""Weights & Biases: starts a run there, offline where the server cannot be reached."""
+
+import netrc
+import os
+import socket
+import sys
+from contextlib import suppress
+from types import SimpleNamespace
+from urllib.parse import urlsplit
+
+from .errors import optional
+
+
+def start_wandb(config: SimpleNamespace, about: dict):
+    """Start a W&B run, which records the configuration and `about`.
+
+    Without a login or a network the run is offline, and a line on stderr says so. The environment
+    variable WANDB_MODE takes precedence.
+    """
+    mode, settings = os.environ.get("WANDB_MODE"), config.logging
+    if mode is None and (reason := why_offline()):
+        mode = "offline"
+        print(f"W&B is offline ({reason}): WANDB_MODE=online tries anyway", file=sys.stderr)
+    return import_wandb().init(
+        project=settings.project,
+        name=settings.name or None,
+        tags=settings.tags,
+        mode=mode,
+        dir=config.out_dir,
+        config=config.as_dict() | about,
+    )
+
+
+def import_wandb():
+    return optional("wandb", "logging.wandb=true")
+
+
+def why_offline() -> str:
+    """Why W&B's server cannot be used; empty if it can."""
+    url = urlsplit(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai"))
+    port = url.port or (80 if url.scheme == "http" else 443)
+    login = os.environ.get("WANDB_API_KEY")
+    with suppress(OSError, netrc.NetrcParseError):
+        login = login or netrc.netrc(os.environ.get("NETRC")).authenticators(url.hostname)
+    if not login:
+        return "no login"
+    try:
+        socket.create_connection((url.hostname, port), timeout=3).close()
+    except OSError as error:
+        return f"no network: {error}"
+    return ""
