@@ -38,12 +38,9 @@ def main(config: cli.Section) -> None:
             while not (run.finished or interrupt.stop):
                 loss, grad_norm = step(run)
                 if run.due(config.logging.interval):
+                    figures = {"loss": float(loss), "grad_norm": float(grad_norm)}
                     lr = run.optimizer.param_groups[0]["lr"]
-                    figures = run.stats.read() | {
-                        "loss": float(loss),
-                        "grad_norm": float(grad_norm),
-                    }
-                    log.step(run.step, lr=lr, **figures)
+                    log.step(run.step, lr=lr, **figures, **run.stats.read())
                     run.stats.require_progress(run.files.last_good)
                 interrupt.agree(run.due(config.logging.interval), device)
                 with log.paused():

@@ -111,24 +111,26 @@ RENAMED = {  # by its old name: the key, and the default that it had
     "sampling.guidance": ("sampling.options.guidance", 0.0),
     "sampling.block_length": ("sampling.options.block_length", 0),
 }
-LOST = {"diffusion.eps": 1e-3, "diffusion.masking": "bernoulli", "training.min_lr_ratio": 0.0}
-RETIRED = (
-    *LOST,
-    "model.tie_weights",
-    "model.qk_norm",
-    "model.mlp_size",
-    "model.norm_eps",
-    "model.rope_base",
-    "data.cache_dir",
-    "training.max_skipped",
-    "training.keep",
-    "sampling.remask_unsure",
-    "sampling.batch_size",
-    "eval.batch_size",
-    "eval.plot",
-    "eval.stride",
-    "system.timeout",
-)
+RETIRED = {  # the value that each has now
+    "model.tie_weights": True,
+    "model.qk_norm": True,
+    "model.mlp_size": 0,
+    "model.norm_eps": 1e-5,
+    "model.rope_base": 10000.0,
+    "diffusion.eps": 1e-3,
+    "diffusion.masking": "bernoulli",
+    "data.cache_dir": "that of the environment variable NANOMDM_CACHE",
+    "training.min_lr_ratio": 0.0,
+    "training.max_skipped": 50,
+    "training.keep": 0,
+    "sampling.remask_unsure": False,
+    "sampling.batch_size": 64,
+    "eval.batch_size": 64,
+    "eval.plot": "",
+    "eval.stride": 0,
+    "system.timeout": 30.0,
+}
+DECISIVE = ("diffusion.eps", "diffusion.masking", "training.min_lr_ratio")  # of a resumed run
 
 
 class Section(SimpleNamespace):
@@ -248,7 +250,7 @@ def read(words, defaults, sweep):
         elif not equals:
             raise UserError(f"{word!r} is no setting: write key=value, as in model.n_layer=6")
         elif key in RETIRED:
-            raise UserError(f"{key} is no longer a setting: leave it out")
+            raise UserError(f"{key} is no longer a setting (now {RETIRED[key]!r}): leave it out")
         else:
             values = values_of(key, text, defaults.get(key), sweep)
             pairs.append([(key, value) for value in values])
@@ -367,8 +369,9 @@ def resumed(stored: dict, config: Section, whole: bool) -> Section:
     setting that is not among them differs.
     """
     defaults, now = flat(load_defaults()), flat(config.as_dict())
-    for key, default in LOST.items():
-        if (value := typed(key, find(stored, key, default), default)) != default:
+    for key in DECISIVE:
+        value = typed(key, find(stored, key, RETIRED[key]), RETIRED[key])
+        if value != RETIRED[key]:
             raise UserError(
                 f"the interrupted run has {key}={value}, which is no longer a setting: finish it "
                 "with the version that began it"

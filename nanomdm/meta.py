@@ -59,7 +59,7 @@ def _checked(meta: dict) -> dict:
         if not isinstance(meta.get(key, kind()), kind):
             raise UserError(f"expected {key} to be a {kind.__name__}")
     if meta["dtype"] not in ("uint16", "uint32"):
-        raise UserError(f"dtype={meta['dtype']} is neither uint16 nor uint32")
+        raise UserError(f"dtype={meta['dtype']} is not uint16 or uint32")
     if "check" in meta and meta["check"] != digest(meta):
         raise UserError("its checksum is wrong")
     if not (meta.get("corpus", "") + meta.get("sha256", "")).isprintable():

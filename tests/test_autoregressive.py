@@ -3,7 +3,6 @@
 import re
 
 import pytest
-import runtime
 import torch
 from conftest import TEXT, TINY
 from problems import CHAIN, CHAIN_ENTROPY, CHAIN_TEXT, LOOP, chi_square_z, exact_denoiser, seeded

@@ -35,7 +35,7 @@ def exported(tmp_path_factory, trained):
         patch.setattr("sys.path", [modules, *sys.path])
         settings = vars(cli.section(cli.load_defaults("tools/export")))
         settings |= {"checkpoint": f"{trained}/ckpt.pt", "to": str(folder)}
-        export.main(cli.section(settings), set())
+        export.main(cli.section(settings))
         model = transformers.AutoModelForMaskedLM.from_pretrained(folder, trust_remote_code=True)
         tokenizer = transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     return trained / "ckpt.pt", folder, model.eval(), tokenizer
@@ -175,7 +175,7 @@ def test_the_card_says_how_to_measure_what_is_not_known(exported):
     path, folder, *_ = exported
     card, best = (folder / "README.md").read_text(), checkpoint.load(path)["best"]
     assert f"{best:.4f} nats per token is the lowest of its run" in card
-    assert f"`python eval.py checkpoint={path} eval.output=figures.json` measures it" in card
+    assert f"`python eval.py checkpoint={path} output=figures.json` measures it" in card
     assert "±" not in card and not re.search(r"\{[A-Z]+\}", card)
 
 
@@ -217,7 +217,7 @@ def test_a_command_of_the_page_takes_the_settings_that_are_shown(command, monkey
     received = []
     config = module.replace(".", "/") if module.startswith("tools") else "config"
     monkeypatch.setattr("sys.argv", [module, *words])
-    cli.main(lambda config, explicit: received.append(explicit), config)
+    cli.main(lambda config: received.append(config.explicit), config)
     assert received == [{word.split("=")[0] for word in words}]
 
 

@@ -14,7 +14,6 @@ from types import SimpleNamespace
 import pytest
 import runtime
 from conftest import ROOT, TINY
-from hydra._internal.hydra import Hydra
 
 import data
 from nanomdm import cli, folders
@@ -63,8 +62,7 @@ def folder(tmp_path_factory) -> Path:
 
 @pytest.fixture(autouse=True)
 def small(monkeypatch):
-    """Batches of some documents, an entry in the journal after each; Hydra composes once."""
-    monkeypatch.setattr(Hydra, "get_mode", lambda *_, **__: None)
+    """Batches of some documents, an entry in the journal after each."""
     monkeypatch.setattr(sources, "BATCH", 2000)
     monkeypatch.setattr(prepare, "SAVED", 0.0)
 
@@ -372,7 +370,7 @@ def ended(pid: int) -> bool:
 @pytest.mark.parametrize("words", re.findall(r"^\| .* \| `(dataset=.*)` \|$", DOCS, re.M))
 def test_the_settings_in_the_documentation_exist(words, run, monkeypatch):
     received = []
-    monkeypatch.setattr(prepare, "main", lambda config, explicit: received.append(explicit))
+    monkeypatch.setattr(prepare, "main", lambda config: received.append(config.explicit))
     assert run("tools.prepare", *shlex.split(words.replace("\\|", "|"))).code == 0
     assert received == [{word.split("=")[0] for word in shlex.split(words)}]
 

@@ -92,7 +92,7 @@ def test_a_bench_or_tool_takes_the_settings_that_are_shown(command, run, monkeyp
     _, _, module, *words = shlex.split(command)
     received = []
     monkeypatch.setattr(
-        importlib.import_module(module), "main", lambda config, explicit: received.append(explicit)
+        importlib.import_module(module), "main", lambda config: received.append(config.explicit)
     )
     assert run(module, *words).code == 0
     first = next(iter(cli.load_defaults(module.replace(".", "/"))))  # plain words are its items
@@ -106,7 +106,7 @@ def configured(monkeypatch):
     def configured(*words: str) -> cli.Section:
         received = []
         monkeypatch.setattr(sys, "argv", ["train.py", *words])
-        cli.main(lambda config, explicit: received.append(config))
+        cli.main(received.append)
         return received[0]
 
     return configured

@@ -294,7 +294,7 @@ def test_lines_of_the_picture_break_at_blanks():
         ("num_samples=0", "num_samples=0 must be at least 1"),
         ("alternatives=0", "alternatives=0 must be at least 1"),
         ("seconds=0", "seconds=0 must be at least 1"),
-        ("sampling.length=-1", "sampling.length=-1 must be 0 (the context) or more"),
+        ("sampling.length=-1", "sampling.length=-1 must be 0 or more"),
         ("sampling.length=33", "the text has 33 tokens, and at most 32 can be shown"),
         ("sampling.steps=0", "sampling.steps=0 must be at least 1"),
         (f"prompt={'n' * 40}", "prompt has 40 tokens but sampling.length is 32"),

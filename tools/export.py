@@ -26,7 +26,7 @@ from tools import hf_tokenizer
 
 CODE = ("model.py", "diffusion.py", "tools/modeling_nanomdm.py", "LICENSE")
 LEFT_OUT = (  # of the command on the card: what is of a machine, or of other scripts
-    *("data.cache_dir", "system.device", "training.resume", "training.init_from"),
+    *("data.cache_dir", "system.device", "training.resume", "training.init_from", "output"),
     *("sampling.", "logging.", "eval."),
 )
 
@@ -134,7 +134,7 @@ def read_figures(config: Section) -> dict | None:
         of, _ = figures["checkpoint"], figures["loss"]["value"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(
-            f"figures={config.figures} is nothing that eval.py eval.output= wrote ({error!r})"
+            f"figures={config.figures} is nothing that eval.py output= wrote ({error!r})"
         ) from error
     if of != config.checkpoint:
         raise UserError(
@@ -178,9 +178,9 @@ def training_of(state: dict, config: dict) -> str:
 
 def command(config: dict) -> str:
     """The training command: every setting that is not its default, without those of a machine."""
-    defaults, words = dotted(cli.load_defaults()), ["python train.py"]
+    defaults, words = cli.RETIRED | dotted(cli.load_defaults()), ["python train.py"]
     for key, value in dotted(config).items():
-        if key.startswith(LEFT_OUT) or value == defaults.get(key):
+        if key.startswith(LEFT_OUT) or value == defaults.get(key, value):
             continue
         value = Path(value).name if key in ("data.path", "data.dir") else value
         words.append(
@@ -204,7 +204,7 @@ def bound_of(config: Section, state: dict, figures: dict | None) -> str:
     known = ""
     if "best" in state:
         known = f"{state['best']:.4f} nats per token is the lowest of its run, in one pass; "
-    measure = f"python eval.py checkpoint={config.checkpoint} eval.output=figures.json"
+    measure = f"python eval.py checkpoint={config.checkpoint} output=figures.json"
     return f"{known}`{measure}` measures it with its error, for `figures=` of tools.export"
 
 

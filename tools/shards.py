@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 import data
-from nanomdm.errors import UserError
+from nanomdm.errors import UserError, write_atomically
 from nanomdm.meta import digest
 
 AGAIN = "give the same command again, and it goes on from here"
@@ -93,7 +93,8 @@ class Job:
 
     def save(self, **entries) -> None:
         self.journal |= entries
-        data.write_atomically(self.path, json.dumps(self.journal).encode())
+        self.folder.mkdir(parents=True, exist_ok=True)
+        write_atomically(self.path, json.dumps(self.journal).encode())
 
     def finish(self) -> dict:
         """Move the shards up, meta.json last: from then on data.dir can read the folder."""
@@ -104,7 +105,7 @@ class Job:
         meta = {"corpus": Path(self.journal["recipe"]["dataset"]).resolve().name, "sha256": sha256}
         meta |= {name: self.journal[name] for name in names}
         meta["check"] = digest(meta)
-        data.write_atomically(self.out / "meta.json", json.dumps(meta, indent=1).encode())
+        write_atomically(self.out / "meta.json", json.dumps(meta, indent=1).encode())
         shutil.rmtree(self.folder)
         return meta
 

@@ -60,8 +60,6 @@ def check(config: Section) -> None:
     for name, value in (counts | {"seconds": config.seconds}).items():
         if value < 1:
             raise UserError(f"{name}={value:g} must be at least 1")
-    if config.sampling.length < 0:
-        raise UserError(f"sampling.length={config.sampling.length} must be 0 (the context) or more")
     runtime.sampling(config.sampling)
 
 
