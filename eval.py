@@ -89,7 +89,7 @@ def measure(
 
 def choose_texts(config: cli.Section, models: list[checkpoint.Loaded]) -> texts.Texts:
     """All of data.path, or the validation split that data.dir, data.dataset or the run names."""
-    tokenizer, state = models[0].tokenizer, models[0].state
+    tokenizer = models[0].tokenizer
     if any(loaded.tokenizer.state() != tokenizer.state() for loaded in models):
         raise UserError(
             f"{config.eval.against} has another tokenizer than {config.checkpoint}: evaluate each "
@@ -100,12 +100,13 @@ def choose_texts(config: cli.Section, models: list[checkpoint.Loaded]) -> texts.
     else:
         settings, sha256 = config.data, ""
         if not (config.data.dir or "data.dataset" in config.explicit):
-            settings, sha256 = cli.section(models[0].config["data"]), state["corpus"]["sha256"]
+            sha256 = models[0].state["corpus"]["sha256"]
             if not sha256:
                 raise UserError(
                     f"the text that {config.checkpoint} was trained on is not known: name one by "
                     "data.path="
                 )
+            settings = cli.section(models[0].config["data"])
         corpus = data.load(settings, tokenizer, sha256)
         source = f"validation split of {corpus.name}"
         documents = [(source, corpus.val)]

@@ -11,7 +11,7 @@ from torch import Tensor
 import data
 from diffusion import any_order, estimate, mask_probability, masked_diffusion_loss, sample
 from model import ModelConfig, Transformer
-from nanomdm import bounds, checkpoint, cli, devices, folders, optim, parallel, runlog, strategies
+from nanomdm import bounds, cli, devices, folders, optim, parallel, runlog, runs, strategies
 from nanomdm.errors import as_user_error
 from nanomdm.random import generator
 
@@ -169,7 +169,7 @@ class Run:
     """
 
     def __init__(self, config: cli.Section, device: torch.device):
-        config, loaded, resumes = checkpoint.starting_point(config, Transformer, ModelConfig)
+        config, loaded, resumes = runs.starting_point(config, Transformer, ModelConfig)
         settings, system = config.training, config.system
         state = loaded.state if resumes else {"step": 0, "best": math.inf}
         parallel.check_kind(system.parallel)
@@ -203,8 +203,9 @@ class Run:
         self.stats = optim.StepStats(device, state.get("stats", state.get("meter", {})))
         if resumes:
             self.optimizer.load_state_dict(state["optimizer"])
-            self.scaler.load_state_dict(state["scaler"])
-        self.files = checkpoint.Files(config.out_dir, self.step, device)
+            if state.get("scaler"):
+                self.scaler.load_state_dict(state["scaler"])
+        self.files = runs.Files(config.out_dir, self.step, device)
         B, parts, size = settings.batch_size, settings.grad_accum, parallel.world().size
         world = parallel.World(size - 1, size)  # the process that has the latest times
         times = (world.rows(B, parts - 1, parts)[:, None].double() + 0.5) / B

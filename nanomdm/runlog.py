@@ -24,8 +24,8 @@ except ImportError:
 class Log(ExitStack):
     """A training run's log: progress on stderr, metrics.jsonl in out_dir, and W&B if switched on.
 
-    The main process has one, each other process a `NullLog`. `about` goes to W&B beside the
-    configuration.
+    The main process has one, every other process a `NullLog`. `about` is a dict of facts that goes
+    to W&B beside the configuration.
     """
 
     def __init__(self, config: SimpleNamespace, first_step: int, about: dict):
@@ -44,7 +44,8 @@ class Log(ExitStack):
     def step(self, step: int, **figures: float) -> None:
         """Record the figures of optimizer step number `step` as train/NAME, and show progress.
 
-        time_ms is the mean time of a step since the last call, without what was done in `paused`.
+        `loss_avg` and `skipped` are among them. train/time_ms is added, the mean time of a step
+        since the last call, without what was done in `paused`.
         """
         steps, now = step - self.logged, time.perf_counter()
         figures["time_ms"] = milliseconds = 1e3 * (now - self.start) / steps
@@ -108,7 +109,11 @@ class NullLog(ExitStack):
 
 
 def start_message(config: SimpleNamespace, first_step: int, about: dict) -> str:
-    """What a run is: its first lines on the terminal; `about` as train.py describes the run."""
+    """The first lines of a run on the terminal: corpus, model, device and steps.
+
+    `about` has corpus (name, sha256), tokens (train, val), architecture (vocab_size), parameters,
+    processes, device, dtype and compiled.
+    """
     size, last_step = about["processes"], config.training.max_iters
     kind = "shards" if config.system.parallel == "fsdp" else "copies"
     processes = f" in {size} processes ({kind})" if size > 1 else ""
@@ -204,7 +209,7 @@ class Interrupt(ExitStack):
         self.pressed += 1
         if self.pressed == 1:  # print() is not for signal handlers
             os.write(2, b"saving after this step; Ctrl-C twice more ends without it\n")
-        if self.pressed == 3:
+        if self.pressed >= 3:
             raise KeyboardInterrupt
 
     def agree(self, due: bool, device) -> None:

@@ -3,6 +3,7 @@
 import importlib
 import os
 import sys
+from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 from typing import NamedTuple
@@ -103,7 +104,8 @@ def trained(tmp_path_factory, text_file) -> Path:
 def log(tmp_path):
     """log(first_step): the log of a run of 20 steps in a folder of its own."""
     config = SimpleNamespace(
-        training=SimpleNamespace(max_iters=20),
+        training=SimpleNamespace(max_iters=20, batch_size=4),
+        model=SimpleNamespace(block_size=8),
         logging=SimpleNamespace(wandb=False),
         out_dir=str(tmp_path),
     )
@@ -118,3 +120,15 @@ def load_model(path: str | Path, resume: bool = False) -> checkpoint.Loaded:
 def environment(**changes: str) -> dict[str, str]:
     """This process's environment for a subprocess that is to import the project's files."""
     return os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"} | changes
+
+
+@contextmanager
+def files_limited_to(size: int):
+    """A quota: no file of this process may grow beyond `size` bytes."""
+    resource = pytest.importorskip("resource")
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)

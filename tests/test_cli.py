@@ -17,7 +17,7 @@ from omegaconf import OmegaConf
 import model
 import train
 from nanomdm import cli, texts
-from nanomdm.runlog import RunLog
+from nanomdm.runlog import Log
 
 EXPERIMENTS = sorted(path.stem for path in (cli.CONFIGS / "experiment").glob("*.yaml"))
 DEFAULTS = cli.flat(cli.load_defaults())
@@ -386,7 +386,7 @@ def test_a_run_to_its_end_has_exit_code_0(short_run):
 
 
 def test_a_failure_at_run_time_is_one_line_with_exit_code_1(short_run, monkeypatch):
-    monkeypatch.setattr(RunLog, "metrics", lambda *_: shutil.rmtree("out"))
+    monkeypatch.setattr(Log, "metrics", lambda *_: shutil.rmtree("out"))
     code, _, err = short_run()
     assert (code, err.count("error: "), err.splitlines()[-1][:7]) == (1, 1, "error: "), err
 
@@ -405,7 +405,7 @@ def test_a_full_disk_is_one_line_with_exit_code_1_that_names_the_file(short_run,
 
 
 def test_an_interrupted_run_has_exit_code_130(short_run, monkeypatch):
-    monkeypatch.setattr(RunLog, "metrics", lambda *_: signal.raise_signal(signal.SIGINT))
+    monkeypatch.setattr(Log, "metrics", lambda *_: signal.raise_signal(signal.SIGINT))
     assert short_run("training.max_iters=3").code == 130
 
 

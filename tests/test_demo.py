@@ -127,7 +127,7 @@ def test_the_other_strategies_generate_too(client, strategy):
         ({"text": "n" * 32}, "nothing is masked"),
         ({"text": "[MASK*0]"}, "a hole has at least one token"),
         ({"text": "ß"}, "the tokenizer has no character 'ß'"),
-        ({"text": "\ud800"}, "half a character"),
+        ({"text": "\ud800"}, "lone surrogate"),
         ({"text": "n" * 20_001}, "longer than 20000 characters"),
         ({"text": ["KING"]}, "text must be a text"),
         ({"canvas": [None] * 33}, "canvas has 33 tokens, at most 32 are possible"),
@@ -160,7 +160,7 @@ def test_a_text_of_backslashes_takes_no_time(client):
 )
 def test_what_is_no_json_is_told_so(client, body):
     answer = client.post("/generate", content=body, headers={"content-type": "application/json"})
-    assert (answer.status_code, answer.json()) == (400, {"error": "the body is no JSON"})
+    assert (answer.status_code, answer.json()) == (400, {"error": "the body is not JSON"})
 
 
 @pytest.mark.parametrize("kind", ["text/plain", "application/x-www-form-urlencoded", ""])
@@ -182,7 +182,7 @@ def test_a_large_body_is_refused(client):
 )
 def test_another_host_is_refused(client, host):
     answer = client.get("/", headers={"host": host})
-    assert answer.status_code == 421 and "no other name" in answer.json()["error"]
+    assert answer.status_code == 421 and "localhost only" in answer.json()["error"]
     assert answer.headers["x-content-type-options"] == "nosniff"
 
 
@@ -218,7 +218,7 @@ def test_a_page_of_another_origin_is_refused(client, headers):
 )
 def test_there_is_no_other_path(client, path):
     answer = client.get(HERE + path)
-    assert (answer.status_code, answer.json()) == (404, {"error": "nothing is here: the page is /"})
+    assert (answer.status_code, answer.json()) == (404, {"error": "not found: the page is /"})
 
 
 def test_other_methods_are_refused(client):

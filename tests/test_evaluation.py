@@ -8,8 +8,6 @@ import types
 import pytest
 from conftest import TEXT, TINY
 
-from nanomdm import runlog
-
 CPU = "system.device=cpu"
 
 
@@ -157,19 +155,6 @@ def test_figures_and_curve_go_to_wandb_if_asked(evaluated, monkeypatch):
     points, x, y = sent["eval/cost_by_masking_rate"]
     assert [value for _, value in points] == [row["value"] for row in figures["curve"]]
     assert (x, y) == ("share masked", "nats per masked token")
-
-
-# --- Progress ------------------------------------------------------------------------------------
-
-
-def test_without_a_terminal_a_line_tells_the_progress_every_ten_seconds(monkeypatch, capsys):
-    now = [0.0]
-    monkeypatch.setattr(runlog.time, "monotonic", lambda: now[0])
-    with runlog.progress(200, "token") as told:
-        for second in (3.0, 11.0, 15.0, 22.0):
-            now[0] = second
-            told(50)
-    assert capsys.readouterr().err == "50% of 200 tokens\n100% of 200 tokens\n"
 
 
 # --- Bad input -----------------------------------------------------------------------------------

@@ -228,7 +228,7 @@ def test_a_folder_that_is_not_empty_is_left_alone(run, trained, tmp_path):
     (tmp_path / "kings").mkdir()
     (tmp_path / "kings" / "mine").write_text("dear")
     result = run("tools.export", *words(trained, "kings"))
-    assert result.code == 2 and "to=kings is there and not empty: name another" in result.err
+    assert result.code == 2 and "to=kings exists and is not empty: name another" in result.err
     assert [path.name for path in (tmp_path / "kings").iterdir()] == ["mine"]
 
 

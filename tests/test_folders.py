@@ -1,17 +1,22 @@
-"""A run's folder: who may write into it, and that what an earlier run left there stays."""
+"""A run's folder: one process writes into it, earlier files stay, run.json."""
 
+import json
 import os
 import signal
 import socket
+import subprocess
+import sys
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
 import pytest
-from conftest import TINY
+from conftest import ROOT, TINY
 
 from nanomdm import folders
-from nanomdm.folders import locked, set_aside
+from nanomdm.folders import begin, git_state, locked, record, set_aside
+
+fcntl = pytest.importorskip("fcntl")
 
 # --- One at a time ------------------------------------------------------------------------------
 
@@ -90,15 +95,15 @@ def test_an_empty_folder_that_was_there_stays(tmp_path):
 
 def test_a_lock_whose_file_its_owner_removed_is_taken_again(tmp_path, monkeypatch):
     """Between the opening and the locking of the file by the next process."""
-    path, take = tmp_path / folders.LOCK, folders._lock
+    path, flock = tmp_path / folders.LOCK, fcntl.flock
 
-    def late(file) -> None:
+    def late(file, operation) -> None:
         if not removed:
             removed.append(path.unlink())
-        take(file)
+        flock(file, operation)
 
     removed = []
-    monkeypatch.setattr(folders, "_lock", late)
+    monkeypatch.setattr(fcntl, "flock", late)
     with locked(tmp_path), pytest.raises(ValueError, match="in use"):
         locked(tmp_path).__enter__()
 
@@ -109,13 +114,19 @@ def test_the_setting_that_names_the_folder_is_named(tmp_path):
         locked(tmp_path / "file", key="data.dir").__enter__()
 
 
-def test_a_file_system_without_locks_is_used_and_said_to_have_none(tmp_path, monkeypatch, capsys):
+def test_a_file_system_without_locks_is_used_and_a_line_says_so(tmp_path, monkeypatch, capsys):
     def flock(*args):
         raise OSError(38, "Function not implemented")
 
-    monkeypatch.setattr(folders.fcntl, "flock", flock)
+    monkeypatch.setattr(fcntl, "flock", flock)
     with locked(tmp_path):
-        assert "is not locked (Function not implemented)" in capsys.readouterr().err
+        assert "cannot be locked ([Errno 38] Function not" in capsys.readouterr().err
+
+
+def test_a_system_without_locks_is_used_and_a_line_says_so(tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "fcntl", None)  # as on Windows
+    with locked(tmp_path):
+        assert "cannot be locked" in capsys.readouterr().err
 
 
 def test_a_second_run_into_the_same_folder_changes_nothing(other_process, run, text_file, tmp_path):
@@ -174,3 +185,66 @@ def test_setting_aside_keeps_the_content_and_returns_the_new_paths(tmp_path):
 @pytest.mark.parametrize("folder", ["", "nowhere"])
 def test_nothing_to_set_aside_is_no_path(folder, tmp_path):
     assert set_aside(tmp_path / folder, FILES) == []
+
+
+# --- The beginning of a run ---------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("first_step", [0, 6])
+def test_what_a_killed_process_was_writing_is_removed(tmp_path, first_step):
+    (tmp_path / ".ckpt.pt.1234.tmp").write_bytes(b"half")
+    begin(tmp_path, first_step, {})
+    assert os.listdir(tmp_path) == ["run.json"]
+
+
+def test_a_new_run_sets_the_files_of_an_earlier_one_aside(tmp_path):
+    for name in folders.FILES:
+        (tmp_path / name).write_text("[]")
+    kept = [path.name for path in begin(tmp_path, 0, {})]
+    assert kept == ["ckpt-1.pt", "best-1.pt", "metrics-1.jsonl", "run-1.json"]
+    assert sorted(os.listdir(tmp_path)) == sorted([*kept, "run.json"])
+
+
+def test_a_resumed_run_keeps_the_names_of_its_files_and_adds_an_entry_to_run_json(tmp_path):
+    (tmp_path / "ckpt.pt").touch()
+    begin(tmp_path, 0, {"seed": 1})
+    (tmp_path / "ckpt.pt").touch()
+    assert begin(tmp_path, 6, {"seed": 1}) == []
+    entries = json.loads((tmp_path / "run.json").read_text())
+    assert [(entry["first_step"], entry["seed"]) for entry in entries] == [(0, 1), (6, 1)]
+    assert sorted(os.listdir(tmp_path)) == ["ckpt-1.pt", "ckpt.pt", "run.json"]
+
+
+# --- How to repeat a run ------------------------------------------------------------------------
+
+
+def test_the_revision_and_what_differs_from_it_are_found(tmp_path):
+    def git(*words: str) -> str:
+        who = ("-c", "user.name=A", "-c", "user.email=a@b.c")
+        command = ["git", "-C", str(tmp_path), *who, *words]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+
+    try:
+        git("init")
+    except OSError:
+        pytest.skip("no git")
+    (tmp_path / "train.py").write_text("1")
+    git("add", "train.py")
+    git("commit", "-m", "one")
+    clean = git_state(tmp_path.resolve())
+    (tmp_path / "train.py").write_text("2")
+    assert clean == {"revision": git("rev-parse", "HEAD"), "changed": []}
+    assert git_state(tmp_path.resolve())["changed"] == ["train.py"]
+
+
+def test_without_git_the_revision_is_unknown(tmp_path, monkeypatch):
+    assert git_state(tmp_path) is None
+    monkeypatch.setenv("PATH", "")
+    assert git_state(ROOT) is None
+
+
+def test_a_run_json_that_is_damaged_is_kept_under_another_name(tmp_path):
+    (tmp_path / "run.json").write_text("[{")
+    record(tmp_path, {"step": 1})
+    assert json.loads((tmp_path / "run.json").read_text())[0]["step"] == 1
+    assert (tmp_path / "run-1.json").read_text() == "[{"

@@ -282,8 +282,8 @@ def test_weights_keep_their_precision_and_the_context_may_be_another(smdm, impor
         ({"lm_head.weight": None}, "no tensor lm_head.weight"),
         ({"transformer.h.1.norm_2.weight": None}, "no tensor transformer.h.1.norm_2.weight"),
         ({"transformer.wte.weight": None}, "no tensor transformer.wte.weight"),
-        ({"transformer.wte.weight": (VOCAB,)}, "of shape (300,), which is no matrix"),
-        ({"lm_head.bias": (VOCAB,)}, "a tensor lm_head.bias, which SMDM has not"),
+        ({"transformer.wte.weight": (VOCAB,)}, "of shape (300,), which is not a matrix"),
+        ({"lm_head.bias": (VOCAB,)}, "a tensor lm_head.bias, which SMDM lacks"),
         ({"transformer.wte.weight": (VOCAB, WIDTH)}, "lm_head.weight of shape (300, 32), not (299"),
         ({"transformer.h.0.attn.attn.weight": (48, WIDTH)}, "of shape (48, 32), not (96, 32)"),
         ({"transformer.h.1.mlp.swiglu.w2.weight": (47, WIDTH)}, "w2.weight of shape (47, 32)"),
@@ -307,8 +307,8 @@ def test_a_tensor_that_is_missing_surplus_or_of_another_shape_is_named(
         ("scale_logits", True, "scale_logits=True"),
         ("n_heads", None, "KeyError('n_heads')"),
         ("n_layers", "two", "model.n_layer='two' is not of type int"),
-        ("mask_token_id", VOCAB, "mask_token_id=300 in config.json is none of 300 ids"),
-        ("n_layers", 1, "blocks.1.attn_norm.weight, which LLaDA has not"),
+        ("mask_token_id", VOCAB, "mask_token_id=300 in config.json is not one of 300 ids"),
+        ("n_layers", 1, "blocks.1.attn_norm.weight, which LLaDA lacks"),
     ],
 )
 def test_a_llada_of_another_kind_is_refused(key, value, said, llada, imported, tmp_path):
@@ -323,7 +323,7 @@ def test_a_llada_of_another_kind_is_refused(key, value, said, llada, imported, t
 
 def test_the_heads_of_a_width_that_was_not_published_have_to_be_named(smdm, imported):
     result, _ = imported(smdm)
-    assert result.code == 2 and "no width of 32: say n_head=" in result.err
+    assert result.code == 2 and "no width of 32: set n_head=" in result.err
 
 
 @pytest.mark.parametrize(
@@ -350,7 +350,7 @@ def test_a_file_that_wants_to_run_code_is_refused(smdm, imported, tmp_path):
 def test_what_is_there_is_not_written_over(smdm, imported, tmp_path):
     (tmp_path / "ckpt.pt").write_text("dear")
     result, _ = imported(smdm, f"n_head={HEADS}")
-    assert result.code == 2 and "to=ckpt.pt is there already" in result.err
+    assert result.code == 2 and "to=ckpt.pt exists already" in result.err
     assert (tmp_path / "ckpt.pt").read_text() == "dear"
 
 

@@ -5,15 +5,18 @@ import math
 
 import pytest
 import torch
+from conftest import TINY
 from torch import Tensor
 
 from model import ModelConfig, Transformer
+from nanomdm import checkpoint
 from nanomdm.optim import (
     MUON_RATE,
     OPTIMIZERS,
     SCHEDULES,
     Muon,
     Optimizers,
+    StepStats,
     build_optimizer,
     learning_rate_factor,
     orthogonalise,
@@ -236,6 +239,32 @@ def test_muons_update_has_a_root_mean_square_of_a_fifth_of_its_rate():
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
+def test_a_device_that_decides_by_itself_skips_the_same_steps(name):
+    """As on a GPU, where nobody may wait for the number: here on the CPU, part by part."""
+
+    def trained(on_device: bool) -> list[Tensor]:
+        model = build()
+        optimizer = optimizer_of(model, name)
+        for seed, bad in enumerate((1.0, 0.0, 1.0, 0.0, 1.0, 1.0, 0.0)):
+            draw_gradients(model, seed)
+            if bad:
+                for parameter in model.parameters():
+                    parameter.grad[0] = float("nan")
+            for part in optimizer.parts if on_device else ():
+                part.found_inf = torch.tensor(bad)
+                part.step()
+            if not on_device:
+                optimizer.step(skip=torch.tensor(bad))
+        return [*model.parameters(), *checkpoint.tensors(optimizer.state_dict())]
+
+    pairs = list(zip(trained(on_device=True), trained(on_device=False), strict=True))
+    assert len(pairs) > 4 and all(torch.equal(a, b) for a, b in pairs)
+
+
+# --- Stored states ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
 def test_a_restored_optimizer_takes_the_step_that_the_saved_one_takes(name):
     model = build()
     optimizer = optimizer_of(model, name)
@@ -266,6 +295,139 @@ def test_the_state_of_one_optimizer_is_refused_by_the_other():
     state = optimizer_of(build(), "adamw").state_dict()
     with pytest.raises(ValueError):
         optimizer_of(build(), "muon").load_state_dict(state)
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_moments_of_another_shape_are_refused(name):
+    model = build()
+    optimizer = optimizer_of(model, name)
+    for parameter in model.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    optimizer.step()
+    state = copy.deepcopy(optimizer.state_dict())
+    values = state[-1]["state"][0]
+    values["momentum" if name == "muon" else "exp_avg"] = torch.zeros(3)
+    with pytest.raises(ValueError, match="does not fit the network"):
+        optimizer_of(build(), name).load_state_dict(state)
+
+
+def test_moments_that_repeat_one_number_in_memory_are_spread_out():
+    """PyTorch's fused AdamW would write beyond them."""
+    model = build()
+    optimizer = optimizer_of(model, "adamw")
+    for parameter in model.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    optimizer.step()
+    state = copy.deepcopy(optimizer.state_dict())
+    values = state[0]["state"][0]
+    values["exp_avg"] = torch.zeros(1).expand(values["exp_avg"].shape)
+    restored = optimizer_of(model, "adamw")
+    restored.load_state_dict(state)
+    moments = [v for part in restored.parts for each in part.state.values() for v in each.values()]
+    assert all(moment.is_contiguous() for moment in moments)
+
+
+@pytest.mark.parametrize("state", [[], [{}], [{"state": {99: {}}}], None, [{"state": 1}, 2]])
+def test_a_state_of_no_optimizer_is_refused_with_a_remedy(state):
+    with pytest.raises(ValueError, match=r"does not fit the network .* training\.init_from"):
+        optimizer_of(build(), "muon").load_state_dict(state)
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_a_state_without_one_of_its_tensors_is_refused(name):
+    model = build()
+    optimizer = optimizer_of(model, name)
+    draw_gradients(model, seed=0)
+    optimizer.step()
+    state = copy.deepcopy(optimizer.state_dict())
+    state[-1]["state"][0].popitem()
+    with pytest.raises(ValueError, match="does not fit the network"):
+        optimizer_of(build(), name).load_state_dict(state)
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_restoring_changes_no_weight_and_leaves_no_gradient(name):
+    model = build()
+    optimizer = optimizer_of(model, name)
+    draw_gradients(model, seed=0)
+    optimizer.step()
+    before = copy.deepcopy(list(model.parameters()))
+    optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    assert all(map(torch.equal, model.parameters(), before))
+    assert all(p.grad is None for p in model.parameters())
+
+
+def test_a_parameter_that_had_no_gradient_has_no_state_after_restoring():
+    model = build()
+    optimizer = optimizer_of(model, "adamw")
+    draw_gradients(model, seed=0)
+    model.embedding.weight.grad = None
+    optimizer.step()
+    restored = optimizer_of(model, "adamw")
+    restored.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    assert restored.state_dict()[0]["state"].keys() == optimizer.state_dict()[0]["state"].keys()
+
+
+# --- Entries from outside -----------------------------------------------------------------------
+
+
+class Counting(torch.optim.Optimizer):
+    """A state as no other optimizer has it: numbers, and tensors of other shapes and types."""
+
+    def __init__(self, parameters, lr: float):
+        super().__init__(parameters, {"lr": lr})
+
+    @torch.no_grad()
+    def step(self) -> None:
+        for group in self.param_groups:
+            for p in group["params"]:
+                state = self.state[p]
+                if not state:
+                    state |= {"calls": 0, "rows": p.new_zeros(len(p)), "seen": torch.tensor(0)}
+                state["calls"] += 1
+                state["seen"] += 2
+                state["rows"] += p.grad.flatten(1).sum(1) if p.ndim > 1 else p.grad
+                scale = group["lr"] / (state["calls"] + state["seen"])
+                p -= scale * (p.grad + state["rows"].view(-1, *[1] * (p.ndim - 1)))
+
+
+def sgd(parameters: dict, learning_rate: float, weight_decay: float) -> list:
+    return [torch.optim.SGD(parameters.values(), learning_rate, 0.9, weight_decay=weight_decay)]
+
+
+def counting(parameters: dict, learning_rate: float, weight_decay: float) -> list:
+    return [Counting(parameters.values(), learning_rate)]
+
+
+@pytest.mark.parametrize("entry", [sgd, counting])
+def test_an_optimizer_and_a_schedule_from_outside_train_and_resume_exactly(
+    entry, run, text_file, monkeypatch
+):
+    def dies(self, skip):
+        calls.append(skip)
+        if len(calls) == 9:
+            raise MemoryError
+        step(self, skip)
+
+    calls, step = [], Optimizers.step
+    monkeypatch.setitem(OPTIMIZERS, "mine", entry)
+    monkeypatch.setitem(SCHEDULES, "mine", lambda done: (1 - done) ** 2)
+    words = ["train.py", *TINY, f"data.path={text_file}", "training.learning_rate=0.1"]
+    words += ["training.optimizer=mine", "training.lr_schedule=mine"]
+    assert run(*words, "out_dir=whole").code == 0
+    with monkeypatch.context() as patch, pytest.raises(MemoryError):
+        patch.setattr(Optimizers, "step", dies)
+        run(*words)
+    assert run(*words, "training.resume=true").code == 0
+    whole, resumed = (checkpoint.load(f"{folder}/ckpt.pt") for folder in ("whole", "out"))
+    pairs = zip(*(map(checkpoint.tensors, (whole, resumed))), strict=True)
+    assert all(torch.equal(a, b) for a, b in pairs)
+
+
+def test_entries_from_outside_are_among_the_choices(monkeypatch):
+    monkeypatch.setitem(OPTIMIZERS, "mine", sgd)
+    with pytest.raises(ValueError, match="choose muon, adamw or mine"):
+        build_optimizer(build(), "sgd", RATE, DECAY)
 
 
 # --- Schedule -----------------------------------------------------------------------------------
@@ -350,37 +512,38 @@ def test_the_average_takes_no_part_in_gradients():
     assert all(p.is_leaf for p in average.parameters())
 
 
-@pytest.mark.parametrize("name", OPTIMIZERS)
-def test_moments_of_another_shape_are_refused(name):
-    model = build()
-    optimizer = optimizer_of(model, name)
-    for parameter in model.parameters():
-        parameter.grad = torch.ones_like(parameter)
-    optimizer.step()
-    state = copy.deepcopy(optimizer.state_dict())
-    values = state[-1]["state"][0]
-    values["momentum" if name == "muon" else "exp_avg"] = torch.zeros(3)
-    with pytest.raises(ValueError, match="does not fit the network"):
-        optimizer_of(build(), name).load_state_dict(state)
+# --- Step statistics ----------------------------------------------------------------------------
+
+CPU = torch.device("cpu")
 
 
-def test_moments_that_repeat_one_number_in_memory_are_spread_out():
-    """PyTorch's fused AdamW would write beyond them."""
-    model = build()
-    optimizer = optimizer_of(model, "adamw")
-    for parameter in model.parameters():
-        parameter.grad = torch.ones_like(parameter)
-    optimizer.step()
-    state = copy.deepcopy(optimizer.state_dict())
-    values = state[0]["state"][0]
-    values["exp_avg"] = torch.zeros(1).expand(values["exp_avg"].shape)
-    restored = optimizer_of(model, "adamw")
-    restored.load_state_dict(state)
-    moments = [v for part in restored.parts for each in part.state.values() for v in each.values()]
-    assert all(moment.is_contiguous() for moment in moments)
+def stats_of(*losses: float) -> StepStats:
+    """The statistics after steps of these losses, whose gradients' norms are twice as large."""
+    stats = StepStats(CPU, {})
+    for step, loss in enumerate(losses, start=1):
+        stats.add(torch.tensor(loss), torch.tensor(2 * loss), step)
+    return stats
 
 
-@pytest.mark.parametrize("state", [[], [{}], [{"state": {99: {}}}], None, [{"state": 1}, 2]])
-def test_a_state_of_no_optimizer_is_refused_with_a_remedy(state):
-    with pytest.raises(ValueError, match=r"does not fit the network .* training\.init_from"):
-        optimizer_of(build(), "muon").load_state_dict(state)
+def test_steps_that_are_not_finite_are_counted_and_change_nothing_else():
+    good, bad = stats_of(3.0, 5.0).state(), stats_of(3.0, math.inf, math.nan, 5.0).state()
+    assert good["loss_avg"] == 4 and good["loss_max"] == 5 and good["grad_norm_max"] == 10
+    assert bad == good | {"skipped": 2.0}
+
+
+def test_consecutive_skipped_steps_are_those_since_the_last_good_one():
+    assert int(stats_of(math.nan, 1.0).consecutive) == 0
+    assert int(stats_of(math.nan, 1.0, math.nan, math.nan).consecutive) == 2
+
+
+def test_reading_begins_the_largest_values_anew():
+    stats = stats_of(3.0)
+    assert stats.read() == {"loss_avg": 3.0, "loss_max": 3.0, "grad_norm_max": 6.0, "skipped": 0.0}
+    assert stats.read() == {"loss_avg": 3.0, "loss_max": 0.0, "grad_norm_max": 0.0, "skipped": 0.0}
+
+
+def test_statistics_go_on_from_what_was_stored():
+    stored = stats_of(3.0, math.nan).state()
+    assert StepStats(CPU, stored).state() == stored
+    before = {("in_a_row" if name == "consecutive" else name): v for name, v in stored.items()}
+    assert StepStats(CPU, before).state() == stored  # its name in older checkpoints

@@ -12,11 +12,11 @@ from contextlib import suppress
 from pathlib import Path
 
 import pytest
+import runtime
 import torch
 import torch.distributed as dist
 from conftest import ROOT, TINY, environment
 
-import runtime
 import train as train_script
 from nanomdm import checkpoint, cli, parallel
 
@@ -278,6 +278,42 @@ def test_a_batch_that_the_processes_do_not_divide_ends_in_one_line(tmp_path, tex
 def test_a_process_by_itself_neither_copies_nor_shards_and_says_so(run, text_file, kind):
     result = run("train.py", *TINY, f"data.path={text_file}", f"system.parallel={kind}")
     assert result.code == 2 and "torchrun" in result.err and "parallel=auto" in result.err
+
+
+# --- Errors of one process ----------------------------------------------------------------------
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def announced(monkeypatch):
+    """announced(size): this process is the first of `size`, as torchrun says it."""
+
+    def announced(size: int) -> None:
+        names = {"RANK": 0, "WORLD_SIZE": size, "LOCAL_RANK": 0, "MASTER_PORT": 0}
+        for name, value in (names | {"MASTER_ADDR": "localhost"}).items():
+            monkeypatch.setenv(name, str(value))
+
+    return announced
+
+
+def test_an_error_stays_what_it_is_where_all_processes_answer(announced):
+    announced(size=1)
+    with pytest.raises(RuntimeError, match="^a bug$"), parallel.processes(CPU):
+        raise RuntimeError("a bug")
+    assert not dist.is_initialized()
+
+
+def test_a_process_that_waits_in_vain_for_another_says_so(announced):
+    announced(size=2)
+    lost = pytest.raises(ConnectionError, match="lost each other")
+    with lost, parallel.processes(CPU, minutes=0.01):
+        pass
+
+
+def test_a_tensor_of_another_shape_is_not_sharded_like_it():
+    with pytest.raises(ValueError, match="in the place of"):
+        parallel.shard_like(torch.zeros(2), torch.zeros(1, 2))
 
 
 if __name__ == "__main__":

@@ -214,7 +214,7 @@ def test_a_real_run_has_all_that_is_drawn(trained):
 @pytest.mark.parametrize(
     ("content", "named"),
     [
-        (None, "is no metrics.jsonl"),
+        (None, "is not a metrics.jsonl"),
         ("", "is empty"),
         ('{"step": 1}\nnonsense\n', "line 2 is damaged"),
         ('{"train/loss": 1}\n', "line 1 is damaged"),

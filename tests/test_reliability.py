@@ -16,11 +16,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, TINY, environment
+from conftest import TINY, environment, files_limited_to
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 import train as train_script
-from nanomdm import bounds, checkpoint, cli, folders, optim, parallel, runlog
+from nanomdm import bounds, checkpoint, cli, optim, parallel
 from tests.stress import crash
 
 STEPS = 12  # of TINY, which saves after 6 and 12 and logs every step
@@ -127,20 +127,6 @@ def test_what_a_killed_process_was_writing_is_removed_by_the_next_run(train):
     assert sorted(os.listdir("out")) == ["best.pt", "ckpt.pt", "metrics.jsonl", "run.json"]
 
 
-def test_a_crash_while_the_log_is_cut_costs_nothing_that_was_recorded(tmp_path, monkeypatch):
-    path = tmp_path / "metrics.jsonl"
-    path.write_text("".join(json.dumps({"step": step}) + "\n" for step in range(1, 9)))
-    before = path.read_bytes()
-
-    def dies(*args):
-        raise MemoryError
-
-    monkeypatch.setattr(os, "replace", dies)
-    with pytest.raises(MemoryError):
-        runlog.open_metrics(path, first_step=5)
-    assert path.read_bytes() == before
-
-
 # --- Signals ------------------------------------------------------------------------------------
 
 
@@ -240,18 +226,6 @@ def test_a_checkpoint_of_a_version_with_fewer_settings_is_resumed(train, out):
 
 
 # --- Disk ---------------------------------------------------------------------------------------
-
-
-@contextmanager
-def files_limited_to(size: int):
-    """A quota: no file of this process may grow beyond `size` bytes."""
-    resource = pytest.importorskip("resource")
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
 
 
 def saves_with_a_quota(monkeypatch, *which: int) -> None:
@@ -363,34 +337,6 @@ def test_a_run_outlives_a_full_disk(train, at, small_disk):
     assert state(small_disk / "out" / "ckpt.pt")["step"] == STEPS
 
 
-@pytest.fixture
-def log(log):
-    return log()
-
-
-def test_what_could_not_be_logged_is_said_and_follows_as_soon_as_there_is_room(log, capsys):
-    with log:
-        log.metrics(1, {"train/loss": 4.0})
-        with files_limited_to(os.path.getsize(log.file.name)):
-            log.metrics(2, {"train/loss": 3.0})
-            log.metrics(3, {"train/loss": 2.0})
-        assert "metrics.jsonl (File too large)" in capsys.readouterr().err
-        log.metrics(4, {"train/loss": 1.0})
-    steps = [json.loads(line)["step"] for line in Path(log.file.name).read_text().splitlines()]
-    assert steps == [1, 2, 3, 4]
-
-
-def test_a_reader_that_is_gone_does_not_end_a_run(log, monkeypatch):
-    read, write = os.pipe()
-    os.close(read)
-    with open(write, "w", closefd=False) as pipe, log:
-        monkeypatch.setattr(sys, "stdout", pipe)
-        log.say("nobody hears this")
-        with suppress(BrokenPipeError):
-            pipe.close()
-    os.close(write)
-
-
 # --- Numbers ------------------------------------------------------------------------------------
 
 
@@ -471,32 +417,6 @@ def test_a_spike_between_two_entries_of_the_log_shows(train, scaled):
     assert first["train/grad_norm_max"] > 100 * second["train/grad_norm_max"] > 0
 
 
-@pytest.mark.parametrize("name", ["muon", "adamw"])
-def test_a_device_that_decides_by_itself_skips_the_same_steps(name):
-    """As on a GPU, where nobody may wait for the number: here on the CPU, part by part."""
-
-    def trained(on_device: bool) -> list[torch.Tensor]:
-        torch.manual_seed(0)
-        model = torch.nn.ModuleDict(
-            {"blocks": torch.nn.Linear(4, 4), "head": torch.nn.Linear(4, 3)}
-        )
-        optimizer = optim.build_optimizer(model, name, 0.1, 0.1)
-        for bad in (0.0, 1.0, 0.0, 1.0, 1.0, 0.0):
-            for p in model.parameters():
-                p.grad = torch.randn_like(p)
-            if bad:
-                next(model.parameters()).grad[0] = float("nan")
-            for part in optimizer.parts if on_device else ():
-                part.found_inf = torch.tensor(bad)
-                part.step()
-            if not on_device:
-                optimizer.step(skip=torch.tensor(bad))
-        return [*model.parameters(), *checkpoint.tensors(optimizer.state_dict())]
-
-    pairs = list(zip(trained(on_device=True), trained(on_device=False), strict=True))
-    assert len(pairs) > 4 and all(torch.allclose(a, b, rtol=1e-6) for a, b in pairs)
-
-
 def test_a_bound_beyond_all_perplexities_does_not_end_a_run(train, monkeypatch):
     monkeypatch.setattr(bounds.NLLSamples, "bound", lambda samples: (1e6, 0.1))
     assert train().code == 0
@@ -566,38 +486,6 @@ def test_each_start_of_a_run_has_its_entry(train, at):
     train(AUTO, "training.eval_interval=3")
     first, second = json.loads(Path("out/run.json").read_text())
     assert [e["config"]["training"]["eval_interval"] for e in (first, second)] == [6, 3]
-
-
-def test_the_revision_and_what_differs_from_it_are_found(tmp_path):
-    def git(*words: str) -> str:
-        who = ("-c", "user.name=A", "-c", "user.email=a@b.c")
-        command = ["git", "-C", str(tmp_path), *who, *words]
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-
-    try:
-        git("init")
-    except OSError:
-        pytest.skip("no git")
-    (tmp_path / "train.py").write_text("1")
-    git("add", "train.py")
-    git("commit", "-m", "one")
-    clean = folders.git_state(tmp_path.resolve())
-    (tmp_path / "train.py").write_text("2")
-    assert clean == {"revision": git("rev-parse", "HEAD"), "changed": []}
-    assert folders.git_state(tmp_path.resolve())["changed"] == ["train.py"]
-
-
-def test_without_git_the_revision_is_unknown(tmp_path, monkeypatch):
-    assert folders.git_state(tmp_path) is None
-    monkeypatch.setenv("PATH", "")
-    assert folders.git_state(ROOT) is None
-
-
-def test_a_run_json_that_is_damaged_is_kept_under_another_name(tmp_path):
-    (tmp_path / "run.json").write_text("[{")
-    folders.record(tmp_path, {"step": 1})
-    assert json.loads((tmp_path / "run.json").read_text())[0]["step"] == 1
-    assert (tmp_path / "run-1.json").read_text() == "[{"
 
 
 # --- Two processes ------------------------------------------------------------------------------

@@ -1,34 +1,38 @@
-"""What a run tells while it goes on: metrics.jsonl, the bar or lines, its clock, and Ctrl-C."""
+"""The log of a run: metrics.jsonl, the bar or lines, the time per step; and Ctrl-C."""
 
 import json
+import math
 import os
 import select
 import signal
 import subprocess
 import sys
-from contextlib import contextmanager
+import time
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from conftest import ROOT, TINY, environment
+from conftest import ROOT, TINY, environment, files_limited_to
 
 from nanomdm import checkpoint, runlog
-from nanomdm.runlog import Clock, Interrupt, RunLog
+from nanomdm.runlog import Interrupt, Log, NullLog, progress, start_message
 
 
 @pytest.fixture
 def now(monkeypatch):
-    """A clock that stands still until `now.seconds` is moved."""
+    """A clock that stands still until `now.seconds` changes."""
     now = SimpleNamespace(seconds=100.0)
-    read = SimpleNamespace(perf_counter=lambda: now.seconds, monotonic=lambda: now.seconds)
-    monkeypatch.setattr(runlog, "time", read)
+    monkeypatch.setattr(runlog, "time", SimpleNamespace(perf_counter=lambda: now.seconds))
     return now
+
+
+FIGURES = {"loss": 2.5, "loss_avg": 2.0, "skipped": 0.0}
 
 
 @contextmanager
 def terminal():
-    """Stderr as a terminal: gives a function that tells what it has shown since the last call."""
+    """Stderr as a terminal: gives a function that returns what was shown since the last call."""
     pty, termios = pytest.importorskip("pty"), pytest.importorskip("termios")
     master, slave = pty.openpty()
     termios.tcsetwinsize(slave, (24, 80))
@@ -87,6 +91,12 @@ def write(folder: Path, *lines: str) -> None:
     (folder / "metrics.jsonl").write_text("".join(lines))
 
 
+def test_a_figure_that_is_not_finite_is_null(log, tmp_path):
+    with log() as open_log:
+        open_log.metrics(1, {"train/loss": math.nan, "train/grad_norm": math.inf})
+    assert entries(tmp_path) == [{"step": 1, "train/loss": None, "train/grad_norm": None}]
+
+
 LINES = [json.dumps({"step": step, "train/loss": 1.0}) + "\n" for step in (5, 10, 10, 15)]
 
 
@@ -117,28 +127,89 @@ def test_a_new_run_starts_with_no_metrics(log, tmp_path):
     assert entries(tmp_path) == []
 
 
+@pytest.mark.parametrize(
+    "line",
+    ['{"step": "5"}', '{"loss": 5}', "[5]", "{5}", '{"step": 1e999}', "[" * 10**5 + "}", "\xff}"],
+)
+def test_a_resumed_run_drops_a_line_that_is_damaged(log, tmp_path, line):
+    (tmp_path / "metrics.jsonl").write_bytes(line.encode("latin-1") + b"\n" + LINES[0].encode())
+    with log(10):
+        pass
+    assert (tmp_path / "metrics.jsonl").read_text() == LINES[0]
+
+
+def test_a_crash_while_metrics_are_cut_costs_nothing_that_was_recorded(tmp_path, monkeypatch):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text("".join(json.dumps({"step": step}) + "\n" for step in range(1, 9)))
+    before = path.read_bytes()
+
+    def dies(*args):
+        raise MemoryError
+
+    monkeypatch.setattr(os, "replace", dies)
+    with pytest.raises(MemoryError):
+        runlog.open_metrics(path, first_step=5)
+    assert path.read_bytes() == before
+
+
+def test_what_could_not_be_logged_follows_as_soon_as_there_is_room(log, tmp_path, capsys):
+    with log() as open_log:
+        open_log.metrics(1, {"train/loss": 4.0})
+        with files_limited_to((tmp_path / "metrics.jsonl").stat().st_size + 9):  # a part fits
+            open_log.metrics(2, {"train/loss": 3.0})
+            open_log.metrics(3, {"train/loss": 2.0})
+        assert "metrics.jsonl (File too large)" in capsys.readouterr().err
+        open_log.metrics(4, {"train/loss": 1.0})
+    assert [entry["step"] for entry in entries(tmp_path)] == [1, 2, 3, 4]
+
+
+def test_a_long_time_without_room_costs_no_entry(log, tmp_path):
+    with log() as open_log, files_limited_to(100):
+        for step in range(1, 1000):  # more than a file's buffer holds
+            open_log.metrics(step, {"train/loss": 4.0})
+    assert [entry["step"] for entry in entries(tmp_path)] == list(range(1, 1000))
+
+
 # --- Progress -----------------------------------------------------------------------------------
 
 
 def test_without_a_terminal_progress_is_a_line_with_the_time_left(log, now, capsys):
     with log() as open_log:
         now.seconds += 10
-        open_log.progress(5, "loss 2.0")
-    assert capsys.readouterr().err == "step     5/20 | loss 2.0 | 10 s, 30 s left\n"
+        open_log.step(5, **FIGURES)
+    line = "step     5/20 | loss 2.000 | 0.0k tokens/s | 10 s, 30 s left\n"
+    assert capsys.readouterr().err == line
+
+
+def test_progress_gives_the_speed_over_all_steps_since_the_last_line(log, now, capsys):
+    with log() as open_log:
+        for step in (5, 10):
+            now.seconds += 0.001 * step  # 4 rows of 8 tokens a step
+            open_log.step(step, **FIGURES)
+    first, second = capsys.readouterr().err.splitlines()
+    assert "| 32.0k tokens/s |" in first and "| 16.0k tokens/s |" in second
+
+
+def test_progress_gives_the_number_of_skipped_steps_if_there_are_any(log, capsys):
+    with log() as open_log:
+        open_log.step(5, **FIGURES)
+        open_log.step(6, **FIGURES | {"skipped": 2.0})
+    first, second = capsys.readouterr().err.splitlines()
+    assert "skipped" not in first and "| 2 steps skipped |" in second
 
 
 def test_the_time_left_of_a_resumed_run_follows_from_its_own_steps(log, now, capsys):
     with log(10) as open_log:
         now.seconds += 6
-        open_log.progress(12, "")
+        open_log.step(12, **FIGURES)
     assert capsys.readouterr().err.endswith("| 6 s, 24 s left\n")
 
 
 def test_with_a_terminal_but_no_tqdm_progress_is_lines(log, monkeypatch):
-    monkeypatch.setitem(sys.modules, "tqdm", None)
+    monkeypatch.setattr(runlog, "tqdm", None)
     with terminal() as shown, log() as open_log:
-        open_log.progress(5, "loss 2.0")
-        open_log.progress(10, "loss 1.0")
+        open_log.step(5, **FIGURES)
+        open_log.step(10, **FIGURES)
         starts = [line[:14] for line in shown().splitlines()]
     assert starts == ["step     5/20 ", "step    10/20 "]
 
@@ -146,10 +217,10 @@ def test_with_a_terminal_but_no_tqdm_progress_is_lines(log, monkeypatch):
 def test_on_a_terminal_progress_is_a_bar(log):
     pytest.importorskip("tqdm")
     with terminal() as shown, log() as open_log:
-        open_log.progress(5, "loss 2.0")
-        open_log.bar.refresh()
+        time.sleep(0.2)  # tqdm draws at most every 0.1 s
+        open_log.step(5, **FIGURES)
         bar = shown()
-    assert all(part in bar for part in ("25%|", "5/20", "loss 2.0")) and "\n" not in bar
+    assert all(part in bar for part in ("25%|", "5/20", "loss 2.000")) and "\n" not in bar
 
 
 def test_the_bar_of_a_resumed_run_starts_where_the_run_does(log):
@@ -158,14 +229,27 @@ def test_the_bar_of_a_resumed_run_starts_where_the_run_does(log):
         assert "50%|" in shown()
 
 
-def test_what_is_said_beside_the_bar_goes_to_stdout_as_it_is(log, capsys):
+def test_a_line_beside_the_bar_goes_to_stdout_as_it_is(log, capsys):
     pytest.importorskip("tqdm")
     with terminal(), log() as open_log:
         open_log.say("step 5: bound 2.0")
     assert capsys.readouterr().out == "step 5: bound 2.0\n"
 
 
-def test_samples_are_shown_with_their_step(log, capsys):
+@pytest.mark.parametrize("bar", [False, True])
+def test_a_closed_pipe_behind_stdout_does_not_end_a_run(log, monkeypatch, bar):
+    if bar:
+        pytest.importorskip("tqdm")
+    read, write = os.pipe()
+    os.close(read)
+    with terminal() if bar else nullcontext(), log() as open_log, open(write, "w") as pipe:
+        monkeypatch.setattr(sys, "stdout", pipe)
+        open_log.say("nobody reads this")
+        with suppress(BrokenPipeError):
+            pipe.close()
+
+
+def test_samples_are_printed_with_their_step(log, capsys):
     with log() as open_log:
         open_log.samples(5, ["To be\nor not", "to be"])
     first = "--- sample after 5 steps ---\nTo be\nor not\n---\n"
@@ -178,24 +262,97 @@ def test_progress_goes_to_stderr_and_results_to_stdout(run, text_file):
     assert result.err.count("\n") == 6 and "step 6: bound " in result.out
 
 
-# --- Time ---------------------------------------------------------------------------------------
+def test_without_a_terminal_a_long_task_prints_a_line_every_ten_seconds(now, capsys):
+    with progress(200, "token") as advance:
+        for seconds in (3.0, 8.0, 4.0, 5.0, 2.0):
+            now.seconds += seconds
+            advance(40)
+    assert capsys.readouterr().err.splitlines() == [
+        "token    80/200 | 7 tokens/s | 11 s, 16 s left",
+        "token   200/200 | 9 tokens/s | 22 s, 0 s left",
+    ]
 
 
-def test_the_clock_gives_the_mean_time_of_a_step_since_the_last_call(now):
-    clock = Clock(step=10)
-    now.seconds += 3
-    assert clock.milliseconds_per_step(12) == 1500
-    now.seconds += 1
-    assert clock.milliseconds_per_step(16) == 250
+def test_a_task_of_unknown_length_has_no_time_left(now, capsys):
+    with progress(None, "token", done=1000) as advance:
+        now.seconds += 10
+        advance(500)
+    assert capsys.readouterr().err == "token  1500/? | 50 tokens/s | 10 s\n"
 
 
-def test_the_clock_leaves_pauses_out(now):
-    clock = Clock(step=0)
-    now.seconds += 1
-    with clock.paused():
-        now.seconds += 60
-    now.seconds += 1
-    assert clock.milliseconds_per_step(2) == 1000
+# --- Time per step ------------------------------------------------------------------------------
+
+
+def times(folder: Path) -> list[float]:
+    return [entry["train/time_ms"] for entry in entries(folder)]
+
+
+def test_the_time_per_step_is_the_mean_since_the_last_entry(log, now, tmp_path):
+    with log(10) as open_log:
+        now.seconds += 3
+        open_log.step(12, **FIGURES)
+        now.seconds += 1
+        open_log.step(16, **FIGURES)
+    assert times(tmp_path) == [1500, 250]
+
+
+def test_the_time_per_step_leaves_pauses_out(log, now, tmp_path):
+    with log() as open_log:
+        now.seconds += 1
+        with open_log.paused():
+            now.seconds += 60
+        now.seconds += 1
+        open_log.step(2, **FIGURES)
+    assert times(tmp_path) == [1000]
+
+
+# --- Other processes, first lines ---------------------------------------------------------------
+
+
+def test_another_process_has_a_log_with_the_same_methods_and_without_effect(capfd):
+    def methods(kind: type) -> set[str]:
+        return {name for name in vars(kind) if name[0] != "_"}
+
+    assert methods(NullLog) == methods(Log) - {"flush"}
+    with NullLog() as null_log, null_log.paused():
+        null_log.step(1, **FIGURES)
+        null_log.metrics(1, {"eval/val_loss": 2.0})
+        null_log.samples(1, ["text"])
+        null_log.say("line")
+    assert capfd.readouterr() == ("", "")
+
+
+ABOUT = {
+    "parameters": 12_345,
+    "architecture": {"vocab_size": 65},
+    "corpus": {"name": "kings.txt", "sha256": "0123456789abcdef"},
+    "tokens": {"train": 9_000, "val": 1_000},
+    "processes": 1,
+    "device": "cpu",
+    "dtype": "float32",
+    "compiled": False,
+}
+
+
+@pytest.mark.parametrize(
+    ("first_step", "parallel", "changes", "expected"),
+    [
+        (0, "auto", {}, "on cpu, float32; steps 0 to 20, results in out"),
+        (5, "auto", {"compiled": True}, "on cpu, float32, compiled; steps 5 to 20"),
+        (0, "auto", {"processes": 2}, "on cpu in 2 processes (copies), float32"),
+        (0, "fsdp", {"processes": 2}, "on cpu in 2 processes (shards), float32"),
+        (20, "auto", {}, "nothing is left to do: raise training.max_iters"),
+    ],
+)
+def test_the_first_lines_describe_corpus_model_and_run(first_step, parallel, changes, expected):
+    config = SimpleNamespace(
+        training=SimpleNamespace(max_iters=20),
+        system=SimpleNamespace(parallel=parallel),
+        out_dir="out",
+    )
+    message = start_message(config, first_step, ABOUT | changes)
+    assert message.startswith("corpus kings.txt (sha256 0123456789ab): 9,000 tokens to train on")
+    assert "model of 12,345 parameters on cpu" in message and expected in message
 
 
 # --- Ctrl-C -------------------------------------------------------------------------------------
@@ -207,7 +364,7 @@ def test_nothing_is_asked_before_ctrl_c():
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_ctrl_c_and_sigterm_ask_and_tell_which_of_them_it_was(number):
+def test_ctrl_c_and_sigterm_ask_with_their_number(number):
     with Interrupt() as interrupt:
         signal.raise_signal(number)
         assert interrupt.asked == number
@@ -224,6 +381,16 @@ def test_a_third_ctrl_c_ends_at_once():
     with pytest.raises(KeyboardInterrupt), Interrupt():
         for _ in range(3):
             signal.raise_signal(signal.SIGINT)
+
+
+def test_a_fourth_ctrl_c_ends_what_is_done_after_the_third():
+    with Interrupt(), pytest.raises(KeyboardInterrupt):
+        try:
+            for _ in range(3):
+                signal.raise_signal(signal.SIGINT)
+        finally:
+            signal.raise_signal(signal.SIGINT)
+            pytest.fail("this is reached")
 
 
 def test_sigterm_never_ends_at_once():
@@ -248,13 +415,13 @@ def test_afterwards_signals_do_what_they_did_before(times):
 def test_ctrl_c_before_the_first_step_promises_no_checkpoint_that_is_not_there(
     run, text_file, monkeypatch
 ):
-    start = RunLog.__init__
+    start = Log.__init__
 
     def start_slowly(self, *arguments):
         signal.raise_signal(signal.SIGINT)
         start(self, *arguments)
 
-    monkeypatch.setattr(RunLog, "__init__", start_slowly)
+    monkeypatch.setattr(Log, "__init__", start_slowly)
     result = run("train.py", *TINY, f"data.path={text_file}")
     assert result.code == 130 and ("saved" not in result.out or Path("out/ckpt.pt").exists())
 

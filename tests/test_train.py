@@ -52,7 +52,7 @@ def equal(a, b) -> bool:
 
 def interrupt_at(monkeypatch, step: int) -> None:
     """Press Ctrl-C, for real, while the run logs this step."""
-    log = runlog.RunLog.metrics
+    log = runlog.Log.metrics
 
     def logged(self, now, values):
         log(self, now, values)
@@ -60,8 +60,8 @@ def interrupt_at(monkeypatch, step: int) -> None:
             monkeypatch.undo_interrupt()
             signal.raise_signal(signal.SIGINT)
 
-    monkeypatch.undo_interrupt = lambda: setattr(runlog.RunLog, "metrics", log)
-    monkeypatch.setattr(runlog.RunLog, "metrics", logged)
+    monkeypatch.undo_interrupt = lambda: setattr(runlog.Log, "metrics", log)
+    monkeypatch.setattr(runlog.Log, "metrics", logged)
 
 
 STATE = ("model", "ema", "optimizer", "step", "best", "meter")
@@ -80,7 +80,7 @@ def test_a_resumed_run_equals_the_uninterrupted_one_bit_for_bit(train, monkeypat
 
 def test_a_killed_run_resumes_from_its_last_checkpoint(train, monkeypatch):
     whole, recorded = train("out_dir=whole"), metrics("whole")
-    log = runlog.RunLog.metrics
+    log = runlog.Log.metrics
 
     def dies(self, step, values):
         log(self, step, values)
@@ -88,7 +88,7 @@ def test_a_killed_run_resumes_from_its_last_checkpoint(train, monkeypatch):
             raise MemoryError
 
     with monkeypatch.context() as patch:
-        patch.setattr(runlog.RunLog, "metrics", dies)
+        patch.setattr(runlog.Log, "metrics", dies)
         with pytest.raises(MemoryError):
             train()
     assert checkpoint.load("out/ckpt.pt")["step"] == 6

@@ -1,7 +1,7 @@
-"""A page on 127.0.0.1 to play with a model on: python -m tools.demo checkpoint=out/ckpt.pt
+"""A page on 127.0.0.1 to try a model: python -m tools.demo checkpoint=out/ckpt.pt
 
-It serves the machine that it runs on, and nobody else: there is no setting for another address.
-From elsewhere, tunnel: ssh -L 8000:127.0.0.1:8000 machine.
+The page is for the machine that it runs on: there is no setting for another address. To use it from
+elsewhere, open a tunnel: ssh -L 8000:127.0.0.1:8000 machine.
 """
 
 import socket

@@ -1,8 +1,8 @@
-"""What stands between a page on 127.0.0.1 and everything else that a browser or a network sends.
+"""Protects a page on 127.0.0.1 from other pages and from the network.
 
-A server on one's own machine is within reach of every page that one's browser shows: such a page
-can send requests (they carry its Origin), or point a name of its own at 127.0.0.1 (they carry that
-name as Host). Neither is let in.
+Every page that a browser shows can reach a server on the same machine. It can send requests, which
+carry its Origin, or point its own host name at 127.0.0.1, which the requests carry as Host. Both
+are refused.
 """
 
 import json
@@ -13,8 +13,8 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-BODY = 2**16  # bytes of a request, at the most
-PATIENCE = 10.0  # seconds that the headers, and then the body, of a request may take
+BODY = 2**16  # bytes of a request's body, at most
+PATIENCE = 10.0  # seconds for the headers of a request, and again for its body
 HOST = re.compile(r"(127\.0\.0\.1|localhost)(:\d{1,5})?")
 HEADERS = {
     "x-content-type-options": "nosniff",
@@ -41,7 +41,7 @@ async def refuse(request: Request, error: Refusal) -> JSONResponse:
 
 
 class Guard:
-    """ASGI middleware: refuses other hosts and origins, and adds the headers of safety."""
+    """ASGI middleware: refuses other hosts and origins, and adds security headers."""
 
     def __init__(self, app, policy: str):
         self.app = app
@@ -66,14 +66,14 @@ class Guard:
 
 
 def check_origin(scope) -> None:
-    """Raise `Refusal` for a request that is not of this machine's own page (or of no page)."""
+    """Raise `Refusal` for a request from any page but this server's own."""
 
     def values(name: bytes) -> list[str]:
         return [value.decode("latin-1") for key, value in scope["headers"] if key == name]
 
     hosts = values(b"host")
     if len(hosts) != 1 or not HOST.fullmatch(hosts[0]):
-        raise Refusal(421, "this server answers to 127.0.0.1 and localhost, and to no other name")
+        raise Refusal(421, "this server answers to the names 127.0.0.1 and localhost only")
     if any(origin != f"http://{hosts[0]}" for origin in values(b"origin")):
         raise Refusal(403, "a page of another origin may not use this server")
     elsewhere = set(values(b"sec-fetch-site")) - {"same-origin", "none"}
@@ -82,7 +82,7 @@ def check_origin(scope) -> None:
 
 
 async def read_object(request: Request) -> dict:
-    """The JSON object that a request brings, bounded in size and time. Raises `Refusal`."""
+    """The JSON object in a request's body, limited in size and time. Raises `Refusal`."""
     if request.headers.get("content-type", "").split(";")[0].strip() != "application/json":
         raise Refusal(415, "the body must be application/json")
     body = bytearray()
@@ -99,14 +99,14 @@ async def read_object(request: Request) -> dict:
     try:
         wanted = json.loads(body)
     except (ValueError, RecursionError):
-        raise Refusal(400, "the body is no JSON") from None
+        raise Refusal(400, "the body is not JSON") from None
     if not isinstance(wanted, dict):
         raise Refusal(400, "the body must be a JSON object")
     return wanted
 
 
 class Patient(H11Protocol):
-    """uvicorn's HTTP, which waits for a request's headers only so long."""
+    """uvicorn's HTTP with a time limit for the headers of a request."""
 
     def connection_made(self, transport) -> None:
         super().connection_made(transport)

@@ -1,7 +1,7 @@
 """Our tokenizers as tokenizer.json, the format of the `tokenizers` library.
 
-Ids and texts are ours; beside them "[MASK]" is read as the mask, id V, and what ends a text as
-its id.
+Ids and texts are those of our tokenizers. In addition, "[MASK]" is read as the mask, id V, and the
+end-of-text token as its id.
 """
 
 import json
@@ -23,7 +23,7 @@ def convert(tokenizer, vocab_size: int):
         converted.add_special_tokens([converted.id_to_token(tokenizer.eos)])
     converted.add_special_tokens([lib.AddedToken(MASK, normalized=False)])
     if converted.token_to_id(MASK) != vocab_size:
-        raise UserError(f"the tokenizer has a token {MASK} or {vocab_size} of its own: none here")
+        raise UserError(f"the tokenizer already has a token {MASK} or an id {vocab_size}")
     return converted
 
 
@@ -46,7 +46,7 @@ def bpe(tokenizer: ours.BPETokenizer, lib):
 
 
 def gpt2(tokenizer: ours.GPT2Tokenizer, lib):
-    """From tiktoken's ranks: a merge is what makes a token out of two of lower rank."""
+    """From tiktoken's ranks: a merge makes a token out of two tokens of lower rank."""
     ranks = tokenizer.encoding._mergeable_ranks
     written = {b: c for c, b in ours.byte_of_character().items()}
     name = {token: "".join(written[b] for b in token) for token in ranks}
@@ -62,7 +62,7 @@ def gpt2(tokenizer: ours.GPT2Tokenizer, lib):
 
 
 def last_merge(token: bytes, rank: int, ranks: dict[bytes, int]) -> list[bytes]:
-    """The two parts that merges of a rank below `rank` leave of a token."""
+    """The two parts of a token that remain after the merges of a rank below `rank`."""
     parts = [bytes([b]) for b in token]
     while len(parts) > 2:
         pairs = [ranks.get(a + b, rank) for a, b in zip(parts, parts[1:], strict=False)]
@@ -72,9 +72,9 @@ def last_merge(token: bytes, rank: int, ranks: dict[bytes, int]) -> list[bytes]:
 
 
 def imported(tokenizer: ours.HFTokenizer, lib):
-    """Its own file, filled up to the size of the network.
+    """Its own file, padded to the size of the network.
 
-    A mask inside the vocabulary gives its id to the last token, as the network's row does.
+    A mask inside the vocabulary exchanges its id with the last token, as the network's rows do.
     """
     spec, V, mask = json.loads(tokenizer.serialized), tokenizer.vocab_size, tokenizer.mask
     added, size = spec["added_tokens"], tokenizer.tokenizer.get_vocab_size()
@@ -90,14 +90,14 @@ def imported(tokenizer: ours.HFTokenizer, lib):
 
 
 def byte_level(converted, lib, split: bool = True):
-    """With bytes written as characters before the model, and read back after it."""
+    """Bytes are written as characters before the model and decoded after it."""
     level = lib.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=split)
     converted.pre_tokenizer, converted.decoder = level, lib.decoders.ByteLevel()
     return converted
 
 
 def settings(converted, tokenizer, block_size: int) -> dict:
-    """What tokenizer_config.json holds, by which `AutoTokenizer` finds its way."""
+    """The contents of tokenizer_config.json, which `AutoTokenizer` reads."""
     values = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "mask_token": MASK,

@@ -1,12 +1,12 @@
-"""A checkpoint under EleutherAI's lm-evaluation-harness.
+"""Evaluates a checkpoint with EleutherAI's lm-evaluation-harness.
 
 python -m tools.lm_eval checkpoint=out/best.pt tasks=[lambada_openai]
 
-`loglikelihood` is minus the conditional bound of the continuation given its context, and greedy is
-what the model fills in so, its surest token first; `loglikelihood_rolling` is minus the bound of
-the whole text; `generate_until` fills a canvas after the prompt. What the harness takes for a
-likelihood is a bound from below, so that nothing looks better than it is. An autoregressive
-checkpoint of ours is scored exactly.
+`loglikelihood` is minus the conditional bound of the continuation given its context. It is greedy
+if the most probable tokens, filled in by decreasing confidence, give the continuation.
+`loglikelihood_rolling` is minus the bound of the whole text. `generate_until` fills a canvas after
+the prompt. Minus the bound is a lower bound on the log-likelihood, so no score is too high. An
+autoregressive checkpoint is scored exactly.
 """
 
 import json
@@ -24,7 +24,7 @@ from nanomdm.errors import UserError
 
 
 def make_adapter(loaded: runtime.Loaded, config: Section):
-    """The model as the harness wants it."""
+    """The model with the interface of the harness."""
     from lm_eval.api.model import LM
 
     class NanoMDM(LM):
@@ -44,7 +44,7 @@ def make_adapter(loaded: runtime.Loaded, config: Section):
 
 
 def score(loaded: runtime.Loaded, fills: list[Fill], config: Section):
-    """The rows of the fills, and minus what each fill costs, in nats."""
+    """The rows of the fills, and minus the cost of each fill in nats."""
     texts = as_texts(fills, loaded.tokenizer, loaded.model.config.block_size)
     samples, _ = measure(
         loaded, texts, seed=config.seed, draws=config.draws, batch_size=config.batch_size
@@ -54,9 +54,9 @@ def score(loaded: runtime.Loaded, fills: list[Fill], config: Section):
 
 @torch.no_grad()
 def generate(loaded: runtime.Loaded, prompt: str, wanted: dict, config: Section) -> str:
-    """A continuation of the prompt, cut before the first of the texts to stop at.
+    """A continuation of the prompt, cut before the first stop text.
 
-    A canvas has a length: `max_gen_toks`, and at most half of the context, the rest of which is for
+    The canvas has `max_gen_toks` tokens, at most half of the context. The rest of the context holds
     the end of the prompt.
     """
     model, context = loaded.model, loaded.model.config.block_size
@@ -87,7 +87,7 @@ def main(config: Section) -> None:
         from lm_eval.tasks import TaskManager
         from lm_eval.utils import make_table
     except ImportError:
-        raise UserError("the harness is a package: pip install lm_eval") from None
+        raise UserError("the harness needs a package: pip install lm_eval") from None
     if not config.tasks:
         raise UserError("no tasks: name some, as in tasks=[lambada_openai]")
     loaded = runtime.load(config.checkpoint, runtime.pick_device(config.device))

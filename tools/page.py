@@ -1,4 +1,4 @@
-"""Pages that need nothing but themselves, from the files in tools/pages/."""
+"""Self-contained pages, assembled from the files in tools/pages/."""
 
 import base64
 import hashlib
@@ -17,8 +17,8 @@ ICON = (
 def assemble(name: str, title: str, data: dict, connect: str = "'none'") -> str:
     """The page `name` (view, demo) as one HTML file with style, scripts and `data` inside.
 
-    Its Content-Security-Policy lets in this one style and this one script, by their hashes, and
-    requests to `connect` alone. `data` is JSON in which no character can end its element.
+    Its Content-Security-Policy allows only this style and this script, by their hashes, and
+    requests to `connect`. `data` becomes JSON in which no character can end its element.
     """
     style = (PAGES / "page.css").read_text()
     script = (PAGES / "page.js").read_text() + (PAGES / f"{name}.js").read_text()
@@ -44,7 +44,7 @@ def policy(style: str, script: str, connect: str) -> str:
 
 
 def policy_of(content: str) -> str:
-    """The policy that a page has in itself, for a header that says the same."""
+    """The policy in a page, to be sent as a header, too."""
     return re.search(r'Content-Security-Policy" content="([^"]*)"', content)[1]
 
 

@@ -1,7 +1,7 @@
-"""An animated SVG of one text out of masks: no script, so that it plays in an <img>, too.
+"""An animated SVG of a text that appears out of masks; without a script, it plays in an <img>, too.
 
-CSS shows each token from the step that revealed it on, over and over. Where animations are switched
-off it is the finished text.
+CSS shows each token from the step on that revealed it, in a loop. Where animations are switched
+off, the picture shows the finished text.
 """
 
 from collections import defaultdict
@@ -32,10 +32,10 @@ Stay = tuple[int, int | None, str]  # from a step to another (None: the end), a 
 
 
 def draw(tokenizer, canvas: Canvas, events: list[Event], steps: int, seconds: float) -> str:
-    """The SVG of row 0 of what `trace.record` returned, a round of which takes `seconds`."""
+    """The SVG of row 0 of what `trace.record` returned; a round takes `seconds`."""
     stays = stays_of(tokenizer, canvas, events)
     places, height = lay_out([position[-1][2] for position in stays])
-    shown = defaultdict(list)  # what is to be seen from one step to another
+    shown = defaultdict(list)  # what is visible from one step to another
     for (column, line), position in zip(places, stays, strict=True):
         blank = len(position[-1][2])
         for start, end, text in position:
@@ -58,7 +58,7 @@ def draw(tokenizer, canvas: Canvas, events: list[Event], steps: int, seconds: fl
 
 
 def stays_of(tokenizer, canvas: Canvas, events: list[Event]) -> list[list[Stay]]:
-    """What each position shows, one after the other: the last is a token."""
+    """What each position shows in turn; the last is a token."""
     stays = [
         [(0, None, "" if hole else text_of(tokenizer, int(token)))]
         for token, hole in zip(canvas.ids, canvas.is_masked, strict=True)
@@ -75,7 +75,7 @@ def stays_of(tokenizer, canvas: Canvas, events: list[Event]) -> list[list[Stay]]
 
 
 def counts(stays: list[list[Stay]], steps: int) -> list[int]:
-    """The masks that are left after 0, 1, ... steps."""
+    """The number of masks left after 0, 1, ... steps."""
     masked = [(start, end) for position in stays for start, end, text in position if not text]
     return [
         sum(start <= step and (end is None or step < end) for start, end in masked)
@@ -84,8 +84,8 @@ def counts(stays: list[list[Stay]], steps: int) -> list[int]:
 
 
 def lay_out(texts: list[str]) -> tuple[list[tuple[int, int]], int]:
-    """The (column, line) of each token of a text, wrapped at its blanks, and the height."""
-    places, column, line, word = [], 0, 0, 0  # `word`: the first token that has to stay together
+    """The (column, line) of each token of a text, wrapped at its spaces, and the height."""
+    places, column, line, word = [], 0, 0, 0  # `word`: the first token of the last word
     for number, text in enumerate(texts):
         word = number if len(text) > 1 and text[0].isspace() else word
         if column + len(text.rstrip()) > WIDE and column:

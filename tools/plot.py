@@ -46,7 +46,7 @@ class Run:
 
     @property
     def tokens(self) -> int:
-        """In a step; 1 if that is not known."""
+        """Per step; 1 if unknown."""
         names = ("training.batch_size", "model.block_size")
         return math.prod(self.config.get(name, 1) for name in names)
 
@@ -78,7 +78,7 @@ class Run:
 
 
 def read_runs(paths: Sequence[str]) -> list[Run]:
-    """The runs in these folders or files, each labelled by what sets its path apart.
+    """The runs in these folders or files, each labelled by what distinguishes its path.
 
     Raises `UserError`.
     """
@@ -95,11 +95,11 @@ def read_runs(paths: Sequence[str]) -> list[Run]:
 def read_metrics(path: Path) -> dict[int, dict[str, float]]:
     """The figures in a metrics.jsonl by step, in rising order. Raises `UserError`.
 
-    Where a run was resumed from an earlier step, what it did anew replaces what was there. A last
-    line without its end is one that is being written, or that a kill has cut: it is left out.
+    Where a run was resumed from an earlier step, repeated steps replace the earlier entries. A last
+    line without its end is still being written, or a kill has cut it: it is left out.
     """
     if not path.is_file() or path.suffix != ".jsonl":
-        raise UserError(f"{path} is no metrics.jsonl: name the out_dir of a run that has begun")
+        raise UserError(f"{path} is not a metrics.jsonl: name the out_dir of a run that has begun")
     entries, last = {}, -1
     for number, line in enumerate(path.read_bytes().split(b"\n")[:-1], start=1):
         try:
@@ -129,11 +129,11 @@ def read_config(path: Path) -> dict:
         found = {k: v if isinstance(v, dict) else {"": v} for k, v in sections.items()}
         return {f"{a}.{b}".strip("."): v for a, values in found.items() for b, v in values.items()}
     except (ValueError, TypeError, KeyError, IndexError, AttributeError, RecursionError):
-        raise UserError(f"{path} is damaged: remove it, and the runs are told by path") from None
+        raise UserError(f"{path} is damaged: remove it to label the runs by path") from None
 
 
 def differences(configs: Sequence[dict]) -> list[str]:
-    """For each run what sets its settings apart, if that is no more than three of them."""
+    """The settings that distinguish each run, if they are at most three."""
     keys = [key for key in configs[0] if len({repr(each.get(key)) for each in configs}) > 1]
     keys = [key for key in keys if key != "out_dir" and not key.startswith("logging.")]
     if not 0 < len(keys) <= 3:
@@ -143,7 +143,7 @@ def differences(configs: Sequence[dict]) -> list[str]:
 
 
 def labels(paths: Sequence[str]) -> list[str]:
-    """The paths without the folders that they begin and end with alike."""
+    """The paths without the folders that all of them begin or end with."""
     parts = [Path(path).parts for path in paths]
     if len(set(parts)) < 2:
         return [str(Path(path)) for path in paths]
@@ -189,7 +189,7 @@ def draw(runs: Sequence[Run], x: str, pyplot):
 
 
 def loss_range(runs: Sequence[Run]) -> tuple[float, float]:
-    """What the axis of the losses shows: all means, every run's first batches, and no spike."""
+    """The range of the loss axis: all means and every run's first batches, but no spikes."""
     lows = [run.series(name)[1] for run in runs for name in ("train/loss", "train/loss_avg")]
     firsts = [run.series(name)[1][:1] for run in runs for name in ("train/loss", "train/loss_max")]
     highs = [*firsts, *(run.series("train/loss_avg")[1] for run in runs)]
@@ -206,7 +206,7 @@ def draw_loss(axis, run: Run, x: str, colour) -> None:
     axis.plot(run.at(steps, x), means, color=colour, lw=1.6, zorder=3)
     steps, losses = run.series("train/loss")
     axis.plot(run.at(steps, x), losses, color=colour, lw=0.7, alpha=0.35)
-    peaks, largest = run.series("train/loss_max")  # of all batches since the entry before
+    peaks, largest = run.series("train/loss_max")  # of all batches since the previous entry
     steps, losses = (peaks, largest) if len(peaks) else (steps, losses)
     top = axis.get_ylim()[1]
     if (beyond := losses > top).any():

@@ -20,17 +20,18 @@ from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import closing, contextmanager
+from contextlib import closing
 from multiprocessing import get_context
 from pathlib import Path
 
 import numpy as np
 
 import data
-from nanomdm import cli, folders, runlog
+from nanomdm import cli, folders
 from nanomdm.cli import Section
 from nanomdm.errors import UserError
-from nanomdm.tokenizers import EOT, TOKENIZERS, CharTokenizer, choices, load_tokenizer
+from nanomdm.runlog import progress
+from nanomdm.tokenizers import EOT, TOKENIZERS, BPETokenizer, CharTokenizer, load_tokenizer
 from tools import sources
 from tools.shards import AGAIN, Job, ShardWriter, read_json, refuse_other, sha256_of
 
@@ -44,18 +45,18 @@ NO_RECIPE = ("out", "processes")  # settings that do not change the result
 def make_tokenizer(config: Section, source: sources.Source, dataset):
     """The tokenizer that the settings name. Raises `UserError`."""
     kind = config.tokenizer
+    if kind in ("gpt2", "byte"):
+        return TOKENIZERS[kind]()
     if kind.endswith(".json"):
         return read_tokenizer(Path(kind))
-    if kind not in choices():
-        raise UserError(f"tokenizer={kind} is unknown: choose {', '.join(choices())} or a .json")
-    if kind in ("gpt2", "byte"):  # there is nothing to train
-        return TOKENIZERS[kind]()
+    if kind not in TOKENIZERS or kind == "hf":  # which weights bring along
+        choices = ", ".join(name for name in TOKENIZERS if name != "hf")
+        raise UserError(f"tokenizer={kind} is unknown: choose {choices} or a .json file")
     pieces = (piece for batch in source.read(dataset) for piece in batch.pieces)
-    if kind == "char":
-        return CharTokenizer("".join(sorted(set("\n").union(*(piece.text for piece in pieces)))))
-    sample = head((piece.text for piece in pieces if not piece.held), config.sample)
-    special = {"special": [EOT]} if kind == "bpe" else {}
-    return TOKENIZERS[kind].train(sample, len(sample), config.vocab_size, **special)
+    if kind == "bpe":
+        sample = head((piece.text for piece in pieces if not piece.held), config.sample)
+        return BPETokenizer.train(sample, config.vocab_size, [EOT])
+    return CharTokenizer("".join(sorted(set("\n").union(*(piece.text for piece in pieces)))))
 
 
 def head(texts: Iterable[str], characters: int) -> str:
@@ -160,12 +161,15 @@ def run(job: Job, source: sources.Source, config: Section) -> None:
     shards = ShardWriter(job.folder, journal["dtype"], config.shard_tokens, journal["tokens"], size)
     batches, saved = source.read(dataset, sum(documents.values())), time.monotonic()
     count = config.processes or os.cpu_count() or 1
-    with closing(Workers(count, tokenizer)) as workers, counted(shards.tokens) as told:
+    with (
+        closing(Workers(count, tokenizer)) as workers,
+        progress(None, "token", sum(shards.tokens.values())) as advance,
+    ):
         for batch, ids in workers.map(batches):
             for split in data.SPLITS:
                 shards.write(split, ids[split])
                 documents[split] += batch.documents(held=split == "val")
-            told(sum(map(len, ids.values())))
+            advance(sum(map(len, ids.values())))
             if batch.state and time.monotonic() - saved >= SAVED:
                 shards.sync()
                 job.save(tokens=shards.tokens, documents=documents, state=batch.state)
@@ -191,28 +195,7 @@ def check_documents(documents: dict[str, int], source: sources.Source) -> None:
             )
 
 
-@contextmanager
-def counted(done: dict[str, int]):
-    """A function to be told of more tokens: a bar, or a line on stderr every ten seconds."""
-    total, start = sum(done.values()), time.monotonic()
-    bar, first, last = runlog.progress_bar(None, total, "token"), total, start
-
-    def told(more: int) -> None:
-        nonlocal total, last
-        total += more
-        if bar is not None:
-            bar.update(more)
-        elif time.monotonic() - last > 10:
-            last = time.monotonic()
-            speed = (total - first) / (last - start)
-            print(f"{total:,} tokens, {speed:,.0f} tokens/s", file=sys.stderr, flush=True)
-
-    yield told
-    if bar is not None:
-        bar.close()
-
-
-def main(config: Section) -> None:
+def main(config: Section, explicit: set[str]) -> None:
     if config.shard_tokens < 1:
         raise UserError(f"shard_tokens={config.shard_tokens} must be at least 1")
     if config.processes < 0:

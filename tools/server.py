@@ -1,10 +1,10 @@
-"""What the demo answers.
+"""The HTTP interface of the demo.
 
 GET / is the page. POST /generate takes {"text", "length"} or {"canvas": [id or null, ...]}, beside
 {"strategy", "steps", "temperature", "guidance", "seed"}, and answers with server-sent events: a
-`step` for each message of tools/trace.py, at last `done` {"calls", "seconds", "label", "text"} or
-`error` {"error"}. POST /tokens takes {"text"} to {"ids", "texts"}. What is wrong with a request is
-said as {"error": a sentence}, with a status of 4xx or, where it is too much at once, 503.
+`step` for each message of tools/trace.py, finally `done` {"calls", "seconds", "label", "text"} or
+`error` {"error"}. POST /tokens takes {"text"} and answers {"ids", "texts"}. An invalid request is
+answered by {"error": a sentence} with a status of 4xx, or 503 if too many run at once.
 """
 
 import concurrent.futures
@@ -51,7 +51,7 @@ WANTED = {
 
 
 class Left(Exception):
-    """Nobody is there any more to see the next step."""
+    """The client has left: nobody sees the next step."""
 
 
 class Work(NamedTuple):
@@ -63,18 +63,18 @@ class Work(NamedTuple):
 
 
 class Limits(NamedTuple):
-    """What the demo shows of its model, and how much of it a visitor may have."""
+    """What the demo shows of its model, and the limits of a request."""
 
     checkpoint: str
     prompt: str
     length: int  # tokens
     steps: int
     generations: int  # at once
-    seconds: float  # of a generation and its way to the page
+    seconds: float  # of a generation and its transfer to the page
 
 
 class Demo:
-    """A model and the pages that it answers."""
+    """A model and its routes."""
 
     def __init__(self, loaded: Loaded, limits: Limits):
         self.loaded, self.limits, self.running = loaded, limits, 0
@@ -117,7 +117,7 @@ class Demo:
         return Stream(self, work)
 
     def plan(self, values: dict) -> Work:
-        """What to do. Raises `UserError`, as the samplers' settings and canvases do."""
+        """The generation that a request asks for. Raises `UserError` for a value out of range."""
         if values["steps"] > self.limits.steps:
             raise UserError(f"steps={values['steps']} must be at most {self.limits.steps}")
         for name in ("temperature", "guidance"):
@@ -165,7 +165,7 @@ def make_server(demo: Demo) -> uvicorn.Server:
 
 
 class Stream(Response):
-    """The events of a generation, which ends when it is done, late, or without a reader."""
+    """The events of a generation, which ends when it is done, out of time, or without a reader."""
 
     def __init__(self, demo: Demo, work: Work):
         self.demo, self.work = demo, work
@@ -173,7 +173,7 @@ class Stream(Response):
         del self.headers["content-length"]
 
     async def __call__(self, scope, receive, send) -> None:
-        """A thread samples while this sends; its slot is free once the thread has come back."""
+        """A thread samples while this sends; the slot is released when the thread has ended."""
         seconds, self.demo.running = self.demo.limits.seconds, self.demo.running + 1
         try:
             with anyio.move_on_after(seconds) as limit:
@@ -201,7 +201,7 @@ class Stream(Response):
         async with anyio.create_task_group() as group:
             group.start_soon(sample)
             group.start_soon(leave)
-            with inbox:  # once it is closed, no step can be posted any more
+            with inbox:  # after it is closed, no step can be posted
                 start = {"type": "http.response.start", "status": 200}
                 await send(start | {"headers": self.raw_headers})
                 async for message in inbox:
@@ -231,7 +231,7 @@ def chunk(event: str, data: dict) -> dict:
 
 
 def refusing(function, *arguments):
-    """The function's value, its `UserError` as a `Refusal`."""
+    """Call the function, and turn its `UserError` into a `Refusal`."""
     try:
         return function(*arguments)
     except ValueError as error:
@@ -239,7 +239,7 @@ def refusing(function, *arguments):
 
 
 def read_values(wanted: dict) -> dict:
-    """The request's values, of the right types, beside the defaults. Raises `Refusal`."""
+    """The request's values, with checked types, over the defaults. Raises `Refusal`."""
     for name, value in wanted.items():
         if name not in WANTED:
             raise Refusal(400, f"no setting {name[:40]!r}: there are {', '.join(WANTED)}")
@@ -252,10 +252,10 @@ def read_values(wanted: dict) -> dict:
     if len(values["text"]) > TEXT:
         raise Refusal(400, f"the text is longer than {TEXT} characters: shorten it")
     if any("\ud800" <= character <= "\udfff" for character in values["text"]):
-        raise Refusal(400, "the text holds half a character (a lone surrogate)")
+        raise Refusal(400, "the text contains a lone surrogate (half a UTF-16 character)")
     return values
 
 
 async def no_such_page(request: Request, error: HTTPException) -> JSONResponse:
-    sentence = "nothing is here: the page is /" if error.status_code == 404 else error.detail
+    sentence = "not found: the page is /" if error.status_code == 404 else error.detail
     return JSONResponse({"error": sentence}, error.status_code, error.headers)

@@ -1,4 +1,4 @@
-"""Shards that are being written, and a journal of how far they are whole: a kill loses nothing."""
+"""Writes shards, with a journal of how far they are complete: a kill loses nothing."""
 
 import hashlib
 import json
@@ -12,21 +12,21 @@ import data
 from nanomdm.errors import UserError, write_atomically
 from nanomdm.meta import digest
 
-AGAIN = "give the same command again, and it goes on from here"
+AGAIN = "give the same command again to continue from here"
 
 
 class ShardWriter:
-    """Streams of tokens, one for each split, in files of `size` tokens; `tokens` are in them."""
+    """Writes one stream of tokens per split into files of `size` tokens; `tokens` counts them."""
 
     def __init__(self, folder: Path, dtype: str, size: int, tokens: dict[str, int], likely: int):
         self.folder, self.size, self.tokens, self.files = folder, size, dict(tokens), {}
         self.width = np.dtype(dtype).itemsize
-        self.need = likely * self.width  # bytes that have to be free for a shard
+        self.need = likely * self.width  # free bytes that a shard needs
         for split in data.SPLITS:
             self._cut_back(split)
 
     def _cut_back(self, split: str) -> None:
-        """Leave `tokens` of a split, and nothing of what an interrupted process wrote later."""
+        """Keep `tokens` of a split, and remove what an interrupted process wrote after them."""
         full, rest = divmod(self.tokens[split], self.size)
         for path in self.folder.glob(f"{split}_*.bin"):
             if path.name >= shard_name(split, full + (rest > 0)):
@@ -37,7 +37,7 @@ class ShardWriter:
                 self.size if number < full else rest,
             )
             if not path.is_file() or path.stat().st_size < length * self.width:
-                raise UserError(f"{path} is cut: remove {self.folder} and begin anew")
+                raise UserError(f"{path} is incomplete: remove {self.folder} and start again")
             os.truncate(path, length * self.width)
 
     def write(self, split: str, ids: np.ndarray) -> None:
@@ -47,7 +47,7 @@ class ShardWriter:
             if not offset or split not in self.files:
                 self._open(split, number)
             rest = memoryview(part).cast("B")
-            while rest:  # a full disk takes a part, and refuses the next
+            while rest:  # a full disk takes a part and refuses the rest
                 rest = rest[self.files[split].write(rest) :]
             self.tokens[split] += len(part)
 
@@ -79,7 +79,7 @@ def shard_name(split: str, number: int) -> str:
 
 
 class Job:
-    """A preparation under way in out/unfinished: its journal, and the end, where it moves up."""
+    """A preparation in out/unfinished: its journal, and its end, which moves the shards to out."""
 
     def __init__(self, out: Path, recipe: dict):
         self.out, self.folder = out, out / "unfinished"
@@ -97,7 +97,7 @@ class Job:
         write_atomically(self.path, json.dumps(self.journal).encode())
 
     def finish(self) -> dict:
-        """Move the shards up, meta.json last: from then on data.dir can read the folder."""
+        """Move the shards to out, meta.json last: from then on data.dir can read the folder."""
         for path in self.folder.glob("*.bin"):
             os.replace(path, self.out / path.name)
         sha256 = data.sha256_of("".join(self.journal["shards"].values()).encode())
@@ -119,11 +119,11 @@ def read_json(path: Path) -> dict:
     try:
         return dict(json.loads(path.read_bytes()))
     except (ValueError, TypeError) as error:
-        raise UserError(f"{path} is damaged: remove {path.parent} and begin anew") from error
+        raise UserError(f"{path} is damaged: remove {path.parent} and start again") from error
 
 
 def refuse_other(recipe: dict, found: dict, folder: Path) -> None:
-    """Raise `UserError` for a folder whose preparation, as its JSON says, is not this one."""
+    """Raise `UserError` if the folder's JSON records another preparation."""
     for key, value in recipe.items():
         if (found.get("recipe") or {}).get(key) != value:
             raise UserError(

@@ -1,4 +1,4 @@
-"""Documents from the Hugging Face hub or local files, in their order, from any place on."""
+"""Documents from the Hugging Face hub or local files, in their order, from any position on."""
 
 import glob
 import hashlib
@@ -11,12 +11,12 @@ from typing import NamedTuple
 from nanomdm.errors import UserError
 
 KINDS = {".parquet": "parquet", ".jsonl": "json", ".txt": "text", ".md": "text"}
-BATCH = 2**20  # characters that are tokenized at once, at the least
-PIECE = 2**22  # characters of a document that are held at once: a longer one goes in pieces
+BATCH = 2**20  # characters that are tokenized at once, at least
+PIECE = 2**22  # characters of a document that are held at once: a longer one is split
 
 
 class Piece(NamedTuple):
-    """A document, or a part of one that is very long."""
+    """A document, or a part of a very long one."""
 
     text: str
     ends: bool  # whether the document ends with it
@@ -24,10 +24,10 @@ class Piece(NamedTuple):
 
 
 class Batch(NamedTuple):
-    """What is tokenized at once."""
+    """Pieces that are tokenized at once."""
 
     pieces: list[Piece]
-    state: dict | None  # from where reading goes on after it; None within a document
+    state: dict | None  # where reading continues after it; None within a document
 
     def documents(self, held: bool) -> int:
         return sum(piece.ends and piece.held is held for piece in self.pieces)
@@ -35,7 +35,7 @@ class Batch(NamedTuple):
 
 @dataclass(frozen=True)
 class Source:
-    """Where documents come from; the fields are those settings of tools.prepare."""
+    """Where documents come from; the fields are settings of tools.prepare."""
 
     dataset: str
     name: str
@@ -57,7 +57,7 @@ class Source:
         try:
             re.compile(self.begins)
         except re.error as error:
-            raise UserError(f"begins={self.begins} is no regular expression ({error})") from None
+            raise UserError(f"begins={self.begins} is not a regular expression ({error})") from None
 
     def files(self) -> list[Path]:
         """The local files, in the order of their names; none for a data set of the hub."""
@@ -77,16 +77,16 @@ class Source:
         return found
 
     def bytes(self) -> int:
-        """Of all local files; 0 for a data set of the hub."""
+        """The size of all local files; 0 for a data set of the hub."""
         return sum(file.stat().st_size for file in self.files())
 
     def fingerprint(self) -> str:
-        """Of the names and sizes of local files."""
+        """A hash of the names and sizes of local files."""
         files = [f"{file} {file.stat().st_size}" for file in self.files()]
         return hashlib.sha256("\n".join(files).encode()).hexdigest() if files else ""
 
     def load(self):
-        """The data set, a stream whose place can be kept. Raises `UserError`."""
+        """The data set as a stream whose position can be saved. Raises `UserError`."""
         try:
             import datasets
         except ImportError:
@@ -103,7 +103,7 @@ class Source:
             settings = {"split": "train", "data_files": [glob.escape(file) for file in files]}
         try:
             return datasets.load_dataset(*names, streaming=True, **settings)
-        except Exception as error:  # of the hub, the network or the files: there are dozens
+        except Exception as error:  # the hub, the network and the files have dozens of errors
             raise UserError(
                 f"cannot load {self.dataset} ({first_line(error)}): check its name, name= and "
                 "split=, go online, or name a local folder"
@@ -119,8 +119,8 @@ class Source:
                 return
             except Exception as error:
                 raise UserError(
-                    f"cannot read {self.dataset} ({first_line(error)}): mend it, or go online, and "
-                    "give the same command again"
+                    f"cannot read {self.dataset} ({first_line(error)}): repair it or go online, "
+                    "and give the same command again"
                 ) from error
             if row.keys() == {"text", "begins"}:  # of read_texts
                 yield row["text"], row["begins"]
@@ -129,7 +129,7 @@ class Source:
             if not isinstance(text, str | None):
                 columns = ", ".join(name for name, value in row.items() if isinstance(value, str))
                 raise UserError(
-                    f"{self.dataset} has no text in column={self.column}: take one of {columns}"
+                    f"{self.dataset} has no text in column={self.column}: choose one of {columns}"
                 )
             if self.begins:
                 text = text or ""
@@ -194,7 +194,7 @@ def read_texts(files: list[str], separator: str, begins: str) -> Iterator[dict]:
 
 
 def _divide(file, separator: str) -> Iterator[dict]:
-    """What stands between the separators, without the line ends around it."""
+    """The texts between the separators, without the line ends around them."""
     rest, begins = "", True
     while chunk := file.read(BATCH):
         *documents, rest = (rest + chunk).split(separator) if separator else (rest + chunk,)
@@ -216,10 +216,10 @@ def _row(text: str, begins: bool) -> Iterator[dict]:
 
 
 def seam(text: str) -> int:
-    """Where to cut so that no token is: before the last single space; 0 where there is none.
+    """Where to cut without cutting a token: before the last single space; 0 where there is none.
 
     In GPT-2's pattern, which byte-level BPEs share, a space between two other characters always
-    begins a word.
+    begins a token.
     """
     place = len(text) - 1
     while (place := text.rfind(" ", 1, place)) > 0:

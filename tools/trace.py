@@ -1,18 +1,19 @@
 """What a reverse process does, step by step, as messages that a page can replay.
 
 The viewer writes the messages of a text into its file, the demo sends each as it happens, and
-tools/pages/page.js reconstructs every state from them. The first of a text says what is given:
+tools/pages/page.js reconstructs every state from them. The first message of a text gives its
+context:
 
-    {"ids", "texts",  what tokens occur in it,
+    {"ids", "texts",  the tokens that occur in it,
      "given"}         the number of a token in `texts`, or HOLE, for each position
 
-and one for each step what it did. Absent is what did not occur:
+Each step then has a message of what it did, without the keys of what did not occur:
 
-    {"ids", "texts"   what is new of the tokens that occur, counted on over all messages,
+    {"ids", "texts"   the tokens that occur for the first time, numbered over all messages,
      "set"            triples (position, token, probability x 65535): what the step revealed,
      "mask"           positions that it masked again,
-     "best", "p"      the likeliest tokens of each position masked before the step, in their order,
-                      and their probabilities x 65535,
+     "best", "p"      the most probable tokens of each position that was masked before the step,
+                      position by position, and their probabilities x 65535,
      "entropy"}       the mean entropy of those positions' predictions, in nats
 
 Arrays are little-endian uint16 in base64. Probabilities are those that the sampler draws from,
@@ -32,17 +33,17 @@ from nanomdm.checkpoint import Loaded
 from nanomdm.errors import UserError
 from sample import Canvas, make_canvas, parse
 
-HOLE = LIMIT = 65535  # what no position and no token's number may be; also the unit of probability
+HOLE = LIMIT = 65535  # no position and no token has this number; also the unit of probability
 Send = Callable[[int, dict], None]
 
 
 def canvas_of(prompt: str, length: int, loaded: Loaded, limit: int) -> Canvas:
     """The canvas of a prompt, as sample.py has it, of at most `limit` tokens.
 
-    A `length` (0: the limit) is for a prompt without holes. Raises `UserError`.
+    A `length` (0: the limit) is for a prompt without [MASK]. Raises `UserError`.
     """
     holes = [piece for piece in parse(prompt) if isinstance(piece, int)]
-    size = max(length, sum(holes))  # looked at before anything as long is made
+    size = max(length, sum(holes))  # checked before a canvas of that length is made
     if size <= limit:
         canvas = make_canvas(prompt, length or (0 if holes else limit), loaded)
         size = len(canvas.ids)
@@ -63,7 +64,7 @@ def record(
 ) -> tuple[Sampled, list[Event]]:
     """Fill canvases of one length, as sample.py does, and `send(row, message)` what each step did.
 
-    Returns what `diffusion.sample` does, and all events. What `send` raises ends the sampling.
+    Returns the result of `diffusion.sample` and all events. An exception in `send` ends it.
     """
     recorder = Recorder(loaded, canvases, settings, send, alternatives)
     ids, is_masked = (torch.stack(tensors) for tensors in zip(*canvases, strict=True))
@@ -80,7 +81,7 @@ def record(
 
 
 class Recorder:
-    """A model that remembers its last answers; `step` is the callback of `diffusion.sample`."""
+    """A model that keeps its last logits; `step` is the callback of `diffusion.sample`."""
 
     def __init__(self, loaded, canvases, settings: Sampling, send: Send, alternatives: int):
         self.model, self.device, self.config = (
@@ -116,7 +117,7 @@ class Recorder:
         self.answers.clear()
 
     def predictions(self) -> list[dict]:
-        """For each row, what the network made of its masks, if this step called it."""
+        """For each row, the network's predictions at its masks, if this step called it."""
         if not self.answers:
             return [{} for _ in self.is_masked]
         logits, *blind = (a[self.is_masked.to(a.device)].float() for a in self.answers)  # (N, V)
@@ -138,7 +139,7 @@ class Recorder:
         ]
 
     def change(self, row: int, event: Event, here: Tensor) -> dict:
-        """What an event did to a row, and note it."""
+        """The message of what an event did to a row; updates `is_masked`."""
         positions, again = event.where[here, 1].cpu(), event.tokens is None
         self.is_masked[row, positions] = again
         if again:
@@ -149,13 +150,13 @@ class Recorder:
 
 
 class Numbers:
-    """Counts the tokens that occur, so that a message names each by a uint16, and its text once."""
+    """Numbers the tokens that occur, so that a message names each by a uint16 and its text once."""
 
     def __init__(self, tokenizer):
         self.tokenizer, self.known, self.sent = tokenizer, {}, 0
 
     def of(self, ids: Tensor) -> np.ndarray:
-        """The numbers (N,) of tokens (N,). Raises `UserError` where they no longer fit."""
+        """The numbers (N,) of tokens (N,). Raises `UserError` if there are too many."""
         numbers = [self.known.setdefault(i, len(self.known)) for i in ids.tolist()]
         if len(self.known) >= LIMIT:
             raise UserError(f"a trace holds at most {LIMIT} distinct tokens: record fewer steps")
@@ -168,7 +169,7 @@ class Numbers:
 
 
 def text_of(tokenizer, token: int) -> str:
-    r"""The text of a token by itself; of one that is a part of a character, its bytes as \xNN."""
+    r"""The text of a single token; bytes that are a part of a character become \xNN."""
     raw = tokenizer.decode_bytes([token])
     return raw.decode(errors="backslashreplace")
 

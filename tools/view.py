@@ -1,6 +1,6 @@
-"""A text out of masks, as a page or as a picture: python -m tools.view prompt="ROMEO:"
+"""Shows a text appear out of masks, as a page or a picture: python -m tools.view prompt="ROMEO:"
 
-The page is one file that needs nothing else; the picture is an animated SVG.
+The page is one self-contained file; the picture is an animated SVG.
 """
 
 from pathlib import Path
@@ -48,7 +48,7 @@ def main(config: Section) -> None:
 
 
 def without_ids(message: dict) -> dict:
-    """A page that only shows texts has no use for the tokens' ids."""
+    """A message without token ids: a page that only shows texts does not need them."""
     return {name: value for name, value in message.items() if name != "ids"}
 
 

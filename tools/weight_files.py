@@ -1,4 +1,4 @@
-"""Other people's weights and tokenizers: found, fetched, memory-mapped, and never executed."""
+"""Weights and tokenizers of other projects: downloaded, memory-mapped, and never executed."""
 
 import json
 from collections.abc import Callable
@@ -12,7 +12,7 @@ from torch import Tensor
 from nanomdm.errors import UserError, optional
 from nanomdm.tokenizers import load_tokenizer
 
-# Steps of a tokenizer.json, and what each is called within a sequence of them.
+# Steps of a tokenizer.json, and the name of each within a sequence.
 PARTS = {"normalizer": "normalizers", "pre_tokenizer": "pretokenizers", "decoder": "decoders"}
 
 
@@ -25,7 +25,7 @@ class Tensors(NamedTuple):
 
 
 def fetch(source: str, patterns: tuple[str, ...]) -> Path:
-    """The file or folder that `source` is, downloaded if it is the name of a repository."""
+    """The file or folder `source`, downloaded if it is the name of a repository."""
     if Path(source).exists():
         return Path(source)
     parts = source.split("/")
@@ -38,7 +38,7 @@ def fetch(source: str, patterns: tuple[str, ...]) -> Path:
         return Path(hub.snapshot_download(repository, allow_patterns=list(patterns)))
     except Exception as error:  # of the network, the hub or the name
         reason = str(error).splitlines()[0][:80]
-        raise UserError(f"{source} is not here, and the hub says: {reason}") from error
+        raise UserError(f"{source} is not a local file, and the hub answered: {reason}") from error
 
 
 def open_tensors(source: str, path: Path) -> tuple[Path, Tensors]:
@@ -51,7 +51,7 @@ def open_tensors(source: str, path: Path) -> tuple[Path, Tensors]:
     for file in files:
         for name, (shape, read) in tensors_of(file).items():
             if name in found:
-                raise UserError(f"{file.name} and {found[name]} both have {name}: name one file")
+                raise UserError(f"{file.name} and {found[name]} both contain {name}: name one file")
             found[name], tensors.shapes[name], tensors.read[name] = file.name, shape, read
     return (path if path.is_dir() else path.parent), tensors
 
@@ -60,7 +60,7 @@ def open_safetensors(file: Path):
     library = optional("safetensors")
     try:
         return library.safe_open(file, framework="pt")
-    except Exception as error:  # the library raises one of its own
+    except Exception as error:  # the library raises its own class
         raise UserError(f"{file} is damaged ({error}): fetch it again") from error
 
 
@@ -72,14 +72,14 @@ def open_torch(file: Path) -> dict[str, Tensor]:
             raise UserError("not only tensors")
     except Exception as error:  # a damaged or hostile pickle can fail in any way
         reason = str(error).splitlines()[0][:80]
-        raise UserError(f"{file} is damaged or more than plain data ({reason})") from error
+        raise UserError(f"{file} is damaged or holds more than plain data ({reason})") from error
     return state
 
 
 def tensors_of(file: Path) -> dict[str, tuple[tuple[int, ...], Callable[[], Tensor]]]:
     """The shape of each tensor, and a function that reads it.
 
-    Each opens the file anew: a map that stays would keep in memory all that was read through it.
+    Each opens the file again: a map that stays open keeps all that was read in memory.
     """
     if file.suffix == ".safetensors":
         opened = open_safetensors(file)
@@ -105,10 +105,10 @@ def read_json(path: Path) -> dict:
 
 
 def read_tokenizer(path: Path, vocab_size: int, mask: int) -> dict:
-    """The state of the tokenizer.json in a folder, for a network of so many tokens.
+    """The state of the tokenizer.json in a folder, for a network of `vocab_size` tokens.
 
-    `mask` is the id that the file has for the mask. Llama's puts a space before every text; that is
-    left out, so that pieces of a text can be put together, and a text comes back as it was.
+    `mask` is the file's id of the mask. Llama's tokenizer puts a space before every text. Here it
+    does not, so that pieces of a text can be joined and decoding gives back the text.
     """
     file = path / "tokenizer.json" if path.is_dir() else path
     if not file.is_file():

@@ -1,4 +1,4 @@
-"""Weights & Biases: what is logged, by a recording stub, and one real run without a network."""
+"""Weights & Biases: what a recording stub receives, and one real run without a network."""
 
 import json
 import math
@@ -12,7 +12,8 @@ from types import ModuleType, SimpleNamespace
 import pytest
 from conftest import ROOT, TINY, environment
 
-from nanomdm import checkpoint, runlog
+from nanomdm import checkpoint
+from nanomdm.tracking import why_offline
 
 FIGURES = ("loss", "loss_avg", "loss_max", "grad_norm", "grad_norm_max", "skipped", "lr", "time_ms")
 TRAIN = {f"train/{name}" for name in FIGURES}
@@ -22,8 +23,8 @@ SHORT = ("training.max_iters=1", "training.eval_interval=0", "training.sample_in
 
 
 @pytest.fixture(autouse=True)
-def stranger(monkeypatch, tmp_path):
-    """Nobody is logged in, and nothing is said about W&B in the environment."""
+def nobody(monkeypatch, tmp_path):
+    """Nobody is logged in, and the environment has no settings of W&B."""
     for name in [name for name in os.environ if name.startswith("WANDB_")]:
         monkeypatch.delenv(name)
     monkeypatch.setenv("NETRC", str(tmp_path / "no-netrc"))
@@ -130,7 +131,7 @@ def test_the_figures_are_those_of_the_metrics_file(train, wandb):
     assert sent == lines
 
 
-def test_samples_are_a_table_of_the_texts_that_are_shown(train, wandb):
+def test_samples_are_a_table_of_the_texts_that_are_printed(train, wandb):
     out = train().out
     tables = [(step, values["samples"]) for step, values in wandb.logged if "samples" in values]
     assert [step for step, _ in tables] == [6, 12]
@@ -140,15 +141,15 @@ def test_samples_are_a_table_of_the_texts_that_are_shown(train, wandb):
         assert f"--- sample after {step} steps ---\n{text}\n---\n" in out
 
 
-# --- What is told of the run --------------------------------------------------------------------
+# --- What is sent about the run ------------------------------------------------------------------
 
 
 def test_project_name_and_tags_are_passed_on(train, wandb):
     words = ("logging.project=it's mine", "logging.name=a, b", "logging.tags=[small,debug]")
     train(*words, *SHORT)
     [started] = wandb.started
-    told = (started["project"], started["name"], started["tags"], started["dir"])
-    assert told == ("it's mine", "a, b", ["small", "debug"], "out")
+    sent = (started["project"], started["name"], started["tags"], started["dir"])
+    assert sent == ("it's mine", "a, b", ["small", "debug"], "out")
 
 
 def test_an_empty_name_leaves_the_choice_to_wandb(train, wandb):
@@ -156,20 +157,20 @@ def test_an_empty_name_leaves_the_choice_to_wandb(train, wandb):
     assert wandb.started[0]["name"] is None
 
 
-def test_the_whole_resolved_configuration_is_told(train, wandb):
+def test_the_whole_resolved_configuration_is_sent(train, wandb):
     train(*SHORT)
     config = checkpoint.load("out/ckpt.pt")["config"]
     assert wandb.started[0]["config"].items() >= config.items()
     assert config["training"]["max_iters"] == 1 and config["model"]["n_embd"] == 32
 
 
-def test_the_number_of_parameters_is_told(train, wandb):
+def test_the_number_of_parameters_is_sent(train, wandb):
     train(*SHORT)
     weights = checkpoint.load("out/ckpt.pt")["model"]
     assert wandb.started[0]["config"]["parameters"] == sum(w.numel() for w in weights.values())
 
 
-def test_the_architecture_is_told(train, wandb):
+def test_the_architecture_is_sent(train, wandb):
     train(*SHORT, "model.n_layer=1")
     architecture = wandb.started[0]["config"]["architecture"]
     assert architecture == checkpoint.load("out/ckpt.pt")["model_config"]
@@ -200,12 +201,12 @@ def server(monkeypatch):
 
 
 def test_without_a_login_there_is_a_reason_to_go_offline(server):
-    assert runlog.why_offline() == "no login"
+    assert why_offline() == "no login"
 
 
 def test_with_a_key_and_a_server_there_is_none(server, monkeypatch):
     monkeypatch.setenv("WANDB_API_KEY", "k" * 40)
-    assert runlog.why_offline() == ""
+    assert why_offline() == ""
 
 
 def write_netrc(text: str) -> None:
@@ -215,19 +216,19 @@ def write_netrc(text: str) -> None:
 
 def test_a_login_in_netrc_counts(server):
     write_netrc("machine 127.0.0.1 login user password " + "k" * 40)
-    assert runlog.why_offline() == ""
+    assert why_offline() == ""
 
 
 @pytest.mark.parametrize("text", ["machine example.org login user password x", "machine", ""])
 def test_a_netrc_without_this_server_does_not_count(server, text):
     write_netrc(text)
-    assert runlog.why_offline() == "no login"
+    assert why_offline() == "no login"
 
 
 def test_with_a_key_and_no_network_the_reason_is_the_network(server, monkeypatch):
     monkeypatch.setenv("WANDB_API_KEY", "k" * 40)
     server.close()
-    assert runlog.why_offline().startswith("no network")
+    assert why_offline().startswith("no network")
 
 
 @pytest.mark.parametrize(
@@ -239,7 +240,7 @@ def test_with_a_key_and_no_network_the_reason_is_the_network(server, monkeypatch
         ("http://wandb.example:8080/", ("wandb.example", 8080)),
     ],
 )
-def test_the_server_of_the_users_is_tried(monkeypatch, url, address):
+def test_the_users_own_server_is_tried(monkeypatch, url, address):
     tried = []
     connect = SimpleNamespace(close=lambda: None)
     monkeypatch.setattr(
@@ -248,35 +249,35 @@ def test_the_server_of_the_users_is_tried(monkeypatch, url, address):
     monkeypatch.setenv("WANDB_API_KEY", "k" * 40)
     if url:
         monkeypatch.setenv("WANDB_BASE_URL", url)
-    assert (runlog.why_offline(), tried) == ("", [address])
+    assert (why_offline(), tried) == ("", [address])
 
 
-def said(result) -> list[str]:
+def lines_of(result) -> list[str]:
     return [line for line in result.err.splitlines() if "W&B" in line]
 
 
 def test_without_a_login_the_run_goes_offline_and_says_so_once(train, wandb, server):
-    [line] = said(train(*SHORT))
+    [line] = lines_of(train(*SHORT))
     assert wandb.started[0]["mode"] == "offline" and "no login" in line
 
 
 def test_without_a_network_the_run_goes_offline_and_says_so_once(train, wandb, server, monkeypatch):
     monkeypatch.setenv("WANDB_API_KEY", "k" * 40)
     server.close()
-    [line] = said(train(*SHORT))
+    [line] = lines_of(train(*SHORT))
     assert wandb.started[0]["mode"] == "offline" and "no network" in line
 
 
 def test_with_login_and_network_the_run_is_online(train, wandb, server, monkeypatch):
     monkeypatch.setenv("WANDB_API_KEY", "k" * 40)
-    assert said(train(*SHORT)) == []
+    assert lines_of(train(*SHORT)) == []
     assert wandb.started[0]["mode"] is None  # what W&B takes by itself
 
 
 @pytest.mark.parametrize("mode", ["online", "offline", "disabled"])
-def test_the_mode_of_the_users_wins_without_a_word(train, wandb, monkeypatch, mode):
+def test_the_users_own_mode_takes_precedence_without_a_line(train, wandb, monkeypatch, mode):
     monkeypatch.setenv("WANDB_MODE", mode)
-    assert said(train(*SHORT)) == []
+    assert lines_of(train(*SHORT)) == []
     assert wandb.started[0]["mode"] == mode
 
 
