@@ -454,6 +454,11 @@ def test_a_float16_run_resumes_bit_for_bit_its_scale_included(train, at):
     assert state()["scaler"]["scale"] == 2.0**10
 
 
+def test_a_float32_run_goes_on_in_float16(train, out):
+    assert train("training.resume=true", HALF, "training.max_iters=13").code == 0
+    assert state()["step"] == STEPS + 1 and state()["scaler"]["scale"] > 0
+
+
 # --- How to repeat a run ------------------------------------------------------------------------
 
 
