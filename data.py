@@ -80,6 +80,8 @@ def load(settings, tokenizer: object | None = None, sha256: str = "") -> Corpus:
         return corpus
     cache = Path(os.environ.get("NANOMDM_CACHE", "prepared"))
     name, text = find_text(settings.dataset, settings.path, cache)
+    if not settings.path:
+        settings.dataset = name  # what was there without a network: a resumed run needs the same
     check_hash(name, sha256_of(text.encode()) if sha256 else "", sha256)
     return prepare(text, name, settings.tokenizer, settings.vocab_size, cache, tokenizer)
 

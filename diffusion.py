@@ -248,7 +248,10 @@ class State:
 
 
 def stochastic(state: State) -> Tensor:
-    """Each masked position independently with probability 1 - s/t (MDLM, arXiv 2406.07524)."""
+    """Each masked position independently with probability 1 - s/t (MDLM, arXiv 2406.07524).
+
+    What is masked at time t has noise below t. In the last step s is 0: no mask is left.
+    """
     return state.is_masked & (state.noise >= state.s)
 
 
@@ -287,7 +290,8 @@ def sample(
     mapped probabilities (N, V) to those that may be drawn (top-k, top-p). A strategy with the
     attribute `adaptive` has no fixed number of steps: it goes on until no mask is left, and has to
     reveal something in each. With a `block_length` the masked positions are filled block by block,
-    from left to right, in `steps` steps each (semi-autoregressive, LLaDA).
+    from left to right, in `steps` steps each (semi-autoregressive, LLaDA). The last step reveals
+    all that is left.
 
     Row i draws from (seed, rows[i]) alone (default 0 ... B - 1). `callback(j, s, xt)` sees the
     state after step j = 1, 2, ... at time s, and copies what it keeps. A list given as `history`

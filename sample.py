@@ -19,16 +19,12 @@ READS = ("checkpoint", "prompt", "prompt_file", "num_samples", "output", "sampli
 
 
 def main(config: cli.Section) -> None:
-    lines = prompts.read_prompts(config.prompt, config.prompt_file)
-    lines = [line for line in lines for _ in range(config.num_samples)]
     device = devices.pick_device(config.system.device)
     loaded = checkpoint.load_model(config.checkpoint, device, Transformer, ModelConfig)
-    shape, length = loaded.model.config, config.sampling.length
+    shape = loaded.model.config
     with as_user_error():
         sampler = strategies.from_config(config.sampling, diffusion.sample, shape.causal)
-    canvases = [
-        prompts.make_canvas(line, length, loaded.tokenizer, shape.block_size) for line in lines
-    ]
+    lines, canvases = prompts.read(config, loaded.tokenizer, shape.block_size)
     dtype = devices.pick_dtype(config.system.dtype, device, training=False)
     with folders.open_output(config.output) as output, devices.autocast(device, dtype):
         about = f"{loaded.weights}, on {device}; {sampler.name} ({sampler.label})"
@@ -82,7 +78,7 @@ def fill(
         ends = is_tail & (ids == eos)
         is_masked &= ~ends.any(dim=1, keepdim=True)
     if watch:
-        watch.clear()
+        watch.close()
     lengths = (ends.cumsum(dim=1) == 0).sum(dim=1)  # up to the first end-of-text token
     about = {"calls": calls, "seconds": time.perf_counter() - start}
     about |= {"seed": config.system.seed, "strategy": sampler.name, "label": sampler.label}

@@ -38,9 +38,8 @@ def main(config: cli.Section) -> None:
             while not (run.finished or interrupt.stop):
                 loss, grad_norm = step(run)
                 if run.due(config.logging.interval):
-                    figures = {"loss": float(loss), "grad_norm": float(grad_norm)}
                     lr = run.optimizer.param_groups[0]["lr"]
-                    log.step(run.step, lr=lr, **figures, **run.stats.read())
+                    log.step(run.step, loss=loss, grad_norm=grad_norm, lr=lr, **run.stats.read())
                     run.stats.require_progress(run.files.last_good)
                 interrupt.agree(run.due(config.logging.interval), device)
                 with log.paused():
@@ -76,7 +75,7 @@ def training_step(run: "Run") -> tuple[Tensor, Tensor]:
     for part in range(parts):
         rows = world.rows(B, part, parts)  # the rows of the batch in this micro-batch
         x0 = run.corpus.batch(B, shape.block_size, generator(seed, "data", run.step), rows)
-        x0, rows = devices.move(x0, run.device), devices.move(rows, run.device)
+        x0, rows = devices.move(x0, run.device), devices.move(rows, run.noise_device)
         parallel.synchronise(run.forward, part == parts - 1)
         with devices.autocast(run.device, run.dtype):
             if shape.causal:  # the autoregressive control: every token, given those before it
@@ -176,6 +175,7 @@ class Run:
         parallel.world().check_batch(settings.batch_size, settings.grad_accum)
         self.config, self.device, self.step = config, device, state["step"]
         self.best = state["best"]  # the lowest bound on val so far, nats per token
+        self.noise_device = devices.with_float64(device)
         self.dtype = devices.pick_dtype(system.dtype, device, training=True)
         with as_user_error():
             self.sampler = strategies.from_config(
@@ -203,15 +203,12 @@ class Run:
         self.stats = optim.StepStats(device, state.get("stats", state.get("meter", {})))
         if resumes:
             self.optimizer.load_state_dict(state["optimizer"])
-            if state.get("scaler"):
-                self.scaler.load_state_dict(state["scaler"])
+            self.scaler.load_state_dict(state.get("scaler") or self.scaler.state_dict())
         self.files = runs.Files(config.out_dir, self.step, device)
-        B, parts, size = settings.batch_size, settings.grad_accum, parallel.world().size
-        world = parallel.World(size - 1, size)  # the process that has the latest times
-        times = (world.rows(B, parts - 1, parts)[:, None].double() + 0.5) / B
-        self.capacity = devices.masked_capacity(
-            mask_probability(times), self.model.config.block_size, B
-        )
+        B, parts = settings.batch_size, settings.grad_accum * parallel.world().size
+        latest = torch.arange(parts - 1, B, parts)[:, None]  # the micro-batch of the latest times
+        p_mask = mask_probability((latest.double() + 0.5) / B)
+        self.capacity = devices.masked_capacity(p_mask, self.model.config.block_size, B)
 
     @property
     def finished(self) -> bool:

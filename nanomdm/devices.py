@@ -58,6 +58,11 @@ def autocast(device: torch.device, dtype: torch.dtype):
     return nullcontext() if dtype == torch.float32 else torch.autocast(device.type, dtype)
 
 
+def with_float64(device: torch.device) -> torch.device:
+    """The device, or the CPU in the place of MPS, which has no float64."""
+    return torch.device("cpu") if device.type == "mps" else device
+
+
 def move(ids: Tensor, device: torch.device) -> Tensor:
     """ids on the device, by a copy that does not wait for the GPU's queue to run empty."""
     return (

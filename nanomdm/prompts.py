@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from .errors import UserError
@@ -22,19 +21,29 @@ class Canvas(NamedTuple):
     is_masked: Tensor
 
 
-def read_prompts(prompt: str, path: str) -> list[str]:
-    """The one `prompt`, or the lines of the file `path` that are not blank."""
-    if not path:
-        return [prompt]
-    if prompt:
-        raise UserError("prompt and prompt_file are both given: leave one of them out")
+def read(config, tokenizer, context: int) -> tuple[list[str], list[Canvas]]:
+    """The prompts of a configuration, `num_samples` times each, and their canvases.
+
+    The one `prompt`, or the lines of `prompt_file` that are not blank. Raises `UserError`.
+    """
+    lines = [config.prompt]
+    if config.prompt_file:
+        if config.prompt:
+            raise UserError("prompt and prompt_file are both given: leave one of them out")
+        lines = read_lines(Path(config.prompt_file))
+    lines = [line for line in lines for _ in range(config.num_samples)]
+    return lines, [make_canvas(line, config.sampling.length, tokenizer, context) for line in lines]
+
+
+def read_lines(path: Path) -> list[str]:
     try:
-        lines = Path(path).read_text(encoding="utf-8-sig").split("\n")
+        lines = path.read_text(encoding="utf-8-sig").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"cannot read prompt_file={path} ({error}): name a UTF-8 text") from error
-    if not any(line.strip() for line in lines):
+    lines = [line for line in lines if line.strip()]
+    if not lines:
         raise UserError(f"prompt_file={path} holds no prompt: write one a line")
-    return [line for line in lines if line.strip()]
+    return lines
 
 
 def parse(prompt: str) -> list[str | int]:
@@ -64,27 +73,26 @@ def make_canvas(prompt: str, length: int, tokenizer, context: int) -> Canvas:
     `UserError` where it does not fit, and for a length beside blanks, which have their own.
     """
     pieces, ids, is_masked = parse(prompt), [], []
+    if len(pieces) > 1 and length:
+        raise UserError(
+            f"sampling.length={length} does not go with [MASK] in the prompt, which says how many "
+            "tokens are missing: leave it out"
+        )
+    if len(pieces) == 1:
+        size, limit = len(tokenizer.encode(pieces[0])), length or context
+        if size > limit:
+            name = "sampling.length" if length else "model.block_size"
+            raise UserError(
+                f"prompt has {size} tokens but {name} is {limit}: shorten the prompt or set a "
+                "larger sampling.length"
+            )
+        pieces.append(limit - size)
     for piece in pieces:
         is_blank = isinstance(piece, int)
         new = torch.zeros(piece, dtype=torch.long) if is_blank else tokenizer.encode(piece)
         ids.append(torch.as_tensor(new))
         is_masked.append(torch.full((len(new),), is_blank))
-    ids, is_masked = torch.cat(ids), torch.cat(is_masked)
-    if len(pieces) > 1:
-        if length:
-            raise UserError(
-                f"sampling.length={length} does not go with [MASK] in the prompt, which says how "
-                "many tokens are missing: leave it out"
-            )
-        return Canvas(ids, is_masked)
-    rest = (length or context) - len(ids)
-    if rest < 0:
-        name = "sampling.length" if length else "model.block_size"
-        raise UserError(
-            f"prompt has {len(ids)} tokens but {name} is {len(ids) + rest}: shorten the prompt or "
-            "set a larger sampling.length"
-        )
-    return Canvas(F.pad(ids, (0, rest)), F.pad(is_masked, (0, rest), value=True))
+    return Canvas(torch.cat(ids), torch.cat(is_masked))
 
 
 def batches(canvases: list[Canvas], size: int = 64) -> Iterator[tuple[list[int], Tensor, Tensor]]:

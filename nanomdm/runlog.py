@@ -50,7 +50,7 @@ class Log(ExitStack):
         steps, now = step - self.logged, time.perf_counter()
         figures["time_ms"] = milliseconds = 1e3 * (now - self.start) / steps
         self.logged, self.start = step, now
-        self.metrics(step, {f"train/{name}": value for name, value in figures.items()})
+        self.metrics(step, {f"train/{name}": float(value) for name, value in figures.items()})
         speed = self.tokens_per_step / milliseconds
         skipped = f" | {figures['skipped']:.0f} steps skipped" if figures["skipped"] else ""
         self.advance(steps, f"loss {figures['loss_avg']:.3f} | {speed:.1f}k tokens/s{skipped}")
