@@ -5,22 +5,23 @@ python -m bench.cloze checkpoint=out/best.pt path=lambada_test.jsonl
 
 import json
 import math
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-import runtime
 import torch
-from runtime import Loaded
 from torch import Tensor
 
 import diffusion
-from diffusion import NLLSamples
-from eval import measure
-from nanomdm import bounds, cli, report
+from bench.score import nll_samples
+from model import ModelConfig, Transformer
+from nanomdm import bounds, cli, devices, report
+from nanomdm.checkpoint import Loaded, load_model
 from nanomdm.cli import Section
 from nanomdm.errors import UserError
+from nanomdm.strategies import STRATEGIES
 from nanomdm.texts import Texts
 
 TASKS = ("last_word", "choices")
@@ -84,12 +85,12 @@ def greedy(loaded: Loaded, texts: Texts, batch_size: int = 64) -> list[bool]:
     One token per call. An autoregressive model fills from left to right.
     """
     model, right = loaded.model, [False] * len(texts.rows)
-    strategy = "left_to_right" if model.config.causal else "confidence"
+    strategy = STRATEGIES["left_to_right" if model.config.causal else "confidence"]
     shapes = [
         (len(row), int(where.sum())) for row, where in zip(texts.rows, texts.predict, strict=True)
     ]
-    for length, holes in sorted(set(shapes)):
-        same = [i for i, shape in enumerate(shapes) if shape == (length, holes)]
+    for length, masked in sorted(set(shapes)):
+        same = [i for i, shape in enumerate(shapes) if shape == (length, masked)]
         for start in range(0, len(same), batch_size):
             part = same[start : start + batch_size]
             x0 = torch.stack([texts.rows[i] for i in part]).to(model.device)
@@ -99,7 +100,7 @@ def greedy(loaded: Loaded, texts: Texts, batch_size: int = 64) -> list[bool]:
                 x0,
                 is_masked=is_masked,
                 mask_id=model.config.mask_id,
-                steps=holes,
+                steps=masked,
                 strategy=strategy,
                 temperature=0.0,
             )
@@ -166,12 +167,12 @@ def share(hits: Sequence[bool]) -> dict:
 
 def score_last_words(nats: Tensor, right: Sequence[bool], sizes: Tensor) -> dict:
     """Accuracy, perplexity of a word, bits per byte, from nats (draws, N) of words."""
-    nats_per_word, word_error = bounds.ratio(nats.mean(dim=0), torch.ones(nats.size(1)))
+    per_word, word_error = bounds.ratio(nats.mean(dim=0), torch.ones(nats.size(1)))
     bits, bits_error = bounds.ratio(nats.mean(dim=0) / math.log(2), sizes)
     return {
         "accuracy": share(right),
-        "nats_per_word": {"value": nats_per_word, "standard_error": word_error},
-        "perplexity": math.exp(nats_per_word),
+        "nats_per_word": {"value": per_word, "standard_error": word_error},
+        "perplexity": math.exp(per_word),
         "bits_per_byte": {"value": bits, "standard_error": bits_error},
     }
 
@@ -191,7 +192,7 @@ def score_choices(nats: Tensor, items: Sequence[Item], sizes: Tensor) -> dict:
         if len(item.fills) > 1:
             best, second = mean.argsort()[:2].tolist()
             gaps = nats[:, part][:, second] - nats[:, part][:, best]
-            gap, error = NLLSamples.mean_and_error(gaps)
+            gap, error = bounds.mean_and_error(gaps)
             undecided.append(not gap > 2 * error)
     figures = {"accuracy": share(right), "accuracy_per_byte": share(right_per_byte)}
     return figures | {"undecided": share(undecided)} if undecided else figures
@@ -199,8 +200,8 @@ def score_choices(nats: Tensor, items: Sequence[Item], sizes: Tensor) -> dict:
 
 def main(config: Section) -> None:
     items = read_items(config.path, config.task)
-    device = runtime.pick_device(config.device)
-    loaded = runtime.load(config.checkpoint, device)
+    device = devices.pick_device(config.device)
+    loaded = load_model(config.checkpoint, device, Transformer, ModelConfig)
     known = fit_for(items, loaded.tokenizer)
     if not known:
         raise UserError(f"every item of {config.path} has symbols that the tokenizer lacks")
@@ -212,9 +213,16 @@ def main(config: Section) -> None:
         f"{config.path}: {len(chosen):,} of {len(items):,} items ({len(items) - len(known):,} have "
         "symbols that the tokenizer lacks)"
     )
-    samples, seconds = measure(
-        loaded, texts, seed=config.seed, draws=config.draws, batch_size=config.batch_size
+    start = time.perf_counter()
+    samples = nll_samples(
+        loaded.model,
+        texts.rows,
+        seed=config.seed,
+        draws=config.draws,
+        predict=texts.predict,
+        batch_size=config.batch_size,
     )
+    seconds = time.perf_counter() - start
     nats, sizes = by_fill(samples.nats, texts), by_fill(texts.sizes, texts)
     if config.task == "last_word":
         figures = score_last_words(nats, greedy_fills(loaded, texts, config.batch_size), sizes)

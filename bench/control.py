@@ -1,4 +1,4 @@
-"""How far is diffusion from autoregression: the same network, data and steps, several seeds.
+"""Compare diffusion with autoregression: same network, data and steps, several seeds.
 
 python -m bench.control seeds=3 train="training.max_iters=1000"
 """
@@ -11,24 +11,23 @@ import sys
 import time
 from pathlib import Path
 
-import numpy as np
-import runtime
 import torch
 
-from diffusion import NLLSamples
-from eval import measure
-from nanomdm import bounds, cli, report
+import data
+from bench.score import nll_samples
+from model import ModelConfig, Transformer
+from nanomdm import bounds, cli, devices, report
+from nanomdm.checkpoint import load_model
 from nanomdm.cli import Section
 from nanomdm.errors import UserError
 from nanomdm.texts import cut
 from tools.plot import import_pyplot
 
-ROOT = Path(__file__).resolve().parent.parent
 OBJECTIVES = ("diffusion", "ar")
 
 
 def train(config: Section, objective: str, seed: int) -> Path:
-    """The folder of a run, which is trained unless it is there and complete."""
+    """The folder of a run. Trains it unless the folder holds the complete run."""
     folder = Path(config.out, f"{objective}-{seed}")
     if (folder / "seconds.json").is_file():
         return folder
@@ -36,20 +35,23 @@ def train(config: Section, objective: str, seed: int) -> Path:
     settings = [f"training.objective={objective}", f"system.seed={seed}", f"out_dir={folder}"]
     print(f"training {folder}", flush=True)
     start = time.perf_counter()
-    command = [sys.executable, str(ROOT / "train.py"), *words, *settings]
+    command = [sys.executable, str(cli.ROOT / "train.py"), *words, *settings]
     if code := subprocess.run(command, stdout=subprocess.DEVNULL).returncode:
         raise RuntimeError(f"training {folder} ended with exit code {code}: see above")
     (folder / "seconds.json").write_text(json.dumps(time.perf_counter() - start))
     return folder
 
 
-def score(folder: Path, config: Section) -> tuple[NLLSamples, dict]:
-    """The latest weights of a run on its validation split, and what is said of it."""
-    loaded = runtime.load(folder / "ckpt.pt", runtime.pick_device(config.device))
-    corpus = runtime.load_corpus(loaded.config["data"], loaded.tokenizer)
+def score(folder: Path, config: Section) -> tuple[bounds.NLLSamples, dict]:
+    """The scores of a run's latest weights on its validation split, and its figures."""
+    device = devices.pick_device(config.device)
+    loaded = load_model(folder / "ckpt.pt", device, Transformer, ModelConfig)
+    corpus = data.load(cli.section(loaded.config["data"]), loaded.tokenizer)
     context = loaded.model.config.block_size
-    texts = cut(corpus.name, [("", np.asarray(corpus.val))], loaded.tokenizer, context)
-    samples, _ = measure(loaded, texts, seed=1337, draws=config.draws, batch_size=config.batch_size)
+    texts = cut(corpus.name, [("", corpus.val)], loaded.tokenizer, context)
+    samples = nll_samples(
+        loaded.model, texts.rows, seed=1337, draws=config.draws, batch_size=config.batch_size
+    )
     seconds = json.loads((folder / "seconds.json").read_text())
     about = {"steps": loaded.state["step"], "seconds": seconds, "corpus": corpus.name}
     return samples, {"run": folder.name, **about, **report.likelihood(samples, texts)}
@@ -97,7 +99,7 @@ def main(config: Section) -> None:
         (gap, _), (_, over_rows) = bounds.difference(scored[0][0], scored[1][0])
         gaps.append(gap)
         print(f"  diffusion - ar {gap:+.4f} ± {over_rows:.4f}")
-    figure = report.figure(NLLSamples.mean_and_error(torch.tensor(gaps)), len(gaps) - 1)
+    figure = report.figure(bounds.mean_and_error(torch.tensor(gaps)), len(gaps) - 1)
     print(f"diffusion - ar, over {len(gaps)} seeds: {report.text_of(figure, '+')} nats/token")
     if config.output:
         figures = {"runs": rows, "gap": figure, "train": config.train, "train_ar": config.train_ar}

@@ -11,21 +11,20 @@ import statistics
 import sys
 import time
 from collections import defaultdict
-from dataclasses import asdict
 from pathlib import Path
 from typing import NamedTuple
 
-import runtime
 import torch
 
 import diffusion
 from bench import judge as judges
-from diffusion import Sampling
 from model import ModelConfig, Transformer
-from nanomdm import cli
-from nanomdm.checkpoint import load_model
+from nanomdm import cli, devices, strategies
+from nanomdm.checkpoint import Loaded, load_model
 from nanomdm.cli import Section
 from nanomdm.errors import UserError
+from nanomdm.random import generator
+from nanomdm.strategies import STRATEGIES
 
 BUDGETS = (8, 32)  # calls within which the best strategy is named, besides the context
 SAME = 2.0  # standard errors of a difference within which two entropies count as equal
@@ -47,11 +46,12 @@ class Row(NamedTuple):
 
 
 def main(config: Section) -> None:
-    device = runtime.pick_device(config.device)
+    device = devices.pick_device(config.device)
     loaded = load_model(config.checkpoint, device, Transformer, ModelConfig)
     judge = judges.load_judge(config.judge, device)
-    grid = settings_of(config, loaded.model)
-    text, L = judges.held_out_text(judge, config.held_out), loaded.model.config.block_size
+    L = loaded.model.config.block_size
+    grid = settings_of(config, L)
+    text = judges.held_out_text(judge, config.held_out)
     held_out = judges.cut(text, L, config.samples, config.seed)
     judges.controls(judge, held_out, config.seed)  # refuses a judge that cannot judge
     rows = []
@@ -59,77 +59,84 @@ def main(config: Section) -> None:
     for name, texts in judges.control_texts(held_out, config.seed).items():
         rows.append(measure(judge, texts, name, "control"))
         print(line(rows[-1]), flush=True)
-    for settings in grid:
-        rows.append(sample_and_measure(loaded, judge, settings, config))
+    for section in grid:
+        rows.append(sample_and_measure(loaded, judge, section, config))
         print(line(rows[-1]), flush=True)
         write(rows, config, L)  # after each row: an interrupted run loses nothing
     print("\n".join(conclusions(rows, L)))
     plot(rows, Path(config.output).with_suffix(".png"))
 
 
-def settings_of(config: Section, model: runtime.Transformer) -> list[Sampling]:
-    """The settings to sample with: every strategy over its own range of calls."""
-    names = config.strategies or list(diffusion.STRATEGIES)
+def settings_of(config: Section, context: int) -> list[Section]:
+    """The sections `sampling` to sample with: every strategy over its own range of calls."""
     steps = [int(calls) for calls in config.calls]
-    paces = [calls for calls in steps if calls <= model.config.block_size]
-    own = {
+    within = [calls for calls in steps if calls <= context]
+    options = {
         "threshold": [{"threshold": float(value)} for value in config.thresholds],
         "eb": [{"gamma": float(value)} for value in config.gammas],
-        "remask": [
-            {"steps": calls, "remask_rate": float(rate)}
-            for rate in config.remask_rates
-            for calls in steps  # more steps than tokens may improve it further
-        ],
+        "remask": [{"remask_rate": float(rate)} for rate in config.remask_rates],
     }
+    # More steps than tokens may improve remask further.
+    calls = {"remask": steps} | {name: [1] for name in STRATEGIES if is_adaptive(name)}
     grid = []
-    for name in names:
-        if name not in diffusion.STRATEGIES:
-            raise UserError(
-                f"strategies={name} is unknown: choose some of {', '.join(diffusion.STRATEGIES)}"
-            )
-        paced = diffusion.STRATEGIES[name].paced
-        default = [{"steps": calls} for calls in paces] if paced else [{}]
+    for name in config.strategies or STRATEGIES:
+        if name not in STRATEGIES:
+            raise UserError(f"strategies={name} is unknown: choose some of {', '.join(STRATEGIES)}")
         grid += [
-            Sampling(strategy=name, temperature=float(temperature), **settings)
+            sampling(name, number, own, float(temperature))
             for temperature in config.temperatures
-            for settings in own.get(name, default)
+            for own in options.get(name, [{}])
+            for number in calls.get(name, within)
         ]
     return grid
 
 
-def sample_and_measure(loaded, judge, settings: Sampling, config: Section) -> Row:
+def sampling(strategy: str, steps: int = 1, options=None, temperature: float = 1.0) -> Section:
+    """A section `sampling` of config.yaml."""
+    return Section(
+        strategy=strategy, steps=steps, options=options or {}, temperature=temperature, top_p=1.0
+    )
+
+
+def is_adaptive(strategy: str) -> bool:
+    return getattr(STRATEGIES[strategy], "adaptive", False)
+
+
+def sample_and_measure(
+    loaded: Loaded, judge: judges.Judge, section: Section, config: Section
+) -> Row:
     """Draw `config.samples` unconditional texts, count their calls and judge them."""
     model, texts, alone, calls = loaded.model, [], 0, 0
-    dtype = runtime.pick_dtype(config.dtype, model.device, training=False)
+    sampler = strategies.from_config(section, diffusion.sample)
+    dtype = devices.pick_dtype(config.dtype, model.device, training=False)
     start = time.perf_counter()
     for rows in torch.arange(config.samples).split(config.batch_size):
-        canvas = torch.zeros(len(rows), model.config.block_size, dtype=torch.long)
-        generator, history = runtime.generator(config.seed, "frontier"), []
-        everything = torch.ones_like(canvas, dtype=torch.bool)
-        with runtime.autocast(model.device, dtype):
-            filled = runtime.fill(
-                model, canvas, everything, settings, generator, rows=rows, history=history
+        is_masked = torch.ones(len(rows), model.config.block_size, dtype=torch.bool)
+        history = []
+        with devices.autocast(model.device, dtype):
+            filled = sampler.fill(
+                model,
+                is_masked.long(),
+                is_masked,
+                generator=generator(config.seed, "frontier"),
+                rows=rows,
+                history=history,
             )
         calls += filled.calls
-        revealing = [event.where[:, 0].unique() for event in history if event.tokens is not None]
-        alone += sum(map(len, revealing))
+        alone += sum(int(event.revealed.any(dim=1).sum()) for event in history)
         texts += [loaded.tokenizer.decode(ids) for ids in filled.ids.tolist()]
     speed = config.samples * model.config.block_size / (time.perf_counter() - start)
-    row = measure(judge, texts, describe(settings), settings.label)
+    row = measure(judge, texts, describe(section), sampler.label)
     return row._replace(calls=alone / config.samples, batch_calls=calls, speed=speed)
 
 
-def describe(settings: Sampling) -> str:
+def describe(section: Section) -> str:
     """The strategy, its own settings, and the other settings that are not the default."""
-    strategy, given = settings.strategy, asdict(settings)
-    own = {"threshold": {"threshold"}, "eb": {"gamma"}, "remask": {"remask_rate"}}.get(
-        strategy, set()
-    )
-    if diffusion.STRATEGIES[strategy].paced:
-        own = own | {"steps"}
-    default = asdict(Sampling(strategy=strategy, steps=settings.steps))
-    shown = [name for name in given if name in own or given[name] != default[name]]
-    return " ".join([strategy, *(f"{name}={given[name]}" for name in shown)])
+    shown = {} if is_adaptive(section.strategy) else {"steps": section.steps}
+    if section.temperature != 1:
+        shown["temperature"] = section.temperature
+    shown |= section.options
+    return " ".join([section.strategy, *(f"{name}={value}" for name, value in shown.items())])
 
 
 def measure(judge: judges.Judge, texts: list[str], name: str, label: str) -> Row:

@@ -16,13 +16,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-import runtime
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+import data
 from model import ModelConfig, Transformer
-from nanomdm import bounds, cli
+from nanomdm import bounds, cli, devices
 from nanomdm import text as texts_of
 from nanomdm.checkpoint import load_model
 from nanomdm.cli import Section
@@ -88,7 +88,7 @@ class OwnJudge(Judge):
         return self.loaded.tokenizer.encode(text).tolist()
 
     def nll(self, x0: Tensor) -> Tensor:
-        return runtime.nll(self.loaded.model, x0, x0, torch.ones_like(x0, dtype=torch.bool))
+        return self.loaded.model(x0, x0, torch.ones_like(x0, dtype=torch.bool))
 
 
 class HuggingFaceJudge(Judge):
@@ -254,8 +254,8 @@ def held_out_text(judge: Judge, path: str) -> str:
         return texts_of.read_text(path)
     if not isinstance(judge, OwnJudge) or "data" not in judge.loaded.config:
         raise UserError(f"{judge.name} has no validation split: name a text by held_out=")
-    corpus = runtime.load_corpus(judge.loaded.config["data"], judge.loaded.tokenizer)
-    return corpus.tokenizer.decode(corpus.val.tolist())
+    corpus = data.load(cli.section(judge.loaded.config["data"]), judge.loaded.tokenizer)
+    return corpus.tokenizer.decode(corpus.val[:].tolist())
 
 
 def read_samples(path: str, length: int) -> list[str]:
@@ -268,7 +268,7 @@ def read_samples(path: str, length: int) -> list[str]:
 
 
 def main(config: Section) -> None:
-    judge = load_judge(config.judge, runtime.pick_device(config.device))
+    judge = load_judge(config.judge, devices.pick_device(config.device))
     held_out = cut(held_out_text(judge, config.held_out), config.length, config.texts, config.seed)
     rows = controls(judge, held_out, config.seed, config.batch_size)
     if config.samples:

@@ -1,8 +1,8 @@
 """What each ingredient of the recipe is worth: python -m bench.recipe seeds=[1,2,3]
 
-Every variation is trained by train.py, once for each seed, and evaluated on the same masks. Choose
-by the last tenth of the training split, which is the default; `validation=true` is for the table
-that is published.
+train.py trains every variation once per seed; all of them are evaluated on the same masks. The
+default is the last tenth of the training split, for choosing between variations. `validation=true`
+is for the published table.
 """
 
 import json
@@ -14,36 +14,53 @@ import subprocess
 import sys
 from pathlib import Path
 
-import runtime
 import torch
 
 import data
+import train
+from bench.score import nll_samples
 from bench.throughput import hardware
 from model import ModelConfig, Transformer
-from nanomdm import cli, text
+from nanomdm import cli, devices, text
 from nanomdm.checkpoint import load_model
 from nanomdm.cli import Section
 from nanomdm.errors import UserError
 
-VARIATIONS = {
+VARIATIONS = {  # words for train.py
     "recipe": [],
     "weight of the bound": ["diffusion.weighting=1.0"],
     "no weight": ["diffusion.weighting=0.0"],
     "no convolution": ["model.conv_width=0"],
+    "no QK-norm": [],
+    "untied head": [],
     "cosine": ["training.lr_schedule=cosine"],
     "half the rate": ["training.learning_rate=2.5e-3"],
     "AdamW 1e-3": ["training.optimizer=adamw", "training.learning_rate=1e-3"],
     "AdamW 3e-3": ["training.optimizer=adamw", "training.learning_rate=3e-3"],
     "AdamW 6e-3": ["training.optimizer=adamw", "training.learning_rate=6e-3"],
-    "plain AdamW": [  # the recipe of the field: a Llama-like network, the bound's weight, AdamW
+    "plain AdamW": [  # the usual recipe: a Llama-like network, the bound's weight, AdamW
         *("training.optimizer=adamw", "training.learning_rate=3e-3", "model.conv_width=0"),
         *("diffusion.weighting=1.0", "training.lr_schedule=cosine"),
     ],
 }
+FIELDS = {  # of ModelConfig, besides: they are no settings
+    "no QK-norm": {"qk_norm": False},
+    "untied head": {"tie_weights": False},
+    "plain AdamW": {"qk_norm": False},
+}
+CHILD = "import json, sys; from bench import recipe; recipe.run(**json.loads(sys.argv[1]))"
 
 
-def train(config: Section, name: str, seed: int, corpus: Path) -> Path:
-    """The folder of one run, which is trained in a process of its own unless it is there."""
+def run(words: list[str], experiment: str, fields: dict) -> None:
+    """Train in this process, a network with these fields of `ModelConfig`."""
+    with cli.one_line_errors():
+        config = cli.compose(words, experiment)
+        vars(config.model).update(fields)
+        train.main(config)
+
+
+def run_of(config: Section, name: str, seed: int, corpus: Path) -> Path:
+    """The folder of one run. Trains it in a separate process unless that is done."""
     folder = Path(config.out_dir, f"{name.replace(' ', '-')}-{seed}")
     if (folder / "done").is_file():
         return folder
@@ -51,9 +68,13 @@ def train(config: Section, name: str, seed: int, corpus: Path) -> Path:
     words += [f"training.eval_interval={config.curve}", "training.sample_interval=0"]
     words += ["training.save_interval=0", *shlex.split(config.words), *VARIATIONS[name]]
     words += [f"training.max_iters={config.steps}"] if config.steps else []
-    words += [f"+experiment={config.experiment}"] if config.experiment else []
-    command = [sys.executable, str(cli.ROOT / "train.py"), *words]
-    result = subprocess.run(command, capture_output=True, text=True)
+    given = {"words": words, "experiment": config.experiment, "fields": FIELDS.get(name, {})}
+    result = subprocess.run(
+        [sys.executable, "-c", CHILD, json.dumps(given)],
+        env=os.environ | {"PYTHONPATH": str(cli.ROOT)},
+        capture_output=True,
+        text=True,
+    )
     if result.returncode:
         raise UserError(f"{name}, seed {seed} failed: {result.stderr.strip().splitlines()[-1:]}")
     (folder / "done").touch()
@@ -63,15 +84,15 @@ def train(config: Section, name: str, seed: int, corpus: Path) -> Path:
 def evaluate(folder: Path, device: torch.device, draws: int) -> float:
     """The bound of a run's averaged weights on its validation split, nats per token."""
     loaded = load_model(folder / "ckpt.pt", device, Transformer, ModelConfig)
-    corpus = runtime.load_corpus(loaded.config["data"], loaded.tokenizer)
+    corpus = data.load(cli.section(loaded.config["data"]), loaded.tokenizer)
     rows = data.blocks(corpus.val, loaded.model.config.block_size)
-    return runtime.passes(loaded.model, rows, 0, draws, batch_size=64).bound().value
+    return nll_samples(loaded.model, rows, seed=0, draws=draws).bound()[0]
 
 
 def write_corpus(config: Section) -> Path:
-    """The text of the runs, as a file: all of it, or the part that is trained on."""
+    """Write the text of the runs to a file: all of it, or its training split."""
     dataset = cli.load_defaults()["data"]["dataset"]
-    cache = os.environ.get("NANOMDM_CACHE", "prepared")
+    cache = Path(os.environ.get("NANOMDM_CACHE", "prepared"))  # as in data.load
     _, content = text.find_text(dataset, config.path, cache)
     path = Path(config.out_dir, "all.txt" if config.validation else "train-split.txt")
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -98,7 +119,7 @@ def line(name: str, runs: list[dict], reference: list[dict]) -> str:
 
 
 def curve(folder: Path) -> tuple[list[float], list[float | None]]:
-    """Seconds of training, the start included and evaluations left out, and the bound then."""
+    """Seconds of training, with the start and without evaluations, and the bound at each."""
     seconds, last, times, bounds = 0.0, 0, [], []
     for entry in map(json.loads, (folder / "metrics.jsonl").read_text().splitlines()):
         if "train/time_ms" in entry:
@@ -133,17 +154,17 @@ def main(config: Section) -> None:
     names = config.variations or list(VARIATIONS)
     for name in names:
         if name not in VARIATIONS:
-            raise UserError(f"variations: no {name!r}: choose of {', '.join(VARIATIONS)}")
-    corpus, device, results = write_corpus(config), runtime.pick_device("auto"), {}
+            raise UserError(f"variations={name} is unknown: choose some of {', '.join(VARIATIONS)}")
+    corpus, device, results = write_corpus(config), devices.pick_device("auto"), {}
     print(f"{hardware(device)}; {config.steps or 'all'} steps, seeds {', '.join(config.seeds)}")
     print("| variation | nats/token | against the recipe | seconds |\n| --- | --- | --- | --- |")
     for name in names:
         results[name] = []
         for seed in map(int, config.seeds):
-            folder = train(config, name, seed, corpus)
+            folder = run_of(config, name, seed, corpus)
             bound, seconds = evaluate(folder, device, config.draws), curve(folder)[0][-1]
-            run = {"seed": seed, "bound": bound, "seconds": seconds, "folder": str(folder)}
-            results[name].append(run)
+            row = {"seed": seed, "bound": bound, "seconds": seconds, "folder": str(folder)}
+            results[name].append(row)
         print(line(name, results[name], results[names[0]]), flush=True)
         Path(config.out_dir, "results.json").write_text(json.dumps(results, indent=1))
     if config.curve:

@@ -9,16 +9,18 @@ import statistics
 import time
 from pathlib import Path
 
-import runtime
 import torch
 from torch import Tensor
 
 import diffusion
 from bench.throughput import hardware, wait
 from model import ModelConfig, Transformer
-from nanomdm import cli
+from nanomdm import cli, devices
 from nanomdm.checkpoint import load_model
 from nanomdm.cli import Section
+from nanomdm.errors import UserError
+from nanomdm.random import generator
+from nanomdm.strategies import STRATEGIES
 
 UNTRAINED = 65  # symbols
 
@@ -52,17 +54,17 @@ def measure(model: Transformer, strategy: str, batch_size: int, config: Section)
     A round before them measures the network's share, because its clock waits for the device.
     """
     L, timed = model.config.block_size, Timed(model)
-    holes = torch.ones(batch_size, L, dtype=torch.bool, device=model.device)
+    is_masked = torch.ones(batch_size, L, dtype=torch.bool, device=model.device)
 
     def fill(network) -> tuple[int, float]:
         start = time.perf_counter()
         sampled = diffusion.sample(
             network,
-            holes.long(),
-            is_masked=holes,
+            is_masked.long(),
+            is_masked=is_masked,
             mask_id=model.config.mask_id,
-            generator=runtime.generator(config.seed, "bench"),
-            strategy=strategy,
+            generator=generator(config.seed, "bench"),
+            strategy=STRATEGIES[strategy],
             steps=config.steps,
         )
         wait(model.device)
@@ -82,13 +84,14 @@ def measure(model: Transformer, strategy: str, batch_size: int, config: Section)
 
 
 def main(config: Section) -> None:
-    device = runtime.pick_device(config.device)
+    device = devices.pick_device(config.device)
     model, rows = load(config, device), []
     names = config.strategies or [
-        name for name in diffusion.STRATEGIES if not model.config.causal or name == "left_to_right"
+        name for name in STRATEGIES if not model.config.causal or name == "left_to_right"
     ]
     for name in names:
-        diffusion.Sampling(strategy=name)
+        if name not in STRATEGIES:
+            raise UserError(f"strategies={name} is unknown: choose some of {', '.join(STRATEGIES)}")
     print(f"{hardware(device)}; {model.config.block_size} tokens, seed {config.seed}")
     print("| strategy | batch | calls | samples/s | tokens/s | the network's share |")
     print("| --- | --- | --- | --- | --- | --- |")

@@ -18,23 +18,25 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
-import runtime
 import torch
 import torch.nn.functional as F
 
 import data
 import train
-from model import ModelConfig, Transformer
-from nanomdm import cli, parallel
+from model import Transformer
+from nanomdm import cli, devices, parallel
 from nanomdm.cli import Section
 from nanomdm.errors import UserError
+from nanomdm.random import generator
+from nanomdm.tokenizers import CharTokenizer
 
 VOCABULARY = {"char": 65, "byte": 256, "gpt2": 50257}
 TOKENS = 2**24  # in the file that batches are cut from
+LETTERS = 256  # code point of the first letter of an alphabet of any size
 
 
 # --- The machine ---------------------------------------------------------------------------------
@@ -95,20 +97,17 @@ def make_run(config: Section, folder: Path, device: torch.device) -> train.Run:
     """A run as train.py assembles it, but on random tokens."""
     vocabulary = VOCABULARY.get(config.data.tokenizer, 65)
     tokens = np.random.default_rng(config.system.seed).integers(vocabulary, size=TOKENS)
-    tokens.astype(np.uint16).tofile(folder / "train.bin")
-    train_tokens = np.memmap(folder / "train.bin", dtype=np.uint16, mode="r")
-    tokenizer = SimpleNamespace(vocab_size=vocabulary)
-    corpus = data.Corpus("random tokens", "", tokenizer, train_tokens, train_tokens[:1])
-    shape = ModelConfig(vocabulary, causal=config.training.objective == "ar", **vars(config.model))
-    torch.manual_seed(config.system.seed)
-    model = Transformer(shape).to(device)
-    return train.assemble(config, corpus, model, device, parallel.world())
+    tokenizer = CharTokenizer("".join(map(chr, range(LETTERS, LETTERS + vocabulary))))
+    about = {"corpus": "random tokens", "sha256": "0" * 64}
+    data.write_bins(folder, {"train": tokens, "val": tokens[:1]}, tokenizer, about)
+    config.data.dir, config.data.path, config.out_dir = str(folder), "", str(folder / "out")
+    return train.Run(config, device)
 
 
-def full_head(model, xt, x0, is_masked, capacity=None):
-    """`runtime.nll` as it is usually written: logits of every position, then the mask."""
-    logits = model(xt).flatten(0, 1).float()  # (B L, V)
-    return F.cross_entropy(logits, x0.flatten(), reduction="none").view_as(x0) * is_masked
+def full_head(forward, xt, targets, where, capacity=None):
+    """`Transformer.forward` as it is usually written: logits of every position, then the mask."""
+    logits = forward(xt).flatten(0, 1).float()  # (B L, V)
+    return F.cross_entropy(logits, targets.flatten(), reduction="none").view_as(targets) * where
 
 
 def load_nanogpt(folder: str, config: Section, vocabulary: int, device: torch.device) -> Callable:
@@ -127,10 +126,10 @@ def load_nanogpt(folder: str, config: Section, vocabulary: int, device: torch.de
     size = (config.training.batch_size, config.model.block_size + 1)
     ids = torch.randint(vocabulary, size, device=device)
     x, y = ids[:, :-1].contiguous(), ids[:, 1:].contiguous()
-    dtype = runtime.pick_dtype("auto" if device.type == "cuda" else "float32", device, True)
+    dtype = devices.pick_dtype("auto" if device.type == "cuda" else "float32", device, True)
 
     def step() -> None:
-        with runtime.autocast(device, dtype):
+        with devices.autocast(device, dtype):
             _, loss = gpt(x, y)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(gpt.parameters(), 1.0)
@@ -144,22 +143,24 @@ def measure(run: train.Run, rival: Callable | None, steps: int, rounds: int) -> 
     """Tokens/s of `rounds` rounds of `steps` steps, alternating with those of a rival, if any."""
     device, settings = run.device, run.config.training
     tokens = settings.batch_size * run.model.config.block_size
+    step = train.training_step
+    step = partial(devices.eager_if_compiling_fails(step) if run.compiled else step, run)
 
     def one_round(step: Callable) -> float:
         return steps * tokens / seconds(lambda: [step() for _ in range(steps)], device)
 
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
-    first = seconds(lambda: train.optimize(run), device)
-    for step in [lambda: train.optimize(run)] * 2 + ([rival] if rival else []):
-        step()
+    first = seconds(step, device)
+    for warm_up in [step, step] + ([rival] if rival else []):
+        warm_up()
     ours, theirs = [], []
     for _ in range(rounds):
-        ours.append(one_round(lambda: train.optimize(run)))
+        ours.append(one_round(step))
         theirs += [one_round(rival)] if rival else []
     ratios = [a / b for a, b in zip(ours, theirs, strict=False)]
     return {
-        "parameters": run.describe()["parameters"],
+        "parameters": sum(p.numel() for p in run.model.parameters()),
         "dtype": str(run.dtype)[6:],
         "compiled": run.compiled,
         "tokens_per_second": statistics.median(ours),
@@ -176,7 +177,7 @@ def loading_share(run: train.Run, step_seconds: float) -> float:
     """The time to read a step's batches, as a share of the step."""
     B, L = run.config.training.batch_size, run.model.config.block_size
     times = [
-        seconds(lambda i=i: run.corpus.batch(B, L, runtime.generator(0, "data", i)), run.device)
+        seconds(lambda i=i: run.corpus.batch(B, L, generator(0, "data", i)), run.device)
         for i in range(20)
     ]
     return statistics.median(times) / step_seconds
@@ -196,16 +197,12 @@ def peak_memory(device: torch.device) -> int:
 def bench(config: Section, preset: str, head: str, device: torch.device, folder: Path) -> dict:
     words = [*shlex.split(config.words), f"system.seed={config.seed}"]
     settings = cli.compose(words, "" if preset == "default" else preset)
-    train.check(settings, parallel.world())
     run = make_run(settings, folder, device)
     vocabulary = run.model.config.vocab_size
     rival = load_nanogpt(config.nanogpt, settings, vocabulary, device) if config.nanogpt else None
-    usual = runtime.nll
-    try:
-        runtime.nll = full_head if head == "full" else usual
-        figures = measure(run, rival, config.steps, config.rounds)
-    finally:
-        runtime.nll = usual
+    if head == "full":
+        run.model.forward = partial(full_head, run.model.forward)
+    figures = measure(run, rival, config.steps, config.rounds)
     processes, training = parallel.world().size, settings.training
     tokens = training.batch_size * settings.model.block_size / training.grad_accum / processes
     rows = 1.0 if head == "full" or run.model.config.causal else run.capacity / tokens
@@ -239,7 +236,7 @@ def main(config: Section) -> None:
     for head in config.heads:
         if head not in ("masked", "full"):
             raise UserError(f"heads=[{head}] is unknown: choose masked, full or both")
-    device = runtime.pick_device(config.device, parallel.world().local_rank)
+    device = devices.pick_device(config.device, parallel.world().local_rank)
     is_main, rows = parallel.world().is_main, []
     with parallel.processes(device), tempfile.TemporaryDirectory() as folder:
         if is_main:

@@ -51,7 +51,7 @@ class Result(NamedTuple):
 def run(monkeypatch, capfd, tmp_path):
     """run("train.py", "key=value", ...) as from a shell, in `tmp_path`: exit code and output.
 
-    Also run("bench.NAME", ...) and run("tools.NAME", ...).
+    Also run("bench.NAME", ...), run("tools.NAME", ...) and run("tests.stress.NAME", ...).
     """
     monkeypatch.chdir(tmp_path)
 
@@ -63,7 +63,8 @@ def run(monkeypatch, capfd, tmp_path):
             if script in SCRIPTS:
                 cli.main(SCRIPTS[script], reads=READS[script])
             else:  # "bench.judge", as by python -m
-                cli.main(importlib.import_module(script).main, script.replace(".", "/"))
+                name = script.removeprefix("tests.").replace(".", "/")
+                cli.main(importlib.import_module(script).main, name)
         except SystemExit as stop:
             code = stop.code or 0
         return Result(code, *capfd.readouterr())

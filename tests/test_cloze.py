@@ -74,7 +74,7 @@ def test_the_perplexity_of_words_is_that_of_their_mean_cost():
 
 
 def test_greedy_filling_takes_the_surest_token_first():
-    """Against a loop of its own: the most probable token of the surest hole, one at a time."""
+    """Against a loop of its own: the most probable token of the surest position, one at a time."""
     network = arbitrary_network(LOOP)
     model = types.SimpleNamespace(
         config=types.SimpleNamespace(causal=False, mask_id=LOOP.V), device="cpu"
@@ -199,8 +199,7 @@ def test_the_harness_scores_rolls_and_generates_on_a_local_task(
 
 
 def test_what_the_harness_gets_is_the_conditional_bound(trained, local_tasks):
-    import runtime
-
+    from bench.score import nll_samples
     from nanomdm.cli import section
     from tools import lm_eval as adapter
 
@@ -208,10 +207,8 @@ def test_what_the_harness_gets_is_the_conditional_bound(trained, local_tasks):
     config = section({"seed": 0, "draws": 3, "batch_size": 8, "steps": 4, "strategy": "confidence"})
     fills = [Fill("The ", "crown"), Fill("", "of"), Fill("The sw", "ord")]
     texts, nats = adapter.score(loaded, fills, config)
-    expected = runtime.passes(loaded.model, texts.rows, 0, 3, predict=texts.predict).nats.mean(
-        dim=0
-    )
-    assert nats == pytest.approx((-expected).tolist(), rel=1e-5)
+    expected = nll_samples(loaded.model, texts.rows, seed=0, draws=3, predict=texts.predict)
+    assert nats == pytest.approx((-expected.nats.mean(dim=0)).tolist(), rel=1e-5)
     request = [types.SimpleNamespace(args=(fill.before, fill.target)) for fill in fills]
     answers = adapter.make_adapter(loaded, config).loglikelihood(request)
     assert [value for value, _ in answers] == pytest.approx(nats)

@@ -9,11 +9,9 @@ import pytest
 import torch
 from conftest import TEXT
 
-import diffusion
 from bench import frontier
 from bench import judge as judges
-from diffusion import Sampling
-from nanomdm import cli
+from nanomdm import cli, strategies
 
 
 class CountingJudge(judges.Judge):
@@ -51,7 +49,7 @@ def measured(trained, text_file, tmp_path_factory):
 
 def test_the_table_has_the_controls_and_every_strategy(measured):
     names = [row["name"].split()[0] for row in measured[0]["rows"]]
-    assert names[:3] == ["held-out", "its", "one"] and set(names[3:]) == set(diffusion.STRATEGIES)
+    assert names[:3] == ["held-out", "its", "one"] and set(names[3:]) == set(strategies.STRATEGIES)
 
 
 def test_a_row_for_every_number_of_calls_within_the_context(measured):
@@ -67,8 +65,8 @@ def test_the_calls_are_those_that_one_text_needs(measured):
 
 def test_the_table_names_the_label_of_every_row(measured):
     labels = {row["name"].split()[0]: row["label"] for row in measured[0]["rows"]}
-    assert labels["first_hitting"] == "any-order exact" and labels["eb"] == "heuristic"
-    assert labels["stochastic"] == "K-step" and labels["held-out"] == "control"
+    assert labels["stochastic"] == labels["first_hitting"] == strategies.BOUND
+    assert labels["eb"] == strategies.EXACT and labels["held-out"] == "control"
 
 
 def test_the_table_and_the_conclusions_are_written(measured):
@@ -105,8 +103,8 @@ def test_nothing_is_best_within_too_few_calls():
 
 
 def test_a_row_is_named_by_its_own_settings_and_what_is_not_the_default():
-    assert frontier.describe(Sampling(strategy="first_hitting")) == "first_hitting"
-    assert frontier.describe(Sampling(strategy="eb", gamma=4.0)) == "eb gamma=4.0"
-    settings = Sampling(strategy="remask", steps=16, remask_rate=0.05, temperature=0.9)
+    assert frontier.describe(frontier.sampling("first_hitting")) == "first_hitting"
+    assert frontier.describe(frontier.sampling("eb", 1, {"gamma": 4.0})) == "eb gamma=4.0"
+    section = frontier.sampling("remask", 16, {"remask_rate": 0.05}, temperature=0.9)
     name = "remask steps=16 temperature=0.9 remask_rate=0.05"
-    assert frontier.describe(settings) == name
+    assert frontier.describe(section) == name

@@ -1,4 +1,4 @@
-"""Damaged files: a short form of bench.fuzz, and values that hypothesis thinks of."""
+"""Damaged files: a short form of the fuzzer, and values that hypothesis generates."""
 
 import json
 import time
@@ -7,18 +7,17 @@ from tempfile import TemporaryDirectory
 
 import hypothesis.strategies as some
 import pytest
-import runtime
 import torch
 from conftest import load_model
 from hypothesis import HealthCheck, given, settings
 
 import data
-from bench import fuzz
-from nanomdm import checkpoint, cli, meta
+from nanomdm import bins, checkpoint, cli, meta
 from nanomdm.errors import UserError
+from tests.stress import fuzz
 
 CPU = torch.device("cpu")
-CASES = 4  # for each part of a kind's share; python -m bench.fuzz does ten thousand
+CASES = 4  # for each part of a kind's share; python -m tests.stress.fuzz does ten thousand
 hurried = settings(
     deadline=None,
     max_examples=40,
@@ -47,24 +46,24 @@ def test_damage_is_refused_in_one_line_or_does_no_harm(kind):
 
 
 def test_the_fuzzer_finds_a_reader_that_trusts(monkeypatch):
-    """Its oracle works: without checksums, flipped bytes are silent garbage."""
+    """Its oracle works: without checksums, flipped bytes are silent corruption."""
     monkeypatch.setattr(meta, "digest", lambda meta: meta.get("check", ""))
-    monkeypatch.setattr(data, "sha256_of", lambda content: "0" * 64)
+    monkeypatch.setattr(bins, "SCANNED", 0)  # longer files are not hashed
     config = cli.section({"seed": 1, "first": 0, "limit": 5.0})
     whys = [outcome.why for outcome in fuzz.run_kind("bins bytes", 60, config)]
-    assert any("silent garbage" in why for why in whys)
+    assert any("silent corruption" in why for why in whys)
 
 
 def test_the_fuzzer_counts(run, monkeypatch, tmp_path):
     words = ("kinds=[texts bytes,nanogpt bytes]", "cases=8", f"output={tmp_path}/fuzz.json")
-    assert run("bench.fuzz", *words).code == 0
+    assert run("tests.stress.fuzz", *words).code == 0
     assert json.loads((tmp_path / "fuzz.json").read_text())["kinds"][0]["cases"] == 4
-    monkeypatch.setattr(fuzz.sample, "read_prompts", lambda *_: 1 / 0)
-    with pytest.raises(ZeroDivisionError):  # the sound file has to be readable
-        run("bench.fuzz", "kinds=[texts bytes]", "cases=2")
+    monkeypatch.setattr(fuzz.prompts, "read_prompts", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):  # the valid file has to be readable
+        run("tests.stress.fuzz", "kinds=[texts bytes]", "cases=2")
 
 
-def test_the_fuzzer_tells_of_bugs(monkeypatch, tmp_path):
+def test_the_fuzzer_reports_bugs(tmp_path):
     kind = fuzz.Kind(1, lambda *_: None, lambda folder: 1 / 0)
     outcome = fuzz.outcome_of(kind, tmp_path, "", limit=1.0)
     assert outcome.what == "bug" and "ZeroDivisionError" in outcome.why
@@ -84,7 +83,7 @@ def test_any_value_in_a_meta_file_is_refused_or_read(key, value):
         meta = {"dtype": "uint16", "tokenizer": {"kind": "char", "characters": "ab"}} | {key: value}
         Path(folder, "meta.json").write_text(json.dumps(meta))
         try:
-            corpus = runtime.open_bins(Path(folder))
+            corpus = data.open_bins(Path(folder))
         except ValueError as error:
             assert isinstance(error, UserError)
         else:
@@ -98,7 +97,7 @@ def test_any_value_in_a_meta_file_is_refused_or_read(key, value):
 def test_any_value_in_a_checkpoints_shape_is_refused_or_fits(key, value):
     with TemporaryDirectory() as folder:
         path = Path(folder, "ckpt.pt")
-        state = fuzz.sound_state()
+        state = fuzz.valid_state()
         state["model_config"] = dict(state["model_config"]) | {key: value}
         checkpoint.save(path, state)
         try:

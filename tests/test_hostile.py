@@ -14,10 +14,8 @@ import time
 from pathlib import Path
 
 import pytest
-import runtime
 import torch
 from conftest import ROOT
-from hydra.core.global_hydra import GlobalHydra
 
 import data
 from nanomdm import checkpoint, cli, meta
@@ -25,7 +23,7 @@ from nanomdm.errors import visible
 
 SOURCES = sorted(
     path
-    for folder in (".", "bench", "tools", "tests")
+    for folder in (".", "nanomdm", "bench", "tools", "tests", "tests/stress")
     for path in (ROOT / folder).glob("*.py")
     if path.name != "setup.py"
 )
@@ -55,6 +53,7 @@ ALLOWED = {  # tests that show that a payload is live, or that run what they or 
     ("test_checkpoint.py", "torch.load"),
     ("test_hostile.py", "torch.load"),
     ("test_cli.py", "shell=True"),
+    ("cli.py", "OmegaConf.register_new_resolver"),  # its only one decodes a text
     *(("test_export.py", what) for what in ("trust_remote_code=True", "exec", "compile")),
 }
 
@@ -154,7 +153,7 @@ def test_a_payload_in_nanogpts_meta_file_is_not_executed(tmp_path):
         (tmp_path / f"{split}.bin").write_bytes(b"\0\0" * 9)
     (tmp_path / "meta.pkl").write_bytes(pickle.dumps({"itos": Payload(tmp_path / "executed")}))
     with pytest.raises(ValueError, match="it wants to load"):
-        runtime.open_bins(tmp_path)
+        data.open_bins(tmp_path)
     assert not (tmp_path / "executed").exists()
 
 
@@ -201,15 +200,16 @@ hydra: {callbacks: {x: {_target_: os.mkdir, path: P}}}
 def test_an_experiment_cannot_have_hydra_call_something(run, experiment, tmp_path):
     experiment(CALLBACK.replace("P", f"{tmp_path}/executed"))
     code, _, err = run("train.py", "+experiment=stranger")
-    assert code == 2 and "settings only" in err and not (tmp_path / "executed").exists()
+    assert code == 2 and "no setting hydra.callbacks" in err
+    assert not (tmp_path / "executed").exists()
 
 
-def test_hydra_would_have_called_it(run, experiment, tmp_path, monkeypatch):
+def test_composing_alone_calls_nothing_either(experiment, tmp_path, monkeypatch):
+    """Hydra instantiates callbacks around a program of its own; here it only composes values."""
     experiment(CALLBACK.replace("P", f"{tmp_path}/executed"))
-    monkeypatch.setattr(cli, "experiments", lambda value: [])
-    run("train.py", "+experiment=stranger", "model.n_layer=0")
-    GlobalHydra.instance().clear()
-    assert (tmp_path / "executed").exists()
+    monkeypatch.setattr(cli, "experiment", lambda value: set())  # as if it were not checked
+    assert cli.compose([], "stranger").model.n_layer == 4
+    assert not (tmp_path / "executed").exists()
 
 
 BOMB = "a: &a [x, x, x, x, x, x, x, x, x]\n" + "".join(
@@ -218,25 +218,21 @@ BOMB = "a: &a [x, x, x, x, x, x, x, x, x]\n" + "".join(
 
 
 @pytest.mark.parametrize(
-    "text",
+    ("text", "why"),
     [
-        "a: [" * 9000,
-        "model: {n_layer: 2",
-        "\xff\xfe",
-        "just a text",
-        "- 1\n- 2\n",
-        "model: {1: {2: 3}}\n",
-        "model: {n_layer: 2}\nmodel: {n_layer: 3}\n",
-        "model: !!python/object/apply:os.system [true]\n",
-        BOMB,
+        *(("a: [" * 9000, ""), ("model: {n_layer: 2", ""), ("- 1\n- 2\n", ""), (BOMB, "")),
+        ("model: {n_layer: 2}\nmodel: {n_layer: 3}\n", ""),
+        ("model: !!python/object/apply:os.system [true]\n", ""),
+        *(("\xff\xfe", "no setting ÿþ"), ("just a text", "no setting just a text")),
+        ("model: {1: 2}\n", "no setting model.1"),
     ],
-    ids=["deep", "cut", "encoding", "text", "list", "number", "twice", "python", "bomb"],
+    ids=["deep", "cut", "list", "bomb", "twice", "python", "encoding", "text", "number"],
 )
-def test_a_damaged_experiment_is_refused_in_one_line(text, run, experiment):
+def test_a_damaged_experiment_is_refused_in_one_line(text, why, run, experiment):
     experiment(text)
     start = time.perf_counter()
     code, _, err = run("train.py", "+experiment=stranger")
-    assert code == 2 and err.count("\n") == 1 and "stranger.yaml is damaged" in err
+    assert code == 2 and err.count("\n") == 1 and (why or "stranger.yaml is damaged") in err
     assert time.perf_counter() - start < 5
 
 
@@ -311,7 +307,7 @@ def test_names_in_a_meta_file_hold_no_control_characters(key, tmp_path):
     meta = {"dtype": "uint16", "tokenizer": {"kind": "byte"}, key: ESCAPES}
     (tmp_path / "meta.json").write_text(json.dumps(meta))
     with pytest.raises(ValueError, match="control characters"):
-        runtime.open_bins(tmp_path)
+        data.open_bins(tmp_path)
 
 
 # --- Supply -------------------------------------------------------------------------------------

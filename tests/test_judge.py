@@ -5,12 +5,12 @@ import math
 import sys
 
 import pytest
-import runtime
 import torch
 from conftest import TEXT, TINY, load_model
 
 import train
 from bench import judge as judging
+from bench.score import nll_samples
 from nanomdm import cli
 
 CPU = torch.device("cpu")
@@ -22,7 +22,7 @@ def words() -> list[str]:
 
 
 class Unigram(judging.Judge):
-    """A judge over bytes to whom every byte costs what it is told, in nats."""
+    """A judge over bytes; `cost` says what each byte costs, in nats."""
 
     name, context, device = "unigram", 10**6, CPU
 
@@ -47,7 +47,7 @@ def order_loving(row: torch.Tensor) -> torch.Tensor:
     return torch.where(torch.tensor(known), 1.0, 30.0).double()
 
 
-def test_a_judge_to_whom_bytes_are_equal_says_eight_bits_a_byte():
+def test_a_judge_that_finds_all_bytes_equal_gives_eight_bits_a_byte():
     verdict = judging.judge_texts(Unigram(flat), ["abc", "déjà vu"])
     assert verdict.bits_per_byte == pytest.approx(8) and verdict.error == pytest.approx(0)
 
@@ -117,7 +117,7 @@ def control(tmp_path_factory, text_file):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "argv", ["train.py", *words, f"out_dir={folder}/out-ar"])
         patch.chdir(folder)
-        cli.main(train.train)
+        cli.main(train.main)
     return folder
 
 
@@ -127,7 +127,7 @@ def test_our_own_control_costs_what_eval_says(control):
     text = TEXT[:32]
     judge = judging.load_judge(str(control / "out-ar" / "best.pt"), CPU)
     ids = torch.from_numpy(loaded.tokenizer.encode(text))
-    expected = runtime.passes(loaded.model, [ids], 0, 1).nats.sum().item()
+    expected = nll_samples(loaded.model, [ids], seed=0, draws=1).nats.sum().item()
     assert judge.nats([text])[0] == pytest.approx(expected, rel=1e-5)
 
 
@@ -174,7 +174,7 @@ def test_a_text_with_what_is_special_to_hydra_arrives_as_it_is(run):
 
 def test_a_bench_is_not_swept(run):
     result = run("bench.judge", "-m", "texts=1,2")
-    assert result.code == 2 and "no option -m" in result.err
+    assert result.code == 2 and "no option -m here" in result.err
 
 
 # --- Hugging Face --------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""Damage done for real: what kills, signals, full disks and broken numbers leave of a run."""
+"""A run survives real damage: kills, signals, full disks and numbers that are not finite."""
 
 import copy
 import hashlib
@@ -20,9 +20,8 @@ from conftest import TINY, environment, files_limited_to
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 import train as train_script
-from bench import torture
-from diffusion import NLLSamples
-from nanomdm import checkpoint, cli, optim, parallel
+from nanomdm import bounds, checkpoint, cli, optim, parallel
+from tests.stress import crash
 
 STEPS = 12  # of TINY, which saves after 6 and 12 and logs every step
 
@@ -38,15 +37,15 @@ def at(monkeypatch):
     """at(step, f): call f(run) just before this step (from 1) of the runs of this test, once."""
 
     def at(step: int, function) -> None:
-        optimize, waits = train_script.optimize, [True]
+        training_step, waits = train_script.training_step, [True]
 
         def watched(run):
             if run.step + 1 == step and waits:
                 waits.clear()
                 function(run)
-            return optimize(run)
+            return training_step(run)
 
-        monkeypatch.setattr(train_script, "optimize", watched)
+        monkeypatch.setattr(train_script, "training_step", watched)
 
     return at
 
@@ -56,17 +55,39 @@ def broken(monkeypatch):
     """broken(steps, value): from now on the gradients of these steps hold this value."""
 
     def broken(steps, value: float = float("nan")) -> None:
-        accumulate = train_script.accumulate
+        training_step = train_script.training_step
 
-        def poisoned(run):
-            loss = accumulate(run)
-            if run.step + 1 in steps:
-                next(run.model.parameters()).grad[0, 0] = value
-            return loss
+        def spoil(parameter) -> None:
+            parameter.grad[0, 0] = value
 
-        monkeypatch.setattr(train_script, "accumulate", poisoned)
+        def broken_step(run):
+            embedding = run.model.embedding.weight
+            hook = embedding.register_post_accumulate_grad_hook(spoil)
+            if run.step + 1 not in steps:
+                hook.remove()
+            result = training_step(run)
+            hook.remove()
+            return result
+
+        monkeypatch.setattr(train_script, "training_step", broken_step)
 
     return broken
+
+
+@pytest.fixture
+def scaled(monkeypatch, at):
+    """scaled(step, factor): multiply the loss of this step (from 1) by a factor."""
+
+    def scaled(step: int, factor: float) -> None:
+        loss_of, factors = train_script.masked_diffusion_loss, []
+        at(step, lambda run: factors.append(factor))
+
+        def loss(*args, **options):
+            return loss_of(*args, **options) * (factors.pop() if factors else 1)
+
+        monkeypatch.setattr(train_script, "masked_diffusion_loss", loss)
+
+    return scaled
 
 
 def state(name: str = "out/ckpt.pt") -> dict:
@@ -99,62 +120,9 @@ def content(folder: str) -> dict:
 # --- Kills --------------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def tortured(tmp_path, text_file, monkeypatch):
-    """tortured(kills): the short form of bench.torture, whose processes are forked off one.
-
-    Their disk is slow, so that a kill that is aimed at a write does not come too late.
-    """
-    script = (
-        "import sys, json, os, time; from types import SimpleNamespace; from bench import torture;"
-        "sync = os.fsync; os.fsync = lambda file: (time.sleep(0.05), sync(file));"
-        "config, words = json.loads(sys.argv[1]);"
-        "print(json.dumps(torture.torture(SimpleNamespace(**config), words, fresh=False)))"
-    )
-
-    def tortured(**settings) -> list:
-        config = {"aimed": 0.7, "span": 0.1, "seed": 1, "out_dir": str(tmp_path / "runs")}
-        words = [*torture.SMALL, f"data.path={text_file}", f"data.cache_dir={tmp_path}/data"]
-        words += ["training.max_iters=24", "system.dtype=float32"]
-        given = json.dumps([config | settings, words])
-        result = subprocess.run(
-            [sys.executable, "-c", script, given],
-            env=environment(),
-            capture_output=True,
-            text=True,
-            timeout=120,
-        )
-        assert result.returncode == 0, result.stderr[-3000:]
-        return [kill for kills in json.loads(result.stdout.splitlines()[-1]) for kill in kills]
-
-    return tortured
-
-
-def test_a_run_that_is_killed_again_and_again_ends_as_the_one_in_peace(tortured):
-    """Every kill's checkpoint loads, and metrics and weights are the same bits: see torture."""
-    kills = tortured(kills=4)
-    assert len(kills) == 4 and any(writing for _, writing in kills)
-
-
-def test_the_harness_notices_a_checkpoint_that_a_kill_has_cost(tmp_path):
-    checkpoint.save(tmp_path / "ckpt.pt", {"step": 8})
-    assert torture.examine(tmp_path, before=4) == (8, False)
-    with pytest.raises(RuntimeError, match="lost steps"):
-        torture.examine(tmp_path, before=12)
-    (tmp_path / "ckpt.pt").write_bytes((tmp_path / "ckpt.pt").read_bytes()[:-9])
-    with pytest.raises(RuntimeError, match="destroyed the checkpoint"):
-        torture.examine(tmp_path, before=4)
-
-
-@pytest.mark.parametrize(("a", "b"), [(0.0, 1e-38), (1.0, 1.0 + 2**-23)])
-def test_the_harness_notices_one_bit(a, b):
-    states = [{"ema": [{"weight": torch.tensor([2.0, value])}]} for value in (a, b)]
-    assert torture.same(states[0], states[0]) and not torture.same(*states)
-
-
 def test_what_a_killed_process_was_writing_is_removed_by_the_next_run(train):
     Path("out").mkdir()
-    Path("out/.ckpt.pt.tmp").write_bytes(b"half")
+    Path("out/.ckpt.pt.123.tmp").write_bytes(b"half")
     assert train().code == 0
     assert sorted(os.listdir("out")) == ["best.pt", "ckpt.pt", "metrics.jsonl", "run.json"]
 
@@ -206,7 +174,7 @@ def test_auto_starts_anew_and_goes_on_by_the_same_command(train, at):
     assert train("out_dir=whole").code == 0
     at(8, lambda run: signal.raise_signal(signal.SIGTERM))
     assert [train(AUTO).code, train(AUTO).code] == [143, 0]
-    assert torture.same(torture.result(Path("out")), torture.result(Path("whole")))
+    assert crash.same(crash.result(Path("out")), crash.result(Path("whole")))
 
 
 def test_auto_leaves_a_finished_run_alone(train):
@@ -227,7 +195,7 @@ def out(trained, tmp_path) -> Path:
     "word",
     [
         *("training.learning_rate=1e-4", "training.batch_size=4", "training.weight_decay=0.2"),
-        *("diffusion.masking=count", "system.seed=7", "model.n_layer=1", "training.objective=ar"),
+        *("diffusion.weighting=1.0", "system.seed=7", "model.n_layer=1", "training.objective=ar"),
     ],
 )
 def test_auto_does_not_go_on_with_another_configuration(train, out, word):
@@ -248,11 +216,9 @@ def test_auto_notices_a_setting_that_the_first_command_had_and_this_one_has_not(
 
 def test_a_checkpoint_of_a_version_with_fewer_settings_is_resumed(train, out):
     old = state()
-    for section, names in {"training": ("keep", "max_skipped"), "system": ("timeout",)}.items():
-        for name in names:
-            del old["config"][section][name]
+    del old["config"]["training"]["activation_checkpointing"], old["config"]["system"]["parallel"]
     old["config"]["training"]["resume"] = False
-    old["loss_avg"] = torch.tensor(old.pop("meter")["loss_avg"])
+    old["loss_avg"] = torch.tensor(old.pop("stats")["loss_avg"])
     del old["scaler"]
     checkpoint.save("out/ckpt.pt", old)
     assert train("training.resume=true", "training.max_iters=13").code == 0
@@ -300,14 +266,14 @@ def test_the_checkpoint_of_before_survives_a_save_that_failed(train, monkeypatch
 def test_a_last_state_that_could_not_be_saved_is_an_error_that_names_what_there_is(
     train, monkeypatch
 ):
-    saves_with_a_quota(monkeypatch, 2)
+    saves_with_a_quota(monkeypatch, 2, 3)  # the second is tried again
     result = train()
     assert result.code == 1 and state()["step"] == 6
     assert "step 12 is lost" in result.err and "out/ckpt.pt holds step 6" in result.err
 
 
 def test_a_best_pt_that_could_not_be_written_does_not_end_a_run(train, at):
-    at(2, lambda run: Path("out/.best.pt.tmp").mkdir())
+    at(2, lambda run: Path(f"out/.best.pt.{os.getpid()}.tmp").mkdir())
     result = train()
     assert result.code == 0 and "cannot write out/best.pt" in result.err
     assert state()["step"] == STEPS and state()["best"] == float("inf")
@@ -388,16 +354,11 @@ def test_a_step_whose_gradient_is_not_finite_changes_neither_weights_nor_moments
     for step in (5, 6, 7):
         at(step, remember)
     train(f"training.optimizer={optimizer}", "training.max_iters=7", "training.eval_interval=0")
-    assert torture.same(seen[1], seen[2]) and not torture.same(seen[0], seen[1])
+    assert crash.same(seen[1], seen[2]) and not crash.same(seen[0], seen[1])
 
 
-def test_a_step_whose_loss_is_not_finite_is_skipped_counted_and_shown(train, monkeypatch):
-    loss_of = train_script.loss_of
-    monkeypatch.setattr(
-        train_script,
-        "loss_of",
-        lambda run, *rest: loss_of(run, *rest) * (float("inf") if run.step == 6 else 1),
-    )
+def test_a_step_whose_loss_is_not_finite_is_skipped_counted_and_shown(train, scaled):
+    scaled(7, float("inf"))
     result = train()
     assert result.code == 0 and result.err.count("1 steps skipped") == STEPS - 6
     assert [line["train/skipped"] for line in entries() if "train/loss" in line] == [0] * 6 + [
@@ -448,13 +409,8 @@ def test_numbers_that_are_not_finite_are_never_saved(tmp_path):
     assert state(path)["step"] == 1
 
 
-def test_a_spike_between_two_entries_of_the_log_shows(train, monkeypatch):
-    loss_of = train_script.loss_of
-    monkeypatch.setattr(
-        train_script,
-        "loss_of",
-        lambda run, *rest: loss_of(run, *rest) * (1000 if run.step == 3 else 1),
-    )
+def test_a_spike_between_two_entries_of_the_log_shows(train, scaled):
+    scaled(4, 1000)
     train("logging.interval=6")
     first, second = (line for line in entries() if "train/loss" in line)
     assert first["train/loss_max"] > 1000 > 10 > second["train/loss_max"]
@@ -462,9 +418,7 @@ def test_a_spike_between_two_entries_of_the_log_shows(train, monkeypatch):
 
 
 def test_a_bound_beyond_all_perplexities_does_not_end_a_run(train, monkeypatch):
-    bound = NLLSamples.bound
-    far = lambda self: (1e6, bound(self)[1])  # noqa: E731
-    monkeypatch.setattr(NLLSamples, "bound", far)
+    monkeypatch.setattr(bounds.NLLSamples, "bound", lambda samples: (1e6, 0.1))
     assert train().code == 0
     assert entries()[-1]["eval/val_loss"] == 1e6
 
@@ -496,8 +450,13 @@ def test_a_float16_run_resumes_bit_for_bit_its_scale_included(train, at):
     at(3, lambda run: run.scaler.update(2.0**10))
     at(8, lambda run: signal.raise_signal(signal.SIGTERM))
     assert [train(HALF, AUTO).code, train(HALF, AUTO).code] == [143, 0]
-    assert torture.same(torture.result(Path("out")), torture.result(Path("whole")))
+    assert crash.same(crash.result(Path("out")), crash.result(Path("whole")))
     assert state()["scaler"]["scale"] == 2.0**10
+
+
+def test_a_float32_run_goes_on_in_float16(train, out):
+    assert train("training.resume=true", HALF, "training.max_iters=13").code == 0
+    assert state()["step"] == STEPS + 1 and state()["scaler"]["scale"] > 0
 
 
 # --- How to repeat a run ------------------------------------------------------------------------
@@ -523,7 +482,7 @@ def test_what_run_json_says_gives_the_same_weights(run, trained):
 
     given = {k: v for k, v in entry["config"].items() if k != "out_dir"}
     assert run("train.py", *words(given)).code == 0
-    assert torture.same(torture.result(Path("out")), torture.result(trained))
+    assert crash.same(crash.result(Path("out")), crash.result(trained))
 
 
 def test_each_start_of_a_run_has_its_entry(train, at):
@@ -539,7 +498,8 @@ def test_each_start_of_a_run_has_its_entry(train, at):
 
 def one_of_two(*words: str) -> None:
     """What torchrun's agent starts twice, and again after a failure: process 1 dies, then hangs."""
-    optimize, round = train_script.optimize, int(os.environ["TORCHELASTIC_RESTART_COUNT"])
+    training_step = train_script.training_step
+    round = int(os.environ["TORCHELASTIC_RESTART_COUNT"])
 
     def mortal(run):
         if parallel.world().rank == 1 and round == 0 and run.step == 7:
@@ -547,13 +507,13 @@ def one_of_two(*words: str) -> None:
         if parallel.world().rank == 1 and round == 1 and run.step == 9:
             signal.signal(signal.SIGTERM, signal.SIG_DFL)  # the agent would wait for 30 s
             time.sleep(600)
-        return optimize(run)
+        return training_step(run)
 
     torch.set_num_threads(1)
-    train_script.optimize = mortal
+    train_script.training_step = mortal
     parallel.processes = partial(parallel.processes, minutes=0.1)
     sys.argv = ["train.py", *words]
-    cli.main(train_script.train)
+    cli.main(train_script.main)
 
 
 @pytest.fixture(scope="module")
@@ -563,8 +523,7 @@ def restarted(tmp_path_factory, text_file, trained):
     torchrun's own agent restarts them, but forks them, so that each start need not import torch.
     """
     folder = tmp_path_factory.mktemp("restarted")
-    data = (f"data.path={text_file}", f"data.cache_dir={trained.parent}/cache")
-    words = [*TINY, *data, AUTO, "training.save_interval=3"]
+    words = [*TINY, f"data.path={text_file}", AUTO, "training.save_interval=3"]
     result = subprocess.run(
         [sys.executable, __file__, *words],
         cwd=folder,

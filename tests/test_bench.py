@@ -1,4 +1,4 @@
-"""The benches of speed and recipe, and the rules that measurements led to."""
+"""The benches of speed and recipe."""
 
 import json
 
@@ -7,9 +7,9 @@ import torch
 from conftest import TEXT, TINY
 from torch.utils.flop_counter import FlopCounterMode
 
-import runtime
 from bench import recipe, throughput
 from model import ModelConfig, Transformer
+from nanomdm import checkpoint
 
 WORDS = "words=" + " ".join(word for word in TINY if not word.startswith("sampling"))
 
@@ -113,10 +113,24 @@ def test_recipe_trains_a_run_once_and_draws_its_curve(run, tmp_path, text_file):
     (row,) = results["no convolution"]
     assert row["seed"] == 2 and f"{row['bound']:.4f}" in first.out
     assert (tmp_path / "out-recipe" / "curve.png").stat().st_size > 10_000
-    checkpoint = tmp_path / "out-recipe" / "no-convolution-2" / "ckpt.pt"
-    trained = checkpoint.stat().st_mtime_ns
+    path = tmp_path / "out-recipe" / "no-convolution-2" / "ckpt.pt"
+    trained = path.stat().st_mtime_ns
     run("bench.recipe", *words, f"path={text_file}")
-    assert checkpoint.stat().st_mtime_ns == trained
+    assert path.stat().st_mtime_ns == trained
+
+
+def test_recipe_varies_what_is_a_field_of_the_network_alone(run, tmp_path, text_file):
+    words = ("variations=[no QK-norm]", "seeds=[2]", "steps=2", WORDS, f"path={text_file}")
+    result = run("bench.recipe", *words)
+    assert result.code == 0, result.err
+    state = checkpoint.load(tmp_path / "out-recipe" / "no-QK-norm-2" / "ckpt.pt")
+    assert state["model_config"]["qk_norm"] is False and state["step"] == 2
+
+
+def test_recipe_says_why_a_run_failed(run, text_file):
+    result = run("bench.recipe", "words=model.n_head=5", "seeds=[2]", f"path={text_file}")
+    assert (result.code, result.err.count("\n")) == (2, 1)
+    assert "recipe, seed 2 failed" in result.err and "model.n_head=5" in result.err
 
 
 def test_recipe_compares_seed_by_seed():
@@ -136,22 +150,3 @@ def test_recipe_names_the_variations_that_there_are(run):
     result = run("bench.recipe", "variations=[nothing]")
     assert (result.code, result.err.count("\n")) == (2, 1)
     assert "weight of the bound" in result.err
-
-
-# --- Rules --------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("capabilities", "fast"),
-    [
-        ({"amx_bf16": True, "avx512_bf16": True, "cpu_name": "Intel Xeon"}, True),
-        ({"amx_bf16": False, "avx512_bf16": True, "cpu_name": "Intel Xeon"}, False),
-        ({"avx512_bf16": True, "cpu_name": "AMD EPYC"}, True),
-        ({"avx512_bf16": False, "cpu_name": "AMD EPYC"}, False),
-        ({}, False),
-    ],
-)
-def test_a_cpu_trains_in_bfloat16_where_that_is_faster(monkeypatch, capabilities, fast):
-    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities, raising=False)
-    expected = torch.bfloat16 if fast else torch.float32
-    assert runtime.pick_dtype("auto", torch.device("cpu"), training=True) == expected

@@ -1,4 +1,4 @@
-"""Crash test: training killed by SIGKILL at random moments. python -m bench.torture kills=50
+"""Crash test: training killed by SIGKILL at random moments. python -m tests.stress.crash kills=50
 
 It trains a small model once without interruption. Then it starts the same command, with
 training.resume=auto, again after every kill until it is done. After every kill the checkpoint must
@@ -29,11 +29,11 @@ from nanomdm.errors import UserError
 SMALL = (
     *("model.n_layer=1", "model.n_head=2", "model.n_embd=32", "model.block_size=32"),
     *("training.batch_size=4", "training.max_iters=80", "training.warmup_iters=5"),
-    *("training.eval_interval=20", "training.eval_tokens=512", "training.sample_interval=0"),
+    *("training.eval_interval=20", "eval.tokens=512", "training.sample_interval=0"),
     *("training.save_interval=4", "logging.interval=1"),
     *("system.compile=false", "system.device=cpu", "training.resume=auto"),
 )
-COMPARED = ("model", "ema", "optimizer", "meter", "scaler", "step", "best")
+COMPARED = ("model", "ema", "optimizer", "stats", "scaler", "step", "best")
 WRITING = 0.003  # seconds, about, to write such a small checkpoint
 
 
@@ -54,7 +54,7 @@ def start(words: list[str], output: Path, fresh: bool = True) -> int:
         os.dup2(file, 1), os.dup2(file, 2)
         if fresh:
             os.execv(sys.executable, [sys.executable, str(cli.ROOT / "train.py"), *words])
-        train.train(cli.compose(words), {word.split("=")[0] for word in words})
+        train.main(cli.compose(words))
         os._exit(0)
     except SystemExit as end:
         os._exit(end.code or 0)
@@ -115,7 +115,8 @@ def strike(process: int, folder: Path, chance: random.Random, config: Section) -
 
 
 def unfinished(folder: Path) -> list[Path]:
-    return list(folder.glob(".*.pt.*.tmp"))  # as errors.write_atomically calls them
+    """What errors.write_atomically leaves of a checkpoint when it is killed."""
+    return list(folder.glob(".*.pt.*.tmp"))
 
 
 def examine(folder: Path, before: int) -> Kill:
@@ -149,28 +150,28 @@ def same(a, b) -> bool:
     return a == b
 
 
-def torture(config: Section, words: list[str], fresh: bool = True) -> list[list[Kill]]:
+def crash_test(config: Section, words: list[str], fresh: bool = True) -> list[list[Kill]]:
     """The kills of each run. Raises `RuntimeError` if a kill changed the result of a run."""
     out = Path(config.out_dir)
     out.mkdir(parents=True, exist_ok=True)
-    survive(out / "peace", words, 0, config, fresh)
-    expected, runs = result(out / "peace"), []
+    survive(out / "uninterrupted", words, 0, config, fresh)
+    expected, runs = result(out / "uninterrupted"), []
     while (left := config.kills - sum(map(len, runs))) > 0:
         folder = out / f"run{len(runs) + 1}"
         runs.append(survive(folder, words, left, config, fresh))
         if not same(result(folder), expected):
-            raise RuntimeError(f"{folder} differs from the uninterrupted run in {out / 'peace'}")
+            raise RuntimeError(f"{folder} differs from {out / 'uninterrupted'}")
     return runs
 
 
 def main(config: Section) -> None:
     if Path(config.out_dir).exists():
         raise UserError(f"out_dir={config.out_dir} exists: remove it or choose another")
-    os.environ["OMP_NUM_THREADS"] = "1"
+    os.environ |= {"OMP_NUM_THREADS": "1", "NANOMDM_CACHE": f"{config.out_dir}/data"}
     text = config.path or str(cli.ROOT / "corpora" / "plays.txt")
-    words = [*SMALL, f"data.path={text}", f"data.cache_dir={config.out_dir}/data"]
+    words = [*SMALL, f"data.path={text}"]
     began = time.monotonic()
-    runs = torture(config, [*words, *shlex.split(config.words)])
+    runs = crash_test(config, [*words, *shlex.split(config.words)])
     kills = [kill for run in runs for kill in run]
     print(
         f"{hardware(torch.device('cpu'))}\n"
@@ -182,4 +183,4 @@ def main(config: Section) -> None:
 
 
 if __name__ == "__main__":
-    cli.main(main, "bench/torture")
+    cli.main(main, "stress/crash")

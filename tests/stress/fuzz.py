@@ -1,12 +1,12 @@
-"""Damage files in every way and read them: one line that says so, or a correct result.
+"""Fuzzer: damages files, reads them, and requires a one-line error or a correct result.
 
-python -m bench.fuzz cases=10000
+python -m tests.stress.fuzz cases=10000
 
-Each case damages a small, sound file, reads it as the scripts do and uses what was read: a network
-fills in a text, a tokenizer writes one, a corpus gives a batch. What may come of it: `refused`, an
-error that cli.py turns into one line (a `UserError` that our code raises, or OmegaConf's own);
-`same`, what the sound file gives, in every bit; `other`, where nothing could tell that the file is
-not what was meant: another letter in a text. All else is a bug.
+Each case damages a small valid file, reads it as the scripts do and uses the result: a network
+fills in a text, a tokenizer encodes one, a corpus gives a batch. Three outcomes are allowed:
+`refused`, a mistake that cli.py reports in one line; `same`, the result of the valid file in every
+bit; `other`, another result where nothing could reveal the damage, such as another letter in a
+text. Everything else is a bug.
 """
 
 import io
@@ -27,22 +27,24 @@ from random import Random
 from tempfile import TemporaryDirectory
 from typing import NamedTuple
 
-import runtime
 import torch
+from hydra.errors import HydraException
+from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 import data
-import sample
+import diffusion
 from model import ModelConfig, Transformer
-from nanomdm import checkpoint, cli, optim, report, runlog, text
-from nanomdm.checkpoint import load_model
+from nanomdm import checkpoint, cli, optim, prompts, report, runlog, strategies, text
 from nanomdm.cli import Section
 from nanomdm.errors import UserError
+from nanomdm.random import generator
 from nanomdm.tokenizers import BPETokenizer, ByteTokenizer, CharTokenizer, load_tokenizer
 
 TEXT = "To be, or not to be: that is the question.\n" * 8
 CPU = torch.device("cpu")
 CHARACTERS = CharTokenizer("".join(sorted(set(TEXT))))
+REFUSALS = (UserError, HydraException, OmegaConfBaseException)  # cli.py prints each in one line
 
 
 # --- Damage --------------------------------------------------------------------------------------
@@ -75,14 +77,14 @@ def nested(depth: int) -> list:
     return [nested(depth - 1)] if depth else []
 
 
-HOSTILE = (  # what a file's value may be replaced by
+HOSTILE = (  # replacements for a value in a file
     *(None, True, False, 0, 1, -1, 3, 2**31, 10**9, 10**12, 2**63, 10**30, -(10**30), 2**1000),
     *(0.0, 0.5, -1.5, 1e308, float("nan"), float("inf"), -float("inf")),
     *("", "x", "aa", "char", "bpe", "gpt2", "float16", "../../etc/passwd", "/etc/passwd"),
     *("\x1b]0;owned\x07\x1b[2J", "\ud800", "\u202e", "${oc.env:HOME}", "x" * 10**5),
     *([], {}, [1, 2], ["a", None], {"a": 1}, {"kind": "char"}, nested(60), nested(300)),
 )
-TENSORS = (  # and, in a checkpoint
+TENSORS = (  # further ones for a value in a checkpoint
     *(lambda: torch.zeros(()), lambda: torch.zeros(0), lambda: torch.zeros(3, 5)),
     *(lambda: torch.zeros(1).expand(10**12), lambda: torch.zeros(1).expand(10**6, 10**6)),
     *(lambda: torch.full((4,), torch.nan), lambda: torch.full((8, 8), torch.inf)),
@@ -95,10 +97,7 @@ TENSORS = (  # and, in a checkpoint
 
 
 def damaged_value(value, random: Random, hostile: Callable):
-    """A copy of nested containers, one part of which is replaced, left out or under another name.
-
-    `hostile()` gives what replaces it.
-    """
+    """A copy of nested containers with one part replaced by `hostile()`, removed or renamed."""
     keys = list(value) if isinstance(value, dict) else range(len(value)) if _many(value) else ()
     if not keys or random.random() < 0.1:
         return hostile()
@@ -130,11 +129,11 @@ def any_value_or_tensor(random: Random):
     return random.choice(TENSORS)() if random.random() < 0.5 else any_value(random)
 
 
-# --- Sound files ---------------------------------------------------------------------------------
+# --- Valid files ---------------------------------------------------------------------------------
 
 
-def sound_state(tokenizer: CharTokenizer | ByteTokenizer = CHARACTERS) -> dict:
-    """What train.py saves, of a network as small as they come, after one step of its optimizer."""
+def valid_state(tokenizer: CharTokenizer | ByteTokenizer = CHARACTERS) -> dict:
+    """What train.py saves, for a tiny network after one step of its optimizer."""
     torch.manual_seed(0)
     config = ModelConfig(tokenizer.vocab_size, block_size=16, n_layer=1, n_head=2, n_embd=8)
     model = Transformer(config)
@@ -148,13 +147,13 @@ def sound_state(tokenizer: CharTokenizer | ByteTokenizer = CHARACTERS) -> dict:
         "best": 4.2,
         "ema": model.state_dict(),
         "model": model.state_dict(),
-        "meter": optim.StepStats(CPU, {}).state(),
+        "stats": optim.StepStats(CPU, {}).state(),
         "optimizer": optimizer.state_dict(),
     }
 
 
 def stepped(model: Transformer, state: list | None = None) -> optim.Optimizers:
-    """The optimizers of a model, with their `state`, after a step along made-up gradients."""
+    """The optimizers of a model, with the given `state`, after a step with made-up gradients."""
     optimizer = optim.build_optimizer(model, "muon", 1e-3, 0.1)
     if state is not None:
         optimizer.load_state_dict(state)
@@ -164,9 +163,9 @@ def stepped(model: Transformer, state: list | None = None) -> optim.Optimizers:
     return optimizer
 
 
-def write_sound(folder: Path) -> None:
-    """Every file that is damaged, as it should be."""
-    checkpoint.save(folder / "ckpt.pt", sound_state())
+def write_valid(folder: Path) -> None:
+    """Write a valid version of every file that the cases damage."""
+    checkpoint.save(folder / "ckpt.pt", valid_state())
     tokenizer = CHARACTERS
     splits = {"train": tokenizer.encode(TEXT[:300]), "val": tokenizer.encode(TEXT[300:])}
     data.write_bins(folder / "bins", splits, tokenizer, {"corpus": "question", "sha256": "0" * 64})
@@ -192,27 +191,33 @@ def write_sound(folder: Path) -> None:
 
 
 def use_checkpoint(folder: Path):
-    loaded = load_model(folder / "ckpt.pt", CPU, Transformer, ModelConfig)
+    loaded = load_model(folder)
     prompt = torch.from_numpy(loaded.tokenizer.encode(loaded.tokenizer.decode([0])))[None]
-    length = min(loaded.model.config.block_size, 16)
+    shape = loaded.model.config
+    length = min(shape.block_size, 16)
     canvas = torch.nn.functional.pad(prompt, (0, length - 1))[:, :length]
-    settings = runtime.sampling(cli.section(defaults()["sampling"]), loaded.model)
+    section = cli.section(defaults()).sampling
+    sampler = strategies.from_config(section, diffusion.sample, shape.causal)
     is_masked = torch.arange(length)[None] > 0
-    filled = runtime.fill(loaded.model, canvas, is_masked, settings, runtime.generator(1, "sample"))
+    filled = sampler.fill(loaded.model, canvas, is_masked, generator=generator(1, "sample"))
     return loaded.state, loaded.tokenizer.decode(filled.ids[0].tolist())
 
 
+def load_model(folder: Path, resume: bool = False) -> checkpoint.Loaded:
+    return checkpoint.load_model(folder / "ckpt.pt", CPU, Transformer, ModelConfig, resume)
+
+
 def use_run(folder: Path):
-    """What a resumed run takes from the checkpoint beside the averaged weights."""
-    loaded = load_model(folder / "ckpt.pt", CPU, Transformer, ModelConfig, resume=True)
-    config = cli.section(defaults())
-    resumed = cli.resumed(loaded.config, config, {"training.max_iters"}, whole=False)
+    """What a resumed run takes from the checkpoint besides the averaged weights."""
+    loaded, config = load_model(folder, resume=True), cli.section(defaults())
+    config.explicit = {"training.max_iters"}
+    resumed = cli.resumed(loaded.config, config, whole=False)
     loaded.model.load_state_dict(loaded.state["model"])
     return resumed.as_dict(), stepped(loaded.model, loaded.state["optimizer"]).state_dict()
 
 
 def use_bins(name: str, folder: Path):
-    corpus = runtime.open_bins(folder / name)
+    corpus = data.open_bins(folder / name)
     corpus.require(8)
     batch = corpus.batch(4, 8, torch.Generator().manual_seed(1))
     decoded = [corpus.tokenizer.decode(row) for row in (*batch.tolist(), corpus.val[:].tolist())]
@@ -245,8 +250,8 @@ def use_metrics(folder: Path):
 
 
 def use_texts(folder: Path):
-    prompts = [sample.parse(line) for line in sample.read_prompts("", folder / "prompts.txt")]
-    return prompts, text.read_text(folder / "text.jsonl")
+    lines = prompts.read_prompts("", folder / "prompts.txt")
+    return [prompts.parse(line) for line in lines], text.read_text(folder / "text.jsonl")
 
 
 # --- Kinds ---------------------------------------------------------------------------------------
@@ -258,7 +263,7 @@ def spoil_bytes(names: list[str], folder: Path, random: Random) -> None:
 
 
 def spoil_state(parts: list[str], folder: Path, random: Random) -> None:
-    """A sound archive of unsound values, as a stranger could make it."""
+    """Write a valid archive of invalid values, as an attacker could."""
     state = torch.load(folder / "ckpt.pt", weights_only=True)
     hostile = partial(any_value_or_tensor, random)
     part = random.choice(parts)
@@ -269,7 +274,7 @@ def spoil_state(parts: list[str], folder: Path, random: Random) -> None:
 
 
 def spoil_pickle(folder: Path, random: Random) -> None:
-    """The description of the tensors and values damaged, and its checksum right."""
+    """Damage the pickle of tensors and values, and give it a correct checksum."""
 
     def change(name: str, content: bytes) -> tuple[str, bytes, int]:
         pickled = name.endswith("data.pkl")
@@ -279,7 +284,7 @@ def spoil_pickle(folder: Path, random: Random) -> None:
 
 
 def spoil_archive(folder: Path, random: Random) -> None:
-    """Entries of the archive renamed, doubled, emptied, grown or deflated."""
+    """Rename, double, empty, enlarge or deflate entries of the archive."""
 
     def change(name: str, content: bytes) -> tuple[str, bytes, int]:
         how, kind = random.random(), zipfile.ZIP_STORED
@@ -299,7 +304,7 @@ def rewrite(path: Path, change: Callable[[str, bytes], tuple[str, bytes, int]]) 
     with zipfile.ZipFile(path) as old, zipfile.ZipFile(made, "w") as new:
         for info in old.infolist():
             name, content, kind = change(info.filename, old.read(info))
-            with warnings.catch_warnings(action="ignore"):  # of names that come twice
+            with warnings.catch_warnings(action="ignore"):  # about duplicate names
                 new.writestr(zipfile.ZipInfo(name), content, kind)
     path.write_bytes(made.getvalue())
 
@@ -313,13 +318,13 @@ def spoil_json(name: str, folder: Path, random: Random) -> None:
 
 def spoil_settings(folder: Path, random: Random) -> None:
     path = folder / "configs" / "experiment" / "medium.yaml"
-    values = cli.load_yaml(path)
+    values = dict(OmegaConf.to_container(OmegaConf.load(path)))
     changed = damaged_value(values, random, partial(any_value, random))
-    path.write_text(json.dumps(changed))  # which is YAML, too
+    path.write_text(json.dumps(changed))  # JSON is YAML, too
 
 
 class Kind(NamedTuple):
-    """How files are damaged, how they are read, and whether a change has to be noticed."""
+    """How files are damaged, how they are read, and whether every change must be noticed."""
 
     share: int
     spoil: Callable[[Path, Random], None]
@@ -331,7 +336,7 @@ BINS = ["bins/train.bin", "bins/val.bin", "bins/meta.json"]
 NANOGPT = ["nanogpt/train.bin", "nanogpt/val.bin", "nanogpt/meta.pkl"]
 SETTINGS = ["configs/config.yaml", "configs/experiment/medium.yaml"]
 STATE = ["model_config", "tokenizer", "config", "corpus", "step", "ema"]
-RUN = ["optimizer", "optimizer", "config", "model", "best", "meter"]
+RUN = ["optimizer", "optimizer", "config", "model", "best", "stats"]
 KINDS = {
     "checkpoint bytes": Kind(8, partial(spoil_bytes, ["ckpt.pt"]), use_checkpoint, checked=True),
     "checkpoint values": Kind(4, partial(spoil_state, STATE), use_checkpoint),
@@ -366,7 +371,7 @@ class Outcome(NamedTuple):
 @contextmanager
 def no_longer_than(seconds: float):
     def ring(number, frame):
-        raise TimeoutError(f"a hang: {seconds} s were not enough")
+        raise TimeoutError(f"a hang: not finished after {seconds} s")
 
     previous = signal.signal(signal.SIGALRM, ring)
     signal.setitimer(signal.ITIMER_REAL, seconds)
@@ -378,7 +383,7 @@ def no_longer_than(seconds: float):
 
 
 def fingerprint(value) -> str:
-    """A hash of nested values, tensors in every bit."""
+    """A hash of nested values, including every bit of the tensors."""
     if isinstance(value, torch.Tensor):
         content = value.contiguous().flatten().view(torch.uint8)
         value = [str(value.dtype), tuple(value.shape), content.tolist()]
@@ -393,11 +398,11 @@ def run_kind(name: str, cases: int, config: Section) -> list[Outcome]:
     kind, outcomes = KINDS[name], []
     with TemporaryDirectory() as made:
         folder = Path(made)
-        write_sound(folder)
-        sound = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+        write_valid(folder)
+        valid = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
         expected = fingerprint(kind.use(folder))
         for number in range(config.first, config.first + cases):
-            for path, content in sound.items():
+            for path, content in valid.items():
                 path.write_bytes(content)
             kind.spoil(folder, Random(f"{config.seed}/{name}/{number}"))
             outcome = outcome_of(kind, folder, expected, config.limit)
@@ -412,21 +417,21 @@ def outcome_of(kind: Kind, folder: Path, expected: str, limit: float) -> Outcome
     try:
         with no_longer_than(limit):
             found = fingerprint(kind.use(folder))
-    except (UserError, OmegaConfBaseException):  # what cli.one_line_errors takes
+    except REFUSALS:
         what, why = "refused", ""
-    except BaseException as error:  # a panic of the tokenizers library is no Exception
+    except BaseException as error:  # a panic of the tokenizers library is not an Exception
         if isinstance(error, KeyboardInterrupt):
             raise
         what, why = "bug", f"{type(error).__name__}: {error}"
     else:
         what, why = ("same", "") if found == expected else ("other", "")
         if kind.checked and what == "other":
-            what, why = "bug", "silent garbage: it was read as something else"
+            what, why = "bug", "silent corruption: the file was read as something else"
     return Outcome(what, time.perf_counter() - start, why[:300])
 
 
-def tell(rows: list[dict], seconds: float, config: Section) -> None:
-    """The sums; raises `RuntimeError` if there was a bug."""
+def print_totals(rows: list[dict], seconds: float, config: Section) -> None:
+    """Print and write the totals. Raises `RuntimeError` if there was a bug."""
     total = {what: sum(row[what] for row in rows) for what in ("cases", *WHAT)}
     print(
         f"{total['cases']:,} cases in {seconds:.0f} s: {total['refused']:,} refused, "
@@ -437,11 +442,11 @@ def tell(rows: list[dict], seconds: float, config: Section) -> None:
         figures = {"seed": config.seed, "kinds": rows, "seconds": seconds, "memory": memory()}
         report.write_json(figures, config.output)
     if total["bug"]:
-        raise RuntimeError(f"{total['bug']} bugs: see above, and repeat one by kinds= and first=")
+        raise RuntimeError(f"{total['bug']} bugs: see above, and repeat one with kinds= and first=")
 
 
 def memory() -> int:
-    """The most memory that this process has had so far, in bytes."""
+    """The peak memory of this process so far, in bytes."""
     return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
@@ -465,8 +470,8 @@ def main(config: Section) -> None:
             f"{row['bug']:>5}  {1e3 * row['slowest']:.0f} ms",
             flush=True,
         )
-    tell(rows, time.perf_counter() - start, config)
+    print_totals(rows, time.perf_counter() - start, config)
 
 
 if __name__ == "__main__":
-    cli.main(main, "bench/fuzz")
+    cli.main(main, "stress/fuzz")

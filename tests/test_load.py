@@ -1,4 +1,4 @@
-"""The demo under attack, for seconds; `python -m bench.siege` does it for minutes."""
+"""The load test of the demo, for seconds; `python -m tests.stress.load` takes minutes."""
 
 import json
 import sys
@@ -10,26 +10,26 @@ pytest.importorskip("starlette")
 if not sys.platform.startswith("linux"):
     pytest.skip("the load test reads memory from /proc", allow_module_level=True)
 
-from bench import siege
+from tests.stress import load
 
 
 @pytest.fixture(scope="module")
 def figures(tmp_path_factory) -> dict:
-    """What a short siege found; it raises for a breach."""
-    path = tmp_path_factory.mktemp("siege") / "siege.json"
+    """The figures of a short load test; it raises for a breach."""
+    path = tmp_path_factory.mktemp("load") / "load.json"
     names = ("seconds", "clients", "slow", "seed", "output")
-    siege.main(siege.cli.section(dict(zip(names, (3.0, 4, 3, 1, str(path)), strict=True))))
+    load.main(load.cli.section(dict(zip(names, (3.0, 4, 3, 1, str(path)), strict=True))))
     return json.loads(path.read_text())
 
 
-def test_honest_requests_are_answered_during_attacks(figures):
+def test_valid_requests_are_answered_during_attacks(figures):
     for name in ("page", "generate", "tokens"):
         assert figures["answers"][name]["200"] > 0
     assert figures["after"] == "200"
 
 
 def test_every_fast_attack_was_tried(figures):
-    fast = {name for name, attack in siege.ATTACKS.items() if not attack.slow}
+    fast = {name for name, attack in load.ATTACKS.items() if not attack.slow}
     assert fast <= set(figures["answers"])
 
 
@@ -45,14 +45,14 @@ def test_attacks_are_refused_by_their_status(figures, name, status):
 
 
 def test_a_breach_ends_in_an_error():
-    log = siege.Log()
-    log.add("traversal", siege.Answer("200"), 0.1)
-    config = siege.cli.section({"seconds": 1.0, "output": ""})
+    log = load.Log()
+    log.add("traversal", load.Answer("200"), 0.1)
+    config = load.cli.section({"seconds": 1.0, "output": ""})
     with pytest.raises(RuntimeError, match=r"breaches: .*traversal.*200"):
-        siege.tell(log, [1.0, 1.0, 1.0], "200", config)
+        load.print_figures(log, [1.0, 1.0, 1.0], "200", config)
 
 
 def test_a_demo_that_grows_ends_in_an_error():
-    config = siege.cli.section({"seconds": 60.0, "output": ""})
+    config = load.cli.section({"seconds": 60.0, "output": ""})
     with pytest.raises(RuntimeError, match="the demo failed"):
-        siege.tell(siege.Log(), [100.0, 100.0, 120.0], "200", config)
+        load.print_figures(load.Log(), [100.0, 100.0, 120.0], "200", config)

@@ -1,6 +1,6 @@
 """Load test of the demo: it answers, refuses or closes everything, and its memory stays constant.
 
-python -m bench.siege seconds=120
+python -m tests.stress.load seconds=120
 
 It starts `python -m tools.demo` with a tiny model. Threads send it valid and malicious requests
 over raw sockets; valid requests are timed. A breach is an answer that an attack must not get, a
@@ -23,13 +23,12 @@ from random import Random
 from tempfile import TemporaryDirectory
 from typing import NamedTuple
 
-from bench.fuzz import sound_state
 from nanomdm import checkpoint, cli, report
 from nanomdm.cli import Section
 from nanomdm.errors import UserError
 from nanomdm.tokenizers import ByteTokenizer
+from tests.stress.fuzz import valid_state
 
-ROOT = Path(__file__).resolve().parent.parent
 HUNG = 45.0  # seconds, longer than the demo ever waits
 GROWTH = 1.1  # of memory from the middle to the end that counts as constant
 SCRIPT = "<script>alert(1)</script>"
@@ -206,9 +205,9 @@ def script_in_a_prompt(target: Target, random: Random) -> Answer:
     """If the script comes back, it is data that no browser shows as a page."""
     path = random.choice(("/generate", "/tokens"))
     answer = target.ask(post(path, {"text": SCRIPT, "steps": 2}))
-    sound = all(word in answer.headers for word in ("nosniff", "content-security-policy"))
-    sound = sound or SCRIPT not in answer.body
-    return answer if sound and "text/html" not in answer.headers else Answer("unsafe")
+    is_safe = all(word in answer.headers for word in ("nosniff", "content-security-policy"))
+    is_safe = is_safe or SCRIPT not in answer.body
+    return answer if is_safe and "text/html" not in answer.headers else Answer("unsafe")
 
 
 def leave(target: Target, random: Random) -> Answer:
@@ -340,19 +339,19 @@ def attack(target: Target, log: Log, random: Random, names: list[str]) -> None:
 def demo():
     """A demo of a tiny model on a free port: its process, its port, and the file of its stderr."""
     with TemporaryDirectory() as folder:
-        checkpoint.save(Path(folder, "ckpt.pt"), sound_state(ByteTokenizer()))
+        checkpoint.save(Path(folder, "ckpt.pt"), valid_state(ByteTokenizer()))
         words = [f"checkpoint={folder}/ckpt.pt", "port=0", "device=cpu", "seconds=10"]
         command = [sys.executable, "-m", "tools.demo", *words]
-        said = Path(folder, "stderr.txt")
-        with said.open("w") as stderr:
+        output = Path(folder, "stderr.txt")
+        with output.open("w") as stderr:
             process = subprocess.Popen(
-                command, cwd=ROOT, stdout=subprocess.PIPE, stderr=stderr, text=True
+                command, cwd=cli.ROOT, stdout=subprocess.PIPE, stderr=stderr, text=True
             )
         try:
             address = re.search(r":(\d+)", process.stdout.readline())
             if not address:
-                raise RuntimeError(f"the demo did not start: {said.read_text()}")
-            yield process, int(address[1]), said
+                raise RuntimeError(f"the demo did not start: {output.read_text()}")
+            yield process, int(address[1]), output
         finally:
             process.terminate()
             process.wait(timeout=20)
@@ -364,7 +363,7 @@ def memory(process: subprocess.Popen) -> float:
     return int(re.search(r"VmRSS:\s+(\d+)", status)[1]) / 1024
 
 
-def besiege(process: subprocess.Popen, port: int, config: Section) -> tuple[Log, list[float]]:
+def run_attacks(process: subprocess.Popen, port: int, config: Section) -> tuple[Log, list[float]]:
     """Run the attacks: their log, and the demo's memory at the start, middle and end."""
     log, target = Log(), Target(port, time.monotonic() + config.seconds)
     fast = [name for name, each in ATTACKS.items() if not each.slow]
@@ -391,20 +390,20 @@ def main(config: Section) -> None:
             raise UserError(f"{name}={getattr(config, name):g} must be positive")
     if not Path("/proc/self/status").is_file():
         raise UserError("the load test reads a process's memory from /proc: run it on Linux")
-    with demo() as (process, port, said):
+    with demo() as (process, port, output):
         warm = Target(port, time.monotonic())
         for _ in range(20):
             generate(warm, Random(0))
-        log, levels = besiege(process, port, config)
+        log, levels = run_attacks(process, port, config)
         time.sleep(0.5)
         after = page(warm, Random(0)).status
-        if "Traceback" in (errors := said.read_text()):
+        if "Traceback" in (errors := output.read_text()):
             print(errors[errors.index("Traceback") :][-3000:], file=sys.stderr)
             log.add("page", Answer("unsafe (a traceback of the demo)"), 0.0)
-    tell(log, levels, after, config)
+    print_figures(log, levels, after, config)
 
 
-def tell(log: Log, levels: list[float], after: str, config: Section) -> None:
+def print_figures(log: Log, levels: list[float], after: str, config: Section) -> None:
     """Print and write the figures. Raises `RuntimeError` for a breach."""
     for name, counts in sorted(log.statuses.items()):
         seconds = sorted(log.seconds[name])
@@ -430,4 +429,4 @@ def tell(log: Log, levels: list[float], after: str, config: Section) -> None:
 
 
 if __name__ == "__main__":
-    cli.main(main, "bench/siege")
+    cli.main(main, "stress/load")

@@ -1,0 +1,100 @@
+"""nanomdm/devices.py: the rules that measurements led to, and the capacity of a batch."""
+
+import pytest
+import torch
+from problems import seeded
+
+import diffusion
+from nanomdm import devices
+
+# --- Precision and torch.compile ----------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("capabilities", "fast"),
+    [
+        ({"amx_bf16": True, "avx512_bf16": True, "cpu_name": "Intel Xeon"}, True),
+        ({"amx_bf16": False, "avx512_bf16": True, "cpu_name": "Intel Xeon"}, False),
+        ({"avx512_bf16": True, "cpu_name": "AMD EPYC"}, True),
+        ({"avx512_bf16": False, "cpu_name": "AMD EPYC"}, False),
+        ({}, False),
+    ],
+)
+def test_a_cpu_trains_in_bfloat16_where_that_is_faster(monkeypatch, capabilities, fast):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities, raising=False)
+    expected = torch.bfloat16 if fast else torch.float32
+    assert devices.pick_dtype("auto", torch.device("cpu"), training=True) == expected
+
+
+CPU, GPU = torch.device("cpu"), torch.device("cuda")
+LONG = devices.WORTH_COMPILING
+
+
+@pytest.mark.parametrize(
+    ("setting", "device", "steps", "pays"),
+    [
+        *(("auto", CPU, LONG, True), ("auto", CPU, LONG - 1, False), ("auto", GPU, 1, True)),
+        *(("true", CPU, 1, True), ("false", GPU, LONG, False), ("false", CPU, LONG, False)),
+        *(("auto", torch.device("mps"), LONG, False), ("true", torch.device("mps"), 1, True)),
+    ],
+)
+def test_a_cpu_compiles_a_run_that_is_long_enough(monkeypatch, setting, device, steps, pays):
+    monkeypatch.setattr(devices.shutil, "which", lambda name: name)
+    monkeypatch.setattr(devices.Path, "exists", lambda path: True)
+    assert devices.pays_to_compile(setting, device, steps) == pays
+
+
+@pytest.mark.parametrize("missing", ["compiler", "headers"])
+def test_a_cpu_without_what_a_compiler_needs_does_not_compile(monkeypatch, missing):
+    found = "" if missing == "compiler" else "g++"
+    monkeypatch.setattr(devices.shutil, "which", lambda name: found or None)
+    monkeypatch.setattr(devices.Path, "exists", lambda path: missing != "headers")
+    assert not devices.pays_to_compile("auto", CPU, LONG)
+
+
+# --- Capacity ------------------------------------------------------------------------------------
+
+
+def masked_in_a_batch(rows: range, L: int, n: int, seed: int, eps: float = 1e-3) -> int:
+    """How many tokens of these rows of a batch of n the training loss masks."""
+    seen = []
+    diffusion.masked_diffusion_loss(
+        None,
+        torch.zeros(len(rows), L, dtype=torch.long),
+        mask_id=1,
+        generator=seeded(seed),
+        eps=eps,
+        share=(torch.tensor(rows), n),
+        nll=lambda xt, x0, is_masked: seen.append(int(is_masked.sum())) or x0.float(),
+    )
+    return seen[0]
+
+
+def capacity(rows: range, L: int, n: int, eps: float = 1e-3) -> int:
+    times = (torch.tensor(rows)[:, None].double() + 0.5) / n
+    return devices.masked_capacity(diffusion.mask_probability(times, eps), L, n)
+
+
+def test_no_batch_masks_more_tokens_than_the_capacity():
+    most = max(masked_in_a_batch(range(32), 128, 32, seed) for seed in range(2000))
+    assert most <= capacity(range(32), 128, 32)
+
+
+def test_the_capacity_is_little_more_than_half_of_a_batch():
+    assert capacity(range(32), 128, 32) < 0.6 * 32 * 128
+
+
+def test_the_capacity_is_never_more_than_there_are_tokens():
+    assert capacity(range(1), 2, 1) == 2
+
+
+@pytest.mark.parametrize("part", [0, 7])
+def test_no_interleaved_part_of_a_batch_masks_more_tokens_than_its_capacity(part):
+    rows = range(part, 32, 8)
+    most = max(masked_in_a_batch(rows, 128, 32, seed) for seed in range(500))
+    assert most <= capacity(rows, 128, 32)
+
+
+def test_a_larger_eps_masks_no_more_tokens_than_its_capacity():
+    most = max(masked_in_a_batch(range(32), 128, 32, seed, eps=0.1) for seed in range(500))
+    assert most <= capacity(range(32), 128, 32, eps=0.1)
