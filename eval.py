@@ -10,10 +10,23 @@ from nanomdm import bounds, checkpoint, cli, devices, report, runlog, texts, tra
 from nanomdm.errors import UserError, visible
 from nanomdm.random import generator
 
-READS = ("checkpoint", "output", "out_dir", "data", "sampling.steps", "eval", "system", "logging")
+READS = (
+    "checkpoint",
+    "output",
+    "out_dir",
+    "data.path",
+    "data.dir",
+    "data.dataset",
+    "sampling.steps",
+    "sampling.strategy",
+    "eval",
+    "system",
+    "logging",
+)
 
 
 def main(config: cli.Section) -> None:
+    report.check_output(config.output)
     device = devices.pick_device(config.system.device)
     names = [config.checkpoint, *filter(None, [config.eval.against])]
     models = [checkpoint.load_model(name, device, Transformer, ModelConfig) for name in names]

@@ -19,7 +19,7 @@ from hydra.errors import HydraException, OverrideParseException
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from .errors import UserError, visible
+from .errors import UserError, optional, visible
 
 ROOT = Path(__file__).resolve().parents[1]
 CONFIGS = ROOT / "configs"
@@ -130,6 +130,7 @@ RETIRED = {  # the value that each has now
     "eval.stride": 0,
     "system.timeout": 30.0,
 }
+DECIDED = ("model.", "data.tokenizer", "data.vocab_size")  # by a checkpoint
 DECISIVE = ("diffusion.eps", "diffusion.masking", "training.min_lr_ratio")  # of a resumed run
 
 
@@ -217,6 +218,9 @@ def jobs(words, name="config", reads=()):
         raise UserError(f"no option {min(unknown)} here: a setting is key=value, without dashes")
     defaults = flat(load_defaults(name))
     choices = read([word for word in words if word not in options], defaults, options)
+    for key, _ in itertools.chain(*choices):
+        if reads and key.startswith(DECIDED) and not key.startswith(reads):
+            raise UserError(f"{key}: the checkpoint decides it: leave it out")
     for number, settings in enumerate(itertools.product(*choices)):
         config = configure(settings, name, defaults)
         if options:
@@ -321,6 +325,8 @@ def checked(values, defaults):
             raise UserError(f"{key}={values[key]} is unknown: choose one of {', '.join(names)}")
     if values.get("data.path") and values.get("data.dir"):
         raise UserError("data.path and data.dir are both given: leave one of them empty")
+    if values.get("logging.wandb"):
+        optional("wandb", "logging.wandb=true")
     return config
 
 
