@@ -172,8 +172,7 @@ class Run:
         config, loaded, resumes = runs.starting_point(config, Transformer, ModelConfig)
         settings, system = config.training, config.system
         state = loaded.state if resumes else {"step": 0, "best": math.inf}
-        parallel.check_kind(system.parallel)
-        parallel.world().check_batch(settings.batch_size, settings.grad_accum)
+        runs.check(config)
         self.config, self.device, self.step = config, device, state["step"]
         self.best = state["best"]  # the lowest bound on val so far, nats per token
         self.dtype = devices.pick_dtype(system.dtype, device, training=True)

@@ -64,7 +64,7 @@ def interrupt_at(monkeypatch, step: int) -> None:
     monkeypatch.setattr(runlog.Log, "metrics", logged)
 
 
-STATE = ("model", "ema", "optimizer", "step", "best", "meter")
+STATE = ("model", "ema", "optimizer", "step", "best", "stats")
 
 
 @pytest.mark.parametrize("optimizer", ["muon", "adamw"])
