@@ -1,4 +1,4 @@
-"""The autoregressive control: the same network and loop under a causal mask."""
+"""training.objective=ar: the same network and loop under a causal mask, as a control."""
 
 import re
 from functools import partial

@@ -1,4 +1,4 @@
-""".bin files and batches; what is read from outside is never trusted."""
+"""data.py: .bin files and batches; what is read from outside is never trusted."""
 
 import hashlib
 import json

@@ -9,6 +9,8 @@ import types
 import pytest
 from conftest import TEXT, TINY
 
+from nanomdm import runlog
+
 CPU = "system.device=cpu"
 
 
@@ -168,6 +170,20 @@ def test_a_folder_gives_a_row_for_each_file_and_they_add_up(evaluated, tmp_path)
     whole = (100 * a["loss"]["value"] + 20 * b["loss"]["value"]) / 120
     assert figures["loss"]["value"] == pytest.approx(whole)
     assert re.search(r"^a\.txt +100 ", out, flags=re.M)
+
+
+# --- Progress ------------------------------------------------------------------------------------
+
+
+def test_without_a_terminal_lines_on_stderr_show_the_progress(run, trained, monkeypatch):
+    monkeypatch.setattr(runlog.progress.__wrapped__, "__defaults__", (0, 0))  # no seconds between
+    words = (f"checkpoint={trained}/ckpt.pt", "eval.draws=2", "eval.tokens=64", CPU)
+    result = run("eval.py", *words)
+    assert result.code == 0
+    assert [line[:16] for line in result.err.splitlines()] == [
+        "token    64/128 ",
+        "token   128/128 ",
+    ]
 
 
 # --- Weights & Biases ----------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""Training: what a run leaves behind, and that interrupting it changes nothing."""
+"""train.py: what a run leaves behind, and that interrupting it changes nothing."""
 
 import hashlib
 import json
