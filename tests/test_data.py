@@ -367,7 +367,7 @@ def test_a_damaged_shard_is_refused_by_its_name(damage, message, tmp_path):
 
 def test_a_shard_that_is_missing_from_the_count_of_the_meta_file_is_noticed(tmp_path):
     (sharded(tmp_path, tokens={"train": 200, "val": 4}) / "train_03.bin").unlink()
-    with pytest.raises(ValueError, match="has 100 tokens, the meta file says 200: it is cut"):
+    with pytest.raises(ValueError, match=r"train_\*\.bin has 100 tokens, the meta file says 200"):
         open_bins(tmp_path)
 
 

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT, TINY, load_model
-from problems import LOOP, arbitrary_network, seeded
+from problems import LOOP, arbitrary_network, chain, seeded
 
 import diffusion
 import train as train_script
@@ -107,17 +107,11 @@ def test_the_bound_of_the_page_is_listed_beside_the_others(run, trained, tmp_pat
 
 
 def test_the_bound_of_the_page_is_the_chain_rule_for_two_tokens():
-    halves = shown("bound")["halves"]
-    nll, x0 = partial(diffusion.nll_from_logits, arbitrary_network(LOOP)), LOOP.data[:, :2]
-    predict = torch.ones_like(x0).bool()
-
-    def network(xt, x0, where):
-        padded = [torch.nn.functional.pad(x, (0, 2), value=v) for x, v in ((xt, 3), (x0, 0))]
-        return nll(*padded, torch.nn.functional.pad(where, (0, 2), value=False))[:, :2]
-
-    settings = {"mask_id": LOOP.V, "predict": predict, "draws": 2}
+    halves, pair = shown("bound")["halves"], chain(0.1)
+    nll = partial(diffusion.nll_from_logits, arbitrary_network(pair))
+    settings = {"mask_id": pair.V, "draws": 2}
     found = [
-        diffusion.estimate(estimator, network, x0, generator=seeded(0), **settings)[0]
+        diffusion.estimate(estimator, nll, pair.data, generator=seeded(0), **settings)[0]
         for estimator in (halves, bounds.chain)
     ]
     torch.testing.assert_close(*found)
