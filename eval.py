@@ -14,9 +14,11 @@ READS = (  # the settings that this script accepts
     "checkpoint",
     "output",
     "out_dir",
-    "data",
-    "sampling.strategy",
+    "data.path",
+    "data.dir",
+    "data.dataset",
     "sampling.steps",
+    "sampling.strategy",
     "eval",
     "system",
     "logging",
@@ -24,6 +26,7 @@ READS = (  # the settings that this script accepts
 
 
 def main(config: cli.Section) -> None:
+    report.check_output(config.output)
     device = devices.pick_device(config.system.device)
     names = [config.checkpoint] + ([config.eval.against] if config.eval.against else [])
     models = [checkpoint.load_model(name, device, Transformer, ModelConfig) for name in names]

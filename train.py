@@ -179,7 +179,7 @@ class Run:
         config, loaded, resumes = runs.starting_point(config, Transformer, ModelConfig)
         settings, system = config.training, config.system
         state = loaded.state if resumes else {"step": 0, "best": math.inf}
-        parallel.world().check_batch(settings.batch_size, settings.grad_accum)
+        runs.check(config)
         self.config, self.device, self.step = config, device, state["step"]
         self.best = state["best"]  # the lowest bound on val so far, nats per token
         self.noise_device = devices.with_float64(device)

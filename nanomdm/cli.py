@@ -18,7 +18,7 @@ from hydra.errors import HydraException, OverrideParseException
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from .errors import UserError, as_user_error, check_choice, visible
+from .errors import UserError, as_user_error, check_choice, optional, visible
 
 ROOT = Path(__file__).resolve().parents[1]
 CONFIGS = ROOT / "configs"
@@ -128,6 +128,7 @@ RETIRED = {
     "eval.stride": 0,
     "system.timeout": 30.0,
 }
+DECIDED = ("model.", "data.tokenizer", "data.vocab_size")  # by a checkpoint
 DECISIVE = ("diffusion.eps", "diffusion.masking", "training.min_lr_ratio")  # of a resumed run
 
 
@@ -203,6 +204,9 @@ def jobs(words, name="config", reads=()):
         raise UserError(f"no option {min(unknown)} here: a setting is key=value, without dashes")
     defaults = flat(load_defaults(name))
     choices = read([word for word in words if word not in options], defaults, options)
+    for key, _ in itertools.chain(*choices):
+        if reads and key.startswith(DECIDED) and not key.startswith(reads):
+            raise UserError(f"{key}: the checkpoint decides it: leave it out")
     for number, settings in enumerate(itertools.product(*choices)):
         config = configure(settings, name, defaults)
         if options:
@@ -299,6 +303,8 @@ def checked(values, defaults):
             check_choice(key, values[key], names)
     if values.get("data.path") and values.get("data.dir"):
         raise UserError("data.path and data.dir are both given: leave one of them empty")
+    if values.get("logging.wandb"):
+        optional("wandb", "logging.wandb=true")
     return section(values)
 
 

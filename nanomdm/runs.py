@@ -5,8 +5,8 @@ from pathlib import Path
 
 import torch
 
-from . import checkpoint, cli, parallel, runlog
-from .errors import UserError
+from . import checkpoint, cli, optim, parallel, runlog
+from .errors import UserError, check_choice
 
 
 def starting_point(config, Transformer, ModelConfig) -> tuple:
@@ -38,6 +38,13 @@ def starting_point(config, Transformer, ModelConfig) -> tuple:
             )
         setattr(section, name, value)
     return config, loaded, resumes
+
+
+def check(config) -> None:
+    """Raise `UserError` for settings of training that would fail in the first step."""
+    settings = config.training
+    check_choice("training.lr_schedule", settings.lr_schedule, optim.SCHEDULES)
+    parallel.world().check_batch(settings.batch_size, settings.grad_accum)
 
 
 class Files:

@@ -633,13 +633,13 @@ def test_an_interrupted_run_has_exit_code_130(short_run, monkeypatch):
 
 
 def test_a_type_error_keeps_its_traceback(short_run, monkeypatch):
-    monkeypatch.setattr(train, "schedule", lambda config: 1.0)
+    monkeypatch.setattr(train.Run, "due", lambda run: True)
     with pytest.raises(TypeError):
         short_run()
 
 
 def test_a_value_error_from_within_torch_keeps_its_traceback(short_run, monkeypatch):
-    monkeypatch.setattr(runtime, "passes", lambda *_, **__: torch.optim.SGD([]))
+    monkeypatch.setattr(train, "estimate", lambda *_, **__: torch.optim.SGD([]))
     with pytest.raises(ValueError, match="empty parameter list"):
         short_run("training.eval_interval=1")
 

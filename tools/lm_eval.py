@@ -14,9 +14,9 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from bench.score import nll_samples
 
 from bench.cloze import Fill, as_texts, by_fill, greedy_fills
+from bench.score import nll_samples
 from diffusion import sample
 from model import ModelConfig, Transformer
 from nanomdm import cli, devices, strategies
