@@ -105,8 +105,7 @@ def prepare(
     for an unknown `kind` of tokenizer, and for text that a given `tokenizer` cannot encode.
     """
     sha256 = sha256_of(text.encode())
-    trained = kind not in ("char", "byte", "gpt2")  # to a size
-    recipe = tokenizer.state() if tokenizer else [kind, vocab_size if trained else 0]
+    recipe = tokenizer.state() if tokenizer else [kind, vocab_size]
     folder = cache / f"{name}-{sha256_of(json.dumps([sha256, recipe]).encode())[:12]}"
     if not (folder / "meta.json").is_file():
         split = int(0.9 * len(text))

@@ -10,25 +10,17 @@ from nanomdm import bounds, checkpoint, cli, devices, report, runlog, texts, tra
 from nanomdm.errors import UserError, visible
 from nanomdm.random import generator
 
-READS = (  # the settings that this script accepts
-    "checkpoint",
-    "output",
-    "out_dir",
-    "data.path",
-    "data.dir",
-    "data.dataset",
-    "sampling.steps",
-    "sampling.strategy",
-    "eval",
-    "system",
-    "logging",
+# The settings, or sections of them, that this script reads.
+READS = tuple(
+    "checkpoint output out_dir data.path data.dir data.dataset sampling.steps sampling.strategy "
+    "eval system logging".split()
 )
 
 
 def main(config: cli.Section) -> None:
     report.check_output(config.output)
     device = devices.pick_device(config.system.device)
-    names = [config.checkpoint] + ([config.eval.against] if config.eval.against else [])
+    names = [name for name in (config.checkpoint, config.eval.against) if name]
     models = [checkpoint.load_model(name, device, Transformer, ModelConfig) for name in names]
     exact = [loaded.model.config.causal for loaded in models]
     if exact[0] and (about_masks := config.explicit & {"eval.bounds", "eval.curve"}):

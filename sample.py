@@ -15,15 +15,8 @@ from nanomdm.errors import as_user_error, visible
 from nanomdm.random import generator
 from nanomdm.watch import Watch
 
-READS = (  # the settings that this script accepts
-    "checkpoint",
-    "prompt",
-    "prompt_file",
-    "num_samples",
-    "output",
-    "sampling",
-    "system",
-)
+# The settings, or sections of them, that this script reads.
+READS = tuple("checkpoint prompt prompt_file num_samples output sampling system".split())
 
 
 def main(config: cli.Section) -> None:

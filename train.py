@@ -15,17 +15,8 @@ from nanomdm import bounds, cli, devices, folders, optim, parallel, runlog, runs
 from nanomdm.errors import as_user_error
 from nanomdm.random import generator
 
-READS = (  # the settings that this script accepts
-    "out_dir",
-    "model",
-    "diffusion",
-    "data",
-    "training",
-    "sampling",
-    "eval.tokens",
-    "system",
-    "logging",
-)
+# The settings, or sections of them, that this script reads.
+READS = tuple("out_dir model diffusion data training sampling eval.tokens system logging".split())
 
 
 def main(config: cli.Section) -> None:
