@@ -163,7 +163,7 @@ def test_figures_and_curve_go_to_wandb_if_asked(evaluated, monkeypatch):
 @pytest.mark.parametrize(
     "word, said",
     [
-        ("eval.bounds=[uniform,exact]", "choose some of uniform"),
+        ("eval.bounds=[uniform,exact]", "choose uniform, continuous"),
         ("eval.output=nowhere/o.json", "make it first"),
         ("eval.tokens=-1", "must be at least 0"),
         ("eval.stride=99", "must lie in 1 ... 32"),
