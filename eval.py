@@ -12,8 +12,19 @@ from nanomdm.random import generator
 
 # The settings, or sections of them, that this script reads.
 READS = tuple(
-    "checkpoint output out_dir data.path data.dir data.dataset sampling.steps sampling.strategy "
-    "eval system logging".split()
+    [
+        "checkpoint",
+        "output",
+        "out_dir",
+        "data.path",
+        "data.dir",
+        "data.dataset",
+        "sampling.steps",
+        "sampling.strategy",
+        "eval",
+        "system",
+        "logging",
+    ]
 )
 
 

@@ -16,7 +16,9 @@ from nanomdm.random import generator
 from nanomdm.watch import Watch
 
 # The settings, or sections of them, that this script reads.
-READS = tuple("checkpoint prompt prompt_file num_samples output sampling system".split())
+READS = tuple(
+    ["checkpoint", "prompt", "prompt_file", "num_samples", "output", "sampling", "system"]
+)
 
 
 def main(config: cli.Section) -> None:

@@ -16,7 +16,19 @@ from nanomdm.errors import as_user_error
 from nanomdm.random import generator
 
 # The settings, or sections of them, that this script reads.
-READS = tuple("out_dir model diffusion data training sampling eval.tokens system logging".split())
+READS = tuple(
+    [
+        "out_dir",
+        "model",
+        "diffusion",
+        "data",
+        "training",
+        "sampling",
+        "eval.tokens",
+        "system",
+        "logging",
+    ]
+)
 
 
 def main(config: cli.Section) -> None:
