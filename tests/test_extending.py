@@ -267,7 +267,7 @@ def test_the_metric_of_the_page_is_recorded_with_every_evaluation(run, text_file
     norms = [line["eval/weight_norm"] for line in map(json.loads, lines) if len(line) == 2]
     weights = load_model("out/ckpt.pt").model.parameters()
     assert len(norms) == 2
-    assert norms[-1] == pytest.approx(sum(float(p.square().sum()) for p in weights) ** 0.5)
+    assert norms[-1] == pytest.approx(sum(float(p.detach().square().sum()) for p in weights) ** 0.5)
 
 
 def test_the_network_of_the_page_has_a_loss_a_bound_samples_and_a_checkpoint(
