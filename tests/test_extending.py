@@ -253,7 +253,7 @@ def test_the_schedule_of_the_page_falls_in_the_last_fifth():
 
 def test_an_optimizer_is_among_the_choices():
     OPTIMIZERS["mine"] = sgd
-    with pytest.raises(ValueError, match="choose muon, adamw or mine"):
+    with pytest.raises(ValueError, match="muon, adamw.* mine"):
         build_optimizer(torch.nn.Linear(2, 2), "sgd", 0.1, 0.1)
 
 
@@ -267,7 +267,7 @@ def test_the_metric_of_the_page_is_recorded_with_every_evaluation(run, text_file
     norms = [line["eval/weight_norm"] for line in map(json.loads, lines) if len(line) == 2]
     weights = load_model("out/ckpt.pt").model.parameters()
     assert len(norms) == 2
-    assert norms[-1] == pytest.approx(sum(float(p.square().sum()) for p in weights) ** 0.5)
+    assert norms[-1] == pytest.approx(sum(float(p.detach().square().sum()) for p in weights) ** 0.5)
 
 
 def test_the_network_of_the_page_has_a_loss_a_bound_samples_and_a_checkpoint(
