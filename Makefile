@@ -16,6 +16,7 @@ test: $(VENV)/dev.done
 lint: $(VENV)/dev.done
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/python tests/budgets.py
 
 $(VENV)/run.done: EXTRA := progress
 $(VENV)/dev.done: EXTRA := dev

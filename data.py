@@ -81,8 +81,9 @@ def load(settings, tokenizer: object | None = None, sha256: str = "") -> Corpus:
     cache = Path(os.environ.get("NANOMDM_CACHE", "prepared"))
     name, text = find_text(settings.dataset, settings.path, cache)
     if not settings.path:
-        settings.dataset = name  # what was there without a network: a resumed run needs the same
-    check_hash(name, sha256_of(text.encode()) if sha256 else "", sha256)
+        settings.dataset = name  # without a network it is another one, and so after a resume
+    if sha256:
+        check_hash(name, sha256_of(text.encode()), sha256)
     return prepare(text, name, settings.tokenizer, settings.vocab_size, cache, tokenizer)
 
 
@@ -97,14 +98,14 @@ def check_hash(name: str, found: str, expected: str) -> None:
 def prepare(
     text: str, name: str, kind: str, vocab_size: int, cache: Path, tokenizer: object | None = None
 ) -> Corpus:
-    """Tokenize `text` into a folder of `cache`, once for each text and tokenizer.
+    """Tokenize `text` into a folder of `cache`, once for each text and recipe of a tokenizer.
 
+    A recipe is a kind and a size, or the tokenizer of a checkpoint.
     The first 90% of the characters are train, the rest is val, as in nanoGPT. Raises `UserError`
     for an unknown `kind` of tokenizer, and for text that a given `tokenizer` cannot encode.
     """
     sha256 = sha256_of(text.encode())
-    trained = kind not in ("char", "byte", "gpt2")  # to a size
-    recipe = tokenizer.state() if tokenizer else [kind, vocab_size if trained else 0]
+    recipe = tokenizer.state() if tokenizer else [kind, vocab_size]
     folder = cache / f"{name}-{sha256_of(json.dumps([sha256, recipe]).encode())[:12]}"
     if not (folder / "meta.json").is_file():
         split = int(0.9 * len(text))

@@ -1,9 +1,9 @@
 """Masked diffusion: masking, training loss, likelihood bound and reverse process.
 
 `model` is any callable from ids (B, L) to logits (B, L, V); V is the vocabulary without the mask.
-Everything random is a function of (seed, row, position): a function that takes a `generator` draws
-one seed from it and hashes the rest, so that row i of a batch gets the same draws whatever the
-batch, the device or the number of processes.
+Masking and sampling are functions of (seed, row, position): they draw a seed from their `generator`
+and hash the rest, so that row i of a batch gets the same draws whatever the batch, the device or
+the number of processes. `estimate` draws its noise on the CPU, for all rows at once.
 """
 
 import math
@@ -41,8 +41,8 @@ def mask_tokens(
     """Mask each token of x0 (B, L) independently with probability `p_mask`, a number or (B, 1).
 
     `rows` (B,) are the rows' numbers in a larger batch, if x0 is a part of one. Returns (xt,
-    is_masked), both (B, L). Carry `is_masked` along: `xt == mask_id` is no substitute where the
-    data may hold that id.
+    is_masked), both (B, L). Carry `is_masked` along: `xt == mask_id` is no substitute where a
+    caller's mask id is one that the data may hold.
     """
     noise = hash_noise(draw_seed(generator), _rows(x0, rows), x0.size(1))
     is_masked = (noise < p_mask).to(x0.device)  # (B, L)
@@ -65,15 +65,18 @@ def masked_diffusion_loss(
 ) -> Tensor:
     """The training loss E_t[ sum of CE over the masked tokens / p_mask(t) ] / L, nats per token.
 
+    The mean over a batch (B, L) is this sum divided by B L: dividing by p_mask makes up for the
+    tokens that are not masked. A mean over the masked tokens alone would be no likelihood bound
+    (SMDM, arXiv 2410.18514; LLaDA, 2502.09992).
+
     x0 (B, L) are clean ids. The times are stratified over the batch: row i of n has t uniform in
-    [i / n, (i + 1) / n). Where x0 is a `share` (rows (B,), n) of a larger batch, these are its rows
-    in it. The sum is divided by L, not by the number of masked tokens: that mean would be no
-    likelihood bound (SMDM, arXiv 2410.18514; LLaDA, 2502.09992).
+    [i / n, (i + 1) / n). If x0 is a part of a larger batch, `share` is (its rows in it (B,), n).
 
     A `weighting` g below 1 is another objective, which learns faster: the weight (2 - g) / p_mask^g
-    counts rows with few masks less. Its factor keeps the scale: a loss of c nats at every masked
-    token is c. `nll(xt, x0, is_masked)` -> (B, L) replaces `nll_from_logits` for a model that
-    computes its own cross-entropies, as a `Transformer` does. Raises `ValueError`.
+    gives rows with few masks less weight; the factor 2 - g makes the expected loss c where each
+    masked token costs c. `nll(xt, x0, is_masked)` -> (B, L) takes the place of `nll_from_logits`
+    for a model that computes its own cross-entropies, as a `Transformer` does; `model` is then
+    unused. Raises `ValueError` for a weighting out of its range.
     """
     if not 0 <= weighting <= 1:
         raise ValueError(f"{weighting=} must lie in [0, 1]; 1 is the weight of the bound")
@@ -82,9 +85,9 @@ def masked_diffusion_loss(
     t = (rows[:, None] + hash_noise(draw_seed(generator), rows, 1)) / n  # (B, 1)
     p_mask = mask_probability(t, eps)
     xt, is_masked = mask_tokens(x0, p_mask, mask_id, generator, rows)
-    loss = nll(xt, x0, is_masked)  # (B, L), 0 where nothing is masked
+    costs = nll(xt, x0, is_masked)  # (B, L), 0 where nothing is masked
     weight = (2 - weighting) * p_mask**-weighting  # (B, 1)
-    return (loss * weight.to(loss)).mean()
+    return (costs * weight.to(costs)).mean()
 
 
 def nll_from_logits(model: Callable, xt: Tensor, x0: Tensor, where: Tensor) -> Tensor:
@@ -104,16 +107,13 @@ def nll_from_logits(model: Callable, xt: Tensor, x0: Tensor, where: Tensor) -> T
 def any_order(u: Tensor, noise: Tensor) -> Iterator:
     """The estimator of `nelbo`: l ~ U{1 ... M} random tokens masked, weight M / l (2110.02037).
 
-    An estimator turns u (B,), uniform and stratified, and noise (B, L), uniform where a token is to
-    be predicted and 2 where it is context, into queries (hidden, scored, weight): mask `hidden` (B,
-    L), sum the cross-entropies over `scored` (B, L), multiply by `weight` (B,). This one needs no
-    eps and has a finite variance. It is the bound of the sampler that reveals one uniformly random
-    position a call.
+    It needs no eps and has a finite variance. Its mean is the bound of the sampler that reveals one
+    uniformly random position a call; eval.py calls it `uniform`. See `estimate`.
     """
     M = (noise < 1).sum(dim=1)
-    masked = (u * M).long() + 1
-    hidden = noise.argsort().argsort() < masked[:, None]
-    yield hidden, hidden, M.double() / masked
+    count = (u * M).long() + 1
+    hidden = noise.argsort().argsort() < count[:, None]
+    yield hidden, hidden, M.double() / count
 
 
 def nelbo(
@@ -121,8 +121,9 @@ def nelbo(
 ) -> tuple[float, float]:
     """(value, standard error) of an upper bound on -log p(x0), in nats per token.
 
-    The text is given and the masks are random: the error is that over the masks (nan for one draw).
-    `options` are those of `estimate`.
+    The short form of `estimate` with `any_order`, which train.py and eval.py call. The text is
+    given and the masks are random: the error is that over the masks (nan for one draw). `options`
+    are those of `estimate`.
     """
     nats, _, counts = estimate(any_order, nll or partial(nll_from_logits, model), x0, **options)
     values = nats.sum(dim=1) / counts.sum()  # (draws,)
@@ -150,10 +151,16 @@ def estimate(
     the CPU, and u is stratified over the N rows, so that the result does not depend on
     `batch_size` or the device, but for rounding.
 
+    An estimator turns u (B,), uniform in [0, 1), and noise (B, L), uniform in [0, 1) where a token
+    is to be predicted and 2 where it is context, into queries (hidden, scored, weight): mask
+    `hidden` (B, L), sum the cross-entropies over `scored` (B, L), multiply by `weight` (B,). The
+    sum over its queries estimates -log p of each row.
+
     Returns, on the CPU: nats (draws, N) float64, the estimates, summed over the tokens of a row; u
     (draws, N) float64; counts (N,) int64, the tokens of each row that are predicted.
     """
-    predict = predict or [torch.ones(len(row), dtype=torch.bool) for row in x0]
+    if predict is None:
+        predict = [torch.ones(len(row), dtype=torch.bool) for row in x0]
     lengths = torch.tensor([len(row) for row in predict])
     counts = torch.tensor([int(row.sum()) for row in predict])
     if min([draws, len(counts), *counts]) < 1:
@@ -217,7 +224,7 @@ class State:
     is_masked: Tensor  # those of them that are still masked
     noise: Tensor  # uniform in [0, 1), kept from step to step: when to reveal a position
     token_noise: Tensor  # uniform in [0, 1), kept from step to step: which token it gets
-    more_noise: Callable  # more_noise(columns, *salt): further uniform draws (B, columns)
+    more_noise: Callable  # more_noise(columns, 2, ...): further draws (B, columns); 0, 1 are taken
     index: int  # of the step: 0, 1, ... steps - 1
     steps: int
     calls: int = 0  # of the network
@@ -256,7 +263,7 @@ def stochastic(state: State) -> Tensor:
 
 
 def confidence(state: State) -> Tensor:
-    """The positions whose most probable token is the most probable; M / K of M in each step.
+    """The positions with the highest top probability, as many as the quota.
 
     MaskGIT (arXiv 2202.04200) and LLaDA (2502.09992) take the probability of the token drawn.
     """
@@ -284,45 +291,56 @@ def sample(
 ) -> Sampled:
     """Fill the positions `is_masked` of `canvas` (B, L) in `steps` steps, and change no other.
 
-    A `strategy` (`stochastic`, `confidence` or any function, such as those of strategies.py) maps a
-    `State` to the positions (B, L) to reveal in this step. Their tokens are drawn independently
-    from the network's prediction, at `temperature` (0: the most probable one), after `truncate` has
-    mapped probabilities (N, V) to those that may be drawn (top-k, top-p). A strategy with the
-    attribute `adaptive` has no fixed number of steps: it goes on until no mask is left, and has to
-    reveal something in each. With a `block_length` the masked positions are filled block by block,
-    from left to right, in `steps` steps each (semi-autoregressive, LLaDA). The last step reveals
-    all that is left.
+    A `strategy` (`stochastic`, `confidence` or any function, such as those of
+    nanomdm/strategies.py, where the command line finds them by name) maps a `State` to the
+    positions (B, L) to reveal in this step, and has to reveal all in the last. Their tokens are
+    drawn independently from the network's prediction, at `temperature` (0: the most probable one),
+    after `truncate` has mapped probabilities (N, V) to those that may be drawn (top-k, top-p). A
+    strategy with the attribute `adaptive` has no fixed number of steps: it goes on until no mask is
+    left, and has to reveal something in each. With a `block_length` the masked positions are filled
+    block by block, from left to right, in `steps` steps each (semi-autoregressive, LLaDA).
 
     Row i draws from (seed, rows[i]) alone (default 0 ... B - 1). `callback(j, s, xt)` sees the
     state after step j = 1, 2, ... at time s, and copies what it keeps. A list given as `history`
-    gets an `Event` for each step. Raises `ValueError`.
+    gets an `Event` for each step, logits included. Raises `ValueError` for a setting out of its
+    range.
     """
     strategy = {"stochastic": stochastic, "confidence": confidence}.get(strategy, strategy)
     if not callable(strategy) or steps < 1 or temperature < 0:
-        raise ValueError(f"{strategy=} must be a function, {steps=} >= 1, {temperature=} >= 0")
-    adaptive, xt = getattr(strategy, "adaptive", False), canvas.masked_fill(is_masked, mask_id)
-    L, calls, step = canvas.size(1), 0, 0
-    draws = partial(hash_noise, draw_seed(generator), _rows(canvas, rows))
-    noise, token_noise = draws(L, 0), draws(L, 1)  # (B, L)
+        raise ValueError(
+            f"{strategy=} must be stochastic, confidence or a function, {steps=} at least 1, "
+            f"{temperature=} not negative"
+        )
+    adaptive = getattr(strategy, "adaptive", False)
+    xt = canvas.masked_fill(is_masked, mask_id)
+    L = canvas.size(1)
+    uniform = partial(hash_noise, draw_seed(generator), _rows(canvas, rows))
+    noise = uniform(L, 0)  # (B, L): when to reveal
+    token_noise = uniform(L, 1)  # (B, L): which token
+    calls = step = 0
     number = (is_masked.cumsum(dim=1) - 1) // (block_length or L)  # of the block
     for i in range(int(number.amax()) + 1):
-        block = masked = is_masked & (number == i)
+        block = left = is_masked & (number == i)
         count = int(block.sum(dim=1).amax()) if adaptive else steps
         for index in range(count):
-            state = State(model, xt, block, masked, noise, token_noise, draws, index, count)
-            revealed, tokens, logits, step = strategy(state), None, None, step + 1
+            state = State(model, xt, block, left, noise, token_noise, uniform, index, count)
+            revealed = strategy(state) & left
+            tokens = logits = None
             if revealed.any():
                 logits = state.logits[revealed]  # (N, V)
                 tokens = draw_tokens(logits, token_noise[revealed], temperature, truncate)
-                xt[revealed], masked = tokens, masked & ~revealed
+                xt[revealed] = tokens
+                left = left & ~revealed
             if state.again is not None:
-                xt[state.again], masked = mask_id, masked | state.again
+                xt[state.again] = mask_id
+                left = left | state.again
+            step += 1
             calls += state.calls
             if history is not None:
                 history.append(Event(step, revealed, tokens, logits, state.again))
             if callback:
                 callback(step, state.s, xt)
-            if adaptive and not masked.any():
+            if adaptive and not left.any():
                 break
     return Sampled(xt, calls, history)
 
@@ -337,7 +355,7 @@ def draw_tokens(
     """
     if temperature == 0:
         return logits.argmax(dim=-1)
-    logits = logits.double() - logits.amax(dim=-1, keepdim=True)  # at tiny temperatures, too
+    logits = logits.double() - logits.amax(dim=-1, keepdim=True)  # no overflow if divided
     probabilities = (logits / temperature).softmax(dim=-1)
     cdf = (truncate(probabilities) if truncate else probabilities).cumsum(dim=-1)
     return torch.searchsorted(cdf, u[:, None] * cdf[:, -1:], right=True).squeeze(1)

@@ -10,12 +10,17 @@ from nanomdm import bounds, checkpoint, cli, devices, report, runlog, texts, tra
 from nanomdm.errors import UserError, visible
 from nanomdm.random import generator
 
-READS = ("checkpoint", "output", "out_dir", "data", "sampling.steps", "eval", "system", "logging")
+# The settings, or sections of them, that this script reads.
+READS = tuple(
+    "checkpoint output out_dir data.path data.dir data.dataset sampling.steps sampling.strategy "
+    "eval system logging".split()
+)
 
 
 def main(config: cli.Section) -> None:
+    report.check_output(config.output)
     device = devices.pick_device(config.system.device)
-    names = [config.checkpoint, *filter(None, [config.eval.against])]
+    names = [name for name in (config.checkpoint, config.eval.against) if name]
     models = [checkpoint.load_model(name, device, Transformer, ModelConfig) for name in names]
     exact = [loaded.model.config.causal for loaded in models]
     if exact[0] and (about_masks := config.explicit & {"eval.bounds", "eval.curve"}):
@@ -43,9 +48,10 @@ def main(config: cli.Section) -> None:
         show(report.likelihood(samples, scored))
         if not exact[0]:
             show(report.cost_by_rate(samples))
-            measured = {"uniform": (chosen.pop("uniform"), samples, seconds)}
+            measured = {"uniform": (chosen["uniform"], samples, seconds)}
             for name, bound in chosen.items():
-                measured[name] = (bound, *measure(models[0], bound, scored, config))
+                if name != "uniform":
+                    measured[name] = (bound, *measure(models[0], bound, scored, config))
             show(report.side_by_side(measured))
         if len(models) > 1:
             other, _ = measure(models[1], bounds.BOUNDS["uniform"], scored, config)

@@ -12,8 +12,8 @@ from torch.utils.checkpoint import checkpoint
 
 # On a CPU, softmax(QK^T)V written out beats PyTorch's fused attention up to this length.
 WRITTEN_OUT_UP_TO = 512
-LONGEST = 2**25  # block_size times the width of a head: the rotary tables take half a GiB
-LOGITS_AT_ONCE = 2**27  # of cross-entropies: half a GiB in float32
+LONGEST = 2**25  # block_size times the width of a head: the rotary tables take 128 MiB
+LOGITS_AT_ONCE = 2**27  # single logits that the loss builds at a time: half a GiB in float32
 TILES = {"cuda": 64}  # matrix products are fast where their sizes are multiples of this
 
 
@@ -44,28 +44,38 @@ class ModelConfig:
     def __post_init__(self):
         for field in fields(self):
             value, kind = getattr(self, field.name), field.type
-            if type(value) is not kind and (type(value), kind) != (int, float):
+            if type(value) is not kind and (type(value), kind) != (int, float):  # 1 for 1.0
                 raise ValueError(f"model.{field.name}={value!r} is not of type {kind.__name__}")
         least = dict.fromkeys(("vocab_size", "block_size", "n_layer", "n_head", "n_embd"), 1)
         least |= {"mlp_size": 0, "norm_eps": 0, "rope_base": 1}
         for name, limit in least.items():
             if not limit <= getattr(self, name) < math.inf:
-                raise ValueError(f"model.{name}={getattr(self, name)} must be at least {limit}")
+                raise ValueError(
+                    f"model.{name}={getattr(self, name)} must be finite, at least {limit}"
+                )
         K = self.head_size
-        wrong = {
-            f"model.n_embd={self.n_embd} is not divisible by model.n_head={self.n_head}: "
-            f"choose a multiple of {self.n_head}": self.n_embd % self.n_head,
-            f"model.n_embd / model.n_head = {K} is odd, but rotary embeddings turn pairs: "
-            "choose an even head width": K % 2,
-            f"model.block_size={self.block_size} is too long: choose at most "
-            f"{LONGEST // max(1, K)} for heads of width {K}": self.block_size * K > LONGEST,
-            f"model.conv_width={self.conv_width} must be odd, for as many neighbours on each "
-            "side, or 0 for none": self.conv_width and not max(0, self.conv_width) % 2,
-            f"model.dropout={self.dropout} must lie in [0, 1)": not 0 <= self.dropout < 1,
-        }
-        for message, is_wrong in wrong.items():
-            if is_wrong:
-                raise ValueError(message)
+        if self.n_embd % self.n_head:
+            raise ValueError(
+                f"model.n_embd={self.n_embd} is not divisible by model.n_head={self.n_head}: "
+                f"choose a multiple of {self.n_head}"
+            )
+        if K % 2:
+            raise ValueError(
+                f"model.n_embd / model.n_head = {K} is odd, but rotary embeddings turn pairs: "
+                "choose an even head width"
+            )
+        if self.block_size * K > LONGEST:
+            raise ValueError(
+                f"model.block_size={self.block_size} is too long: choose at most {LONGEST // K} "
+                f"for heads of width {K}"
+            )
+        if self.conv_width < 0 or (self.conv_width and self.conv_width % 2 == 0):
+            raise ValueError(
+                f"model.conv_width={self.conv_width} must be odd, for as many neighbours on each "
+                "side, or 0 for none"
+            )
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"model.dropout={self.dropout} must lie in [0, 1)")
 
     @property
     def mask_id(self) -> int:
@@ -217,7 +227,10 @@ class Transformer(nn.Module):
         return self.cos.device
 
     def initialise(self) -> None:
-        """Normal weights of deviation 0.02, divided by sqrt(2 n_layer) before the residual sum."""
+        """Normal weights of deviation 0.02; convolutions stay 0.
+
+        What writes to the residual stream begins smaller by sqrt(2 n_layer).
+        """
         for name, parameter in self.named_parameters():
             if parameter.ndim == 2:
                 depth = 2 * self.config.n_layer if name.endswith("out.weight") else 1
@@ -264,9 +277,9 @@ class Transformer(nn.Module):
         """Logits (B, L, V); given `targets` and `where` (B, L), cross-entropies (B, L) in nats.
 
         The cross-entropies are float32, 0 outside `where`; logits are built for the positions in
-        `where` alone, at most `LOGITS_AT_ONCE` of them at a time. `capacity`, an upper bound on the
-        number of those positions, gives static shapes: for torch.compile, and for a GPU that need
-        not wait to learn their number. Positions beyond it are left out.
+        `where` alone, in chunks of `LOGITS_AT_ONCE`. `capacity` fixes the number of positions that
+        are computed: static shapes, for torch.compile and for a GPU that need not wait to learn
+        their number. It has to be large enough: positions beyond it get a 0.
         """
         hidden = self.hidden(xt)  # (B, L, D)
         if targets is None:
@@ -277,7 +290,8 @@ class Transformer(nn.Module):
             chosen = where.flatten().nonzero_static(size=capacity)  # -1 in unused slots
         used, chosen = chosen[:, 0] >= 0, chosen[:, 0].clamp(min=0)  # (N,)
         hidden, targets = hidden.flatten(0, 1)[chosen], targets.flatten()[chosen]
-        rows, cross_entropy = max(1, LOGITS_AT_ONCE // self.config.vocab_size), self.cross_entropy
+        rows = max(1, LOGITS_AT_ONCE // self.config.vocab_size)
+        cross_entropy = self.cross_entropy
         if len(targets) > rows:  # in chunks, which the backward pass computes again
             cross_entropy = partial(
                 checkpoint, cross_entropy, use_reentrant=False, preserve_rng_state=False
@@ -285,4 +299,4 @@ class Transformer(nn.Module):
         nll = torch.cat(list(map(cross_entropy, hidden.split(rows), targets.split(rows))))
         nll = torch.where(used, nll, 0.0)
         flat = nll.new_zeros(where.numel()).index_add(0, chosen, nll)
-        return flat.view_as(xt).clone()  # FSDP warns of a view, which must not be changed in place
+        return flat.view_as(xt).clone()  # FSDP's hooks warn of a view

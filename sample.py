@@ -15,7 +15,8 @@ from nanomdm.errors import as_user_error, visible
 from nanomdm.random import generator
 from nanomdm.watch import Watch
 
-READS = ("checkpoint", "prompt", "prompt_file", "num_samples", "output", "sampling", "system")
+# The settings, or sections of them, that this script reads.
+READS = tuple("checkpoint prompt prompt_file num_samples output sampling system".split())
 
 
 def main(config: cli.Section) -> None:
@@ -56,9 +57,11 @@ def fill(
     A canvas longer than the context is filled window by window. What follows an end-of-text token
     is left out, unless the prompt continues behind it. calls and seconds are those of the batch.
     """
-    start, calls, model, tokenizer = time.perf_counter(), 0, loaded.model, loaded.tokenizer
-    mask_id, eos = model.config.mask_id, -1 if tokenizer.eos is None else tokenizer.eos
-    ids = ids.masked_fill(is_masked, mask_id)
+    start, calls = time.perf_counter(), 0
+    model, tokenizer = loaded.model, loaded.tokenizer
+    mask_id = model.config.mask_id
+    eos = -1 if tokenizer.eos is None else tokenizer.eos
+    ids, is_masked = ids.masked_fill(is_masked, mask_id), is_masked.clone()
     is_tail = is_masked.flip(1).cummin(dim=1).values.flip(1)  # masked, and no context behind it
     ends = torch.zeros_like(is_masked)
     watch = Watch(tokenizer, mask_id, ids[0]) if config.sampling.watch else None
@@ -74,9 +77,10 @@ def fill(
             callback=watch and partial(watch.show, window),
         )
         calls += filled.calls
-        ids[:, window], is_masked[:, window] = filled.ids.cpu(), False
+        ids[:, window] = filled.ids.cpu()
+        is_masked[:, window] = False
         ends = is_tail & (ids == eos)
-        is_masked &= ~ends.any(dim=1, keepdim=True)
+        is_masked &= ~ends.any(dim=1, keepdim=True)  # a text that has ended is filled no further
     if watch:
         watch.close()
     lengths = (ends.cumsum(dim=1) == 0).sum(dim=1)  # up to the first end-of-text token

@@ -15,17 +15,8 @@ from nanomdm import bounds, cli, devices, folders, optim, parallel, runlog, runs
 from nanomdm.errors import as_user_error
 from nanomdm.random import generator
 
-READS = (
-    "out_dir",
-    "model",
-    "diffusion",
-    "data",
-    "training",
-    "sampling",
-    "eval.tokens",
-    "system",
-    "logging",
-)
+# The settings, or sections of them, that this script reads.
+READS = tuple("out_dir model diffusion data training sampling eval.tokens system logging".split())
 
 
 def main(config: cli.Section) -> None:
@@ -64,11 +55,13 @@ def main(config: cli.Section) -> None:
 def training_step(run: "Run") -> tuple[Tensor, Tensor]:
     """One optimizer step. Returns the loss and the norm of the gradient before clipping.
 
-    Batch, masks and dropout are functions of (seed, step, row): the same however the batch is split
-    into micro-batches and over processes, and the same after a resume.
+    Batch and masks are functions of (seed, step, row): the same however the batch is split into
+    micro-batches and over processes. With dropout, which follows from (seed, step, rank), they are
+    the same after a resume.
     """
-    settings, seed, shape = run.config.training, run.config.system.seed, run.model.config
-    B, parts, world = settings.batch_size, settings.grad_accum, parallel.world()
+    settings, seed = run.config.training, run.config.system.seed
+    shape, world = run.model.config, parallel.world()
+    B, parts = settings.batch_size, settings.grad_accum
     torch.manual_seed(generator(seed, "dropout", run.step).initial_seed() + world.rank)
     run.optimizer.zero_grad()
     total = torch.zeros((), device=run.device)
@@ -94,7 +87,8 @@ def training_step(run: "Run") -> tuple[Tensor, Tensor]:
         run.scaler.scale(loss / parts).backward()
         total += loss.detach() / parts
 
-    loss, parameters = parallel.mean(total), list(run.model.parameters())
+    loss = parallel.mean(total)
+    parameters = list(run.model.parameters())
     run.scaler.unscale_(run.optimizer)
     grad_norm = torch.nn.utils.clip_grad_norm_(parameters, settings.grad_clip or math.inf)
     grad_norm = parallel.full_tensor(grad_norm)
@@ -113,7 +107,10 @@ def training_step(run: "Run") -> tuple[Tensor, Tensor]:
 
 
 def evaluate(run: "Run", log) -> None:
-    """The bound of the EMA weights on both splits, on the same masks every time; keeps the best."""
+    """The bound of the EMA weights on val and a part of train; keeps the weights of the best.
+
+    On the same masks every time, and in float32: autocast is for training.
+    """
     shape, limit, values = run.model.config, run.config.eval.tokens, {}
     quarter = max(1, (limit or len(run.corpus.val)) // 4)
     for split, tokens in (("train", quarter), ("val", limit)):
@@ -153,8 +150,10 @@ def save(run: "Run", name: str) -> bool:
         "ema": run.ema.state_dict(),
     }
     if name == "ckpt.pt":
-        state["model"], state["stats"] = run.model.state_dict(), run.stats.state()
-        state["optimizer"], state["scaler"] = run.optimizer.state_dict(), run.scaler.state_dict()
+        state["model"] = run.model.state_dict()
+        state["optimizer"] = run.optimizer.state_dict()
+        state["scaler"] = run.scaler.state_dict()
+        state["stats"] = run.stats.state()
     return run.files.save(name, state)
 
 
@@ -171,8 +170,7 @@ class Run:
         config, loaded, resumes = runs.starting_point(config, Transformer, ModelConfig)
         settings, system = config.training, config.system
         state = loaded.state if resumes else {"step": 0, "best": math.inf}
-        parallel.check_kind(system.parallel)
-        parallel.world().check_batch(settings.batch_size, settings.grad_accum)
+        runs.check(config)
         self.config, self.device, self.step = config, device, state["step"]
         self.best = state["best"]  # the lowest bound on val so far, nats per token
         self.noise_device = devices.with_float64(device)
@@ -187,7 +185,7 @@ class Run:
 
         self.model = build_model(config, self.corpus, loaded).to(device)
         self.model.recompute = settings.activation_checkpointing
-        self.ema = copy.deepcopy(self.model).eval()  # with the moving average of the weights
+        self.ema = copy.deepcopy(self.model).eval()  # moving average: as yet the same weights
         if resumes:
             self.model.load_state_dict(state["model"])
         steps = settings.max_iters - self.step
@@ -200,13 +198,16 @@ class Run:
             self.model, settings.optimizer, settings.learning_rate, settings.weight_decay
         )
         self.scaler = torch.amp.GradScaler(device.type, enabled=self.dtype == torch.float16)
-        self.stats = optim.StepStats(device, state.get("stats", state.get("meter", {})))
+        self.stats = optim.StepStats(
+            device, state.get("stats", state.get("meter", {}))
+        )  # once meter
         if resumes:
             self.optimizer.load_state_dict(state["optimizer"])
             self.scaler.load_state_dict(state.get("scaler") or self.scaler.state_dict())
         self.files = runs.Files(config.out_dir, self.step, device)
-        B, parts = settings.batch_size, settings.grad_accum * parallel.world().size
-        latest = torch.arange(parts - 1, B, parts)[:, None]  # the micro-batch of the latest times
+        # Every n-th row is in a micro-batch: the last one has the latest times, and most masks.
+        B, n = settings.batch_size, settings.grad_accum * parallel.world().size
+        latest = torch.arange(n - 1, B, n)[:, None]
         p_mask = mask_probability((latest.double() + 0.5) / B)
         self.capacity = devices.masked_capacity(p_mask, self.model.config.block_size, B)
 
@@ -220,7 +221,10 @@ class Run:
 
 
 def build_model(config: cli.Section, corpus: data.Corpus, loaded) -> Transformer:
-    """A new network, or that of a checkpoint, which decides its shape but not its dropout."""
+    """A new network, or that of a checkpoint with its EMA weights.
+
+    The checkpoint decides the shape, but not the dropout and the objective.
+    """
     shape = vars(config.model) | {"causal": config.training.objective == "ar"}
     with as_user_error():
         if loaded:
@@ -231,7 +235,7 @@ def build_model(config: cli.Section, corpus: data.Corpus, loaded) -> Transformer
     torch.manual_seed(generator(config.system.seed, "weights").initial_seed())
     model = Transformer(shape)
     if loaded:
-        model.load_state_dict(loaded.model.state_dict())  # its EMA weights
+        model.load_state_dict(loaded.model.state_dict())
     return model
 
 

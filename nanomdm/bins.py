@@ -24,8 +24,8 @@ def open_split(folder: Path, split: str, meta: dict, vocab_size: int) -> "np.nda
     expected = meta.get("tokens", {}).get(split, len(tokens))
     if len(tokens) != expected:
         raise UserError(
-            f"{folder / split} has {len(tokens)} tokens, the meta file says {expected}: it is "
-            "cut, prepare the data again"
+            f"{folder / split}{'_*' if shards else ''}.bin has {len(tokens)} tokens, the meta file "
+            f"says {expected}: it is cut, prepare the data again"
         )
     hashes = meta.get("shards", {}) if len(tokens) <= SCANNED else {}
     scanned = SCANNED // len(paths) if split == "train" else None  # val is read as a whole anyway

@@ -8,7 +8,6 @@ import re
 import sys
 import time
 from collections.abc import Callable, Sequence
-from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -19,29 +18,23 @@ from hydra.errors import HydraException, OverrideParseException
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from .errors import UserError, visible
+from .errors import UserError, as_user_error, check_choice, optional, visible
 
 ROOT = Path(__file__).resolve().parents[1]
 CONFIGS = ROOT / "configs"
 RANK = int(os.environ.get("RANK", 0))  # of this process among those of torchrun
 FREE = "sampling.options"  # a dictionary with keys of a strategy's own
-KINDS = {
-    bool: "true or false",
-    int: "a whole number",
-    float: "a number",
-    str: "a text",
-    list: "a list like [a,b]",
-    dict: "a section like {a: 1}",
-}
 RANGES = {  # what a number must be: the condition, and the keys that it holds for
-    "at least 1": (lambda x: x >= 1, ("num_samples", "sampling.steps", "eval.draws")),
     "positive": (
-        lambda x: x > 0,
+        lambda x: 0 < x < math.inf,
         (
+            "num_samples",
             "training.max_iters",
             "training.batch_size",
             "training.grad_accum",
             "training.learning_rate",
+            "sampling.steps",
+            "eval.draws",
             "logging.interval",
         ),
     ),
@@ -100,18 +93,23 @@ REPEATED = (
     "training.ema_decay",
     "system.seed",
 )
-RENAMED = {  # by its old name: the key, and the default that it had
-    "sampling.output": ("output", ""),
-    "eval.output": ("output", ""),
-    "training.eval_tokens": ("eval.tokens", 0),
-    "sampling.threshold": ("sampling.options.threshold", 0.9),
-    "sampling.gamma": ("sampling.options.gamma", 0.1),
-    "sampling.remask_rate": ("sampling.options.remask_rate", 0.05),
-    "sampling.top_k": ("sampling.options.top_k", 0),
-    "sampling.guidance": ("sampling.options.guidance", 0.0),
-    "sampling.block_length": ("sampling.options.block_length", 0),
+# Settings of earlier versions: those that are options now, with the default that each had; all that
+# have another name; and those that are none any more, with the value that each has now.
+NOW_OPTIONS = {
+    "threshold": 0.9,
+    "gamma": 0.1,
+    "remask_rate": 0.05,
+    "top_k": 0,
+    "guidance": 0.0,
+    "block_length": 0,
 }
-RETIRED = {  # the value that each has now
+RENAMED = {
+    "sampling.output": "output",
+    "eval.output": "output",
+    "training.eval_tokens": "eval.tokens",
+    **{f"sampling.{name}": f"{FREE}.{name}" for name in NOW_OPTIONS},
+}
+RETIRED = {
     "model.tie_weights": True,
     "model.qk_norm": True,
     "model.mlp_size": 0,
@@ -130,6 +128,7 @@ RETIRED = {  # the value that each has now
     "eval.stride": 0,
     "system.timeout": 30.0,
 }
+DECIDED = ("model.", "data.tokenizer", "data.vocab_size")  # by a checkpoint
 DECISIVE = ("diffusion.eps", "diffusion.masking", "training.min_lr_ratio")  # of a resumed run
 
 
@@ -156,42 +155,30 @@ def section(values: dict) -> Section:
 
 
 def flat(values, prefix=""):
-    """{"a": {"b": 1}} as {"a.b": 1}; `options` are one value."""
+    """{"a": {"b": 1}} as {"a.b": 1}. Sections have no sections: a dict in one is a value."""
     result = {}
     for name, value in values.items():
-        inside = isinstance(value, dict) and not name.endswith("options")
-        result |= flat(value, f"{prefix}{name}.") if inside else {f"{prefix}{name}": value}
+        key = f"{prefix}{name}"
+        is_section = isinstance(value, dict) and "." not in key
+        result |= flat(value, f"{key}.") if is_section else {key: value}
     return result
-
-
-def find(values, key, default=None):
-    """The value of a dotted key in nested dictionaries."""
-    for name in key.split("."):
-        values = values.get(name, default) if isinstance(values, dict) else default
-    return values
 
 
 def main(script: Callable, name: str = "config", reads: Sequence[str] = ()) -> None:
     """Run `script(config)`; with -m, once for each combination of the values that are listed.
 
     configs/NAME.yaml holds the settings: a tool or a bench has its own. `reads` are the keys that
-    the script reads, or their beginnings, if it does not read all of them.
+    the script reads, or their beginnings, if not all: naming another is answered on stderr.
+
+    What is no bug ends in one line on stderr; a bug keeps its traceback. The exit code is 2 for a
+    mistake of the user's, 1 for what fails at run time (`OSError`, and `FloatingPointError` for
+    training that diverged), 130 for Ctrl-C.
     """
     sys.stdout.reconfigure(errors="backslashreplace")  # for terminals that lack a letter
-    with one_line_errors():
+    try:
         for config in jobs(sys.argv[1:], name, reads):
             script(config)
-
-
-@contextmanager
-def one_line_errors():
-    """End what is no bug in one line on stderr; a bug keeps its traceback.
-
-    The exit code is 2 for a mistake of the user's, 1 for what fails at run time (`OSError`, and
-    `FloatingPointError` for training that diverged), 130 for Ctrl-C.
-    """
-    try:
-        return (yield)
+        return
     except OverrideParseException as error:
         message, code = f"cannot read {error.override}: {error}", 2
     except (UserError, HydraException, OmegaConfBaseException) as error:
@@ -217,12 +204,15 @@ def jobs(words, name="config", reads=()):
         raise UserError(f"no option {min(unknown)} here: a setting is key=value, without dashes")
     defaults = flat(load_defaults(name))
     choices = read([word for word in words if word not in options], defaults, options)
+    for key, _ in itertools.chain(*choices):
+        if reads and key.startswith(DECIDED) and not key.startswith(reads):
+            raise UserError(f"{key}: the checkpoint decides it: leave it out")
     for number, settings in enumerate(itertools.product(*choices)):
         config = configure(settings, name, defaults)
         if options:
             config.out_dir = str(Path(config.out_dir, str(number)))
-        for key, _ in settings if reads and not (number or RANK) else ():
-            if not key.startswith((*reads, "experiment")):
+        for key, _ in settings:
+            if reads and not (number or RANK or key.startswith((*reads, "experiment"))):
                 print(f"{key} has no effect on {Path(sys.argv[0]).name}", file=sys.stderr)
         yield config
 
@@ -236,47 +226,40 @@ def compose(words: Sequence[str], experiment: str = "") -> Section:
 
 
 def read(words, defaults, sweep):
-    """The pairs (key, value) that each word stands for, as Hydra reads them: several in a sweep.
+    """The pairs (key, value) that each word stands for, as Hydra has to see them.
 
-    Words without an equals sign are the items of a tool's first setting, if that is a list:
-    `python -m tools.plot out out-ar` means `runs=[out,out-ar]`.
+    Texts, and lists of texts, are taken as they are; other values have Hydra's syntax, in which a
+    word of a sweep may list several. Words without an equals sign are the items of a tool's first
+    setting, if that is a list: `python -m tools.plot out out-ar` means `runs=[out,out-ar]`.
     """
-    first, items, pairs = next(iter(defaults)), [], []
+    first, items, choices = next(iter(defaults)), [], []
     for word in words:
         key, equals, text = word.lstrip("+").partition("=")
-        key, _ = RENAMED.get(key, (key, None))
         if isinstance(defaults[first], list) and (not equals or "/" in key):  # no key has a slash
             items.append(verbatim(word))
-        elif not equals:
+            continue
+        if not equals:
             raise UserError(f"{word!r} is no setting: write key=value, as in model.n_layer=6")
-        elif key in RETIRED:
+        key = RENAMED.get(key, key)
+        if key in RETIRED:
             raise UserError(f"{key} is no longer a setting (now {RETIRED[key]!r}): leave it out")
-        else:
-            values = values_of(key, text, defaults.get(key), sweep)
-            pairs.append([(key, value) for value in values])
-    return [*pairs, [(first, f"[{','.join(items)}]")]] if items else pairs
-
-
-def values_of(key, text, default, sweep):
-    """Texts, and lists of them, are taken as they are; other values have Hydra's syntax."""
-    is_text = isinstance(default, str) and not (sweep and key in CHOICES)
-    if is_text or isinstance(default, list) and not text.startswith("["):
-        return [verbatim(text)]
-    if isinstance(default, list) and re.fullmatch(r"""\[[^]["']+]""", text):
-        return [f"[{','.join(verbatim(item.strip()) for item in text[1:-1].split(','))}]"]
-    if sweep:
-        override = OverridesParser.create().parse_override(f"{key}={text}")
-        if override.is_sweep_override():
-            return override.sweep_string_iterator()
-    return [text]
+        default, values = defaults.get(key), [text]
+        if isinstance(default, str) and not (sweep and key in CHOICES):
+            values = [verbatim(text)]
+        elif isinstance(default, list) and re.fullmatch(r"""\[[^]["']+]""", text):
+            texts = [verbatim(item.strip()) for item in text[1:-1].split(",")]
+            values = [f"[{','.join(texts)}]"]
+        elif sweep:
+            override = OverridesParser.create().parse_override(f"{key}={text}")
+            values = override.sweep_string_iterator() if override.is_sweep_override() else values
+        choices.append([(key, value) for value in values])
+    return [*choices, [(first, f"[{','.join(items)}]")]] if items else choices
 
 
 def verbatim(text):
     """An interpolation that stands for the text, without a character that is special to Hydra."""
-    try:
+    with as_user_error("an argument is not valid UTF-8, check the terminal's encoding: "):
         return f"${{text:x{text.encode().hex()}}}"
-    except UnicodeEncodeError:
-        raise UserError("an argument is not valid UTF-8: check the terminal's encoding") from None
 
 
 OmegaConf.register_new_resolver("text", lambda code: bytes.fromhex(code[1:]).decode(), replace=True)
@@ -302,26 +285,27 @@ def configure(settings, name, defaults):
     path = CONFIGS / f"{name}.yaml"
     with hydra.initialize_config_dir(str(path.parent), version_base="1.3"):
         composed = OmegaConf.to_container(hydra.compose(path.stem, overrides), resolve=True)
-    config = checked({key: find(composed, key) for key in defaults}, defaults)
+    config = checked(flat(composed), defaults)
     config.explicit = explicit
     return config
 
 
 def checked(values, defaults):
     """The values as attributes, if they are what they must be. Raises `UserError`."""
-    values = {key: typed(key, values[key], default) for key, default in defaults.items()}
-    config = section(values)
-    for wanted, (holds, keys) in RANGES.items():
-        for key in keys:
-            value = find(config.as_dict(), key)
-            if value is not None and not (isinstance(value, int | float) and holds(value)):
+    values = {key: typed(key, values.get(key), default) for key, default in defaults.items()}
+    numbers = values | flat(values.get(FREE, {}), f"{FREE}.")
+    for key, value in numbers.items():
+        for wanted, (holds, keys) in RANGES.items():
+            if key in keys and not (isinstance(value, int | float) and holds(value)):
                 raise UserError(f"{key}={value} must be {wanted}")
     for key, names in CHOICES.items():
-        if names and values.get(key, names[0]) not in names:
-            raise UserError(f"{key}={values[key]} is unknown: choose one of {', '.join(names)}")
+        if names and key in values:
+            check_choice(key, values[key], names)
     if values.get("data.path") and values.get("data.dir"):
         raise UserError("data.path and data.dir are both given: leave one of them empty")
-    return config
+    if values.get("logging.wandb"):
+        optional("wandb", "logging.wandb=true")
+    return section(values)
 
 
 def typed(key, value, default):
@@ -331,10 +315,10 @@ def typed(key, value, default):
         value = str(value).lower()
     elif kind is list is given:
         value = [str(item) for item in value]
-    elif (kind, given) == (float, int) or (kind, given) == (int, float) and value.is_integer():
+    elif kind in (int, float) and given in (int, float) and value % 1 == 0:  # 1e3 steps, dropout 0
         value = kind(value)
-    if type(value) is not kind or (kind is float and not math.isfinite(value)):
-        raise UserError(f"{key}={value} is not {KINDS[kind]}: its default is {default!r}")
+    if type(value) is not kind:
+        raise UserError(f"{key}={value} is not of type {kind.__name__}, like {default!r}")
     return value
 
 
@@ -342,8 +326,7 @@ def experiment(value):
     """The keys that the experiments NAME or [NAME,NAME] set. Raises `UserError`."""
     known, keys = sorted(path.stem for path in (CONFIGS / "experiment").glob("*.yaml")), set()
     for name in value.strip("[]").split(","):
-        if name not in known:
-            raise UserError(f"experiment={name} is unknown: choose one of {', '.join(known)}")
+        check_choice("experiment", name, known)
         keys |= flat(load_defaults(f"experiment/{name}")).keys()
     return keys
 
@@ -352,7 +335,7 @@ def load_defaults(name: str = "config") -> dict:
     """The settings in configs/NAME.yaml, interpolations and all. Raises `UserError`."""
     path = CONFIGS / f"{name}.yaml"
     try:
-        if any(isinstance(token, yaml.AliasToken) for token in yaml.scan(path.read_bytes())):
+        if yaml.AliasToken in map(type, yaml.scan(path.read_bytes())):
             raise ValueError("an alias, which could repeat its anchor a billion times")
         return dict(OmegaConf.to_container(OmegaConf.load(path)))
     except Exception as error:  # of YAML, of its encoding or of OmegaConf
@@ -368,35 +351,36 @@ def resumed(stored: dict, config: Section, whole: bool) -> Section:
     Raises `UserError` where one of them would make it another run; with `whole`, also where a
     setting that is not among them differs.
     """
-    defaults, now = flat(load_defaults()), flat(config.as_dict())
-    for key in DECISIVE:
-        value = typed(key, find(stored, key, RETIRED[key]), RETIRED[key])
-        if value != RETIRED[key]:
-            raise UserError(
-                f"the interrupted run has {key}={value}, which is no longer a setting: finish it "
-                "with the version that began it"
-            )
     if config.training.init_from and not whole:
         raise UserError(
             "training.init_from starts a run, training.resume=true continues one: choose"
         )
-    before = {
-        key: typed(key, find(stored, key, now[key]), default) for key, default in defaults.items()
-    }
-    for old, (key, default) in RENAMED.items():
-        if key in defaults:
-            before[key] = find(stored, old, before[key])
-        elif (value := typed(old, find(stored, old, default), default)) != default:
-            before[FREE] = before[FREE] | {key.removeprefix(f"{FREE}."): value}
+    defaults, now, before = flat(load_defaults()), flat(config.as_dict()), flat(stored)
+    for key in DECISIVE:
+        today = RETIRED[key]
+        value = typed(key, before.get(key, today), today)
+        if value != today:
+            raise UserError(
+                f"the interrupted run has {key}={value}, which is no longer a setting: finish it "
+                "with the version that began it"
+            )
+    values = {key: typed(key, before.get(key, now[key]), defaults[key]) for key in defaults}
+    for old, key in RENAMED.items():
+        if old in before and key in defaults:
+            values[key] = typed(old, before[old], defaults[key])
+    for name, default in NOW_OPTIONS.items():
+        value = typed(name, before.get(f"sampling.{name}", default), default)
+        if value != default:
+            values[FREE] = values[FREE] | {name: value}
     repeated = REPEATED if whole else ()
     for key in config.explicit.union(repeated, ["out_dir"]):
-        if key.startswith((*FIXED, *repeated)) and before[key] != now[key]:
+        if key.startswith((*FIXED, *repeated)) and values[key] != now[key]:
             raise UserError(
-                f"{key}={now[key]} is not what the interrupted run had ({before[key]}): leave it "
+                f"{key}={now[key]} is not what the interrupted run had ({values[key]}): leave it "
                 "out (or its experiment) or give it as it was, or start a new run in another "
                 "out_dir"
             )
-        before[key] = now[key]
-    result = checked(before, defaults)
+        values[key] = now[key]
+    result = checked(values, defaults)
     result.explicit = config.explicit
     return result

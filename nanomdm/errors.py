@@ -24,8 +24,7 @@ class UserError(ValueError):
 def check_choice(key: str, value: str, choices: Collection[str]) -> None:
     """Raise `UserError` with the choices for a value that is none of them."""
     if value not in choices:
-        *most, last = choices
-        raise UserError(f"{key}={value} is unknown: choose {', '.join(most)} or {last}")
+        raise UserError(f"{key}={value} is unknown: choose one of {', '.join(choices)}")
 
 
 @contextmanager

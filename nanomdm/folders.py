@@ -108,7 +108,7 @@ def set_aside(folder: str | Path, names: tuple[str, ...]) -> list[Path]:
     paths, number = [Path(folder, name) for name in names], 1
     while any(_numbered(path, number).exists() for path in paths):
         number += 1
-    return [path.rename(_numbered(path, number)) for path in paths if path.exists()]
+    return [path.rename(_numbered(path, number)) for path in paths if path.is_file()]
 
 
 def _numbered(path: Path, number: int) -> Path:
@@ -146,8 +146,9 @@ def git_state(root: Path) -> dict | None:
 
     def git(*words: str) -> list[str]:
         command = ["git", "-C", str(root), *words]
-        output = subprocess.check_output(command, stderr=subprocess.DEVNULL, text=True, timeout=60)
-        return output.splitlines()
+        return subprocess.check_output(
+            command, stderr=subprocess.DEVNULL, text=True, timeout=60
+        ).splitlines()
 
     try:
         top, revision = git("rev-parse", "--show-toplevel", "HEAD")
@@ -167,12 +168,12 @@ def open_output(path: str):
     """
     if not path:
         return nullcontext()
+    file = Path(path)
     try:
-        Path(path).parent.mkdir(parents=True, exist_ok=True)
-        if Path(path).is_file():
-            kept = set_aside(Path(path).parent, (Path(path).name,))
-            print(f"an earlier file is kept as {kept[0]}", file=sys.stderr)
-        return open(path, "w", encoding="utf-8")
+        file.parent.mkdir(parents=True, exist_ok=True)
+        for kept in set_aside(file.parent, (file.name,)):
+            print(f"an earlier file is kept as {kept}", file=sys.stderr)
+        return file.open("w", encoding="utf-8")
     except OSError as error:
         raise UserError(
             f"cannot write output={path} ({error.strerror}): choose another file"

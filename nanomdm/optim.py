@@ -27,14 +27,7 @@ def adamw(parameters: dict[str, Tensor], learning_rate: float, weight_decay: flo
         {"params": [p for p in parameters.values() if p.ndim == 2], "weight_decay": weight_decay},
         {"params": [p for p in parameters.values() if p.ndim != 2], "weight_decay": 0.0},
     ]
-    return [
-        AdamW(
-            groups,
-            lr=learning_rate,
-            betas=(0.9, 0.95),
-            fused=not any(p.is_mps for p in parameters.values()),
-        )
-    ]
+    return [AdamW(groups, lr=learning_rate, betas=(0.9, 0.95), fused=True)]
 
 
 def muon(parameters: dict[str, Tensor], learning_rate: float, weight_decay: float):
@@ -118,10 +111,10 @@ class Optimizers:
         for part in self.parts:
             if skip is not None and skip.is_cuda and hasattr(part, "_step_supports_amp_scaling"):
                 part.found_inf = skip  # so that a GPU's queue of work does not run empty
-            elif skip:
-                continue
-            part.step()
-            part.found_inf = None
+                part.step()
+                del part.found_inf
+            elif not skip:
+                part.step()
 
     def zero_grad(self) -> None:
         for part in self.parts:
@@ -175,7 +168,7 @@ class Muon(Optimizer):
     """
 
     _step_supports_amp_scaling = True
-    found_inf = None
+    found_inf = 0.0
 
     @torch.no_grad()
     def step(self) -> None:
@@ -185,18 +178,17 @@ class Muon(Optimizer):
                 self._step_batch([p for p in weights if p.shape == shape], **group)
 
     def _step_batch(self, weights, lr, weight_decay, momentum, stacked, **rest):
-        gradients = [p.grad for p in weights]
+        skip = torch.as_tensor(self.found_inf, device=weights[0].device) > 0
         momenta = [self.state[p].setdefault("momentum", torch.zeros_like(p)) for p in weights]
-        kept = [] if self.found_inf is None else [x.clone() for x in momenta + weights]
-        torch._foreach_lerp_(momenta, gradients, 1 - momentum)
-        updates = torch._foreach_lerp(gradients, momenta, momentum)  # Nesterov's
+        # In a skipped step the momentum is its own target, the update is 0 and so is the decay.
+        targets = [torch.where(skip, m, p.grad) for m, p in zip(momenta, weights, strict=True)]
+        torch._foreach_lerp_(momenta, targets, 1 - momentum)
+        updates = torch._foreach_lerp(targets, momenta, momentum)  # Nesterov's
         maps = torch.cat([full_tensor(u).unflatten(0, (stacked, -1)) for u in updates])
         maps = orthogonalise(maps) * (0.2 * math.sqrt(max(maps.shape[1:])))  # (N, rows, columns)
-        updates = map(shard_like, maps.flatten(0, 1).chunk(len(weights)), weights)
-        torch._foreach_mul_(weights, 1 - lr * weight_decay)
-        torch._foreach_add_(weights, list(updates), alpha=-lr)
-        for old, new in zip(kept, momenta + weights, strict=False):  # none where nothing is kept
-            new.copy_(torch.where(self.found_inf > 0, old, new))
+        updates = maps.masked_fill(skip, 0.0).flatten(0, 1).chunk(len(weights))
+        torch._foreach_mul_(weights, torch.where(skip, 1.0, 1 - lr * weight_decay))
+        torch._foreach_add_(weights, list(map(shard_like, updates, weights)), alpha=-lr)
 
 
 def orthogonalise(x: Tensor) -> Tensor:

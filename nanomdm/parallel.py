@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from .errors import UserError, check_choice
+from .errors import UserError
 
 
 class World(NamedTuple):
@@ -117,26 +117,22 @@ def main_process_first():
 # --- Models -------------------------------------------------------------------------------------
 
 
-def check_kind(kind: str) -> None:
-    """Raise `UserError` for a `system.parallel` that is unknown or needs several processes."""
-    check_choice("system.parallel", kind, ("auto", "ddp", "fsdp"))
-    if kind != "auto" and "RANK" not in os.environ:
-        raise UserError(
-            f"system.parallel={kind} is for several processes: start them by torchrun, as in "
-            "docs/scaling.md, or set system.parallel=auto"
-        )
-
-
 def distribute(kind: str, model: nn.Module, average: nn.Module, dtype: torch.dtype) -> nn.Module:
     """The module to call in a training step; with one process `model` itself.
 
     DDP averages the gradients of copies. `fsdp` shards the model and its moving average in place.
+    Raises `UserError` for a `kind` that one process alone cannot have.
     """
+    if not dist.is_initialized():
+        if kind != "auto":
+            raise UserError(
+                f"system.parallel={kind} is for several processes: start them by torchrun, as in "
+                "docs/scaling.md, or set system.parallel=auto"
+            )
+        return model
     if kind == "fsdp":
         shard(average, torch.float32)
         return shard(model, dtype)
-    if not dist.is_initialized():
-        return model
     return nn.parallel.DistributedDataParallel(
         model, broadcast_buffers=False, gradient_as_bucket_view=True
     )
@@ -186,7 +182,7 @@ def largest(value: int, device: torch.device) -> int:
     """The largest value of all processes, which all of them get."""
     if not dist.is_initialized():
         return value
-    shared = torch.tensor(value, device=device)
+    shared = torch.tensor(int(value), device=device)
     dist.all_reduce(shared, dist.ReduceOp.MAX)
     return int(shared)
 

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from . import bounds
 from .bounds import BOUNDS, Estimate
+from .errors import UserError
 from .texts import Texts
 
 # --- Figures -------------------------------------------------------------------------------------
@@ -158,6 +159,12 @@ def speed(samples, seconds: float) -> dict:
         "seconds": seconds,
         "tokens_per_second": len(samples.nats) * samples.tokens / seconds,
     }
+
+
+def check_output(path: str) -> None:
+    """Raise `UserError`, before anything is computed, for a file in a folder that is not there."""
+    if not Path(path).resolve().parent.is_dir():
+        raise UserError(f"output={path} lies in a folder that is not there: make it first")
 
 
 def write_json(figures: dict, path: str) -> None:

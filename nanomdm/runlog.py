@@ -21,6 +21,12 @@ except ImportError:
     tqdm = None
 
 
+def echo(line: str, file: TextIO | None = None) -> None:
+    """Print a line without breaking the bar. A closed pipe or a full disk does not end a run."""
+    with suppress(OSError), tqdm.external_write_mode(file) if tqdm else nullcontext():
+        print(line, file=file, flush=True)
+
+
 class Log(ExitStack):
     """A training run's log: progress on stderr, metrics.jsonl in out_dir, and W&B if switched on.
 
@@ -93,9 +99,7 @@ class Log(ExitStack):
             table = import_wandb().Table(["step", "text"], [[step, text] for text in texts])
             self.wandb.log({"samples": table}, step=step)
 
-    def say(self, line: str) -> None:
-        """Print a line on stdout."""
-        echo(line)
+    say = staticmethod(echo)
 
 
 class NullLog(ExitStack):
@@ -130,31 +134,31 @@ def start_message(config: SimpleNamespace, first_step: int, about: dict) -> str:
     return message
 
 
-def echo(line: str, file: TextIO | None = None) -> None:
-    """Print a line without breaking the bar. A closed pipe or a full disk does not end a run."""
-    with suppress(OSError), tqdm.external_write_mode(file) if tqdm else nullcontext():
-        print(line, file=file, flush=True)
-
-
 @contextmanager
 def progress(total: int | None, unit: str, done: int = 0, seconds: float = 10):
     """Gives a function `advance(more, text="")`, which moves tqdm's bar with `text` beside it.
 
     Without tqdm or a terminal it prints lines on stderr, at most one in `seconds`.
     """
-    bar, first, start = None, done, time.perf_counter()
-    printed = start
-    if tqdm is not None and sys.stderr.isatty():
+    if tqdm and sys.stderr.isatty():
         scale = unit != "step"  # 1.2M tokens
-        bar = tqdm(total=total, initial=done, unit=unit, unit_scale=scale, dynamic_ncols=True)
+        with tqdm(
+            total=total, initial=done, unit=unit, unit_scale=scale, dynamic_ncols=True
+        ) as bar:
+
+            def advance(more: int, text: str = "") -> None:
+                bar.set_postfix_str(text, refresh=False)
+                bar.update(more)
+
+            yield advance
+        return
+    first, start = done, time.perf_counter()
+    printed = start
 
     def advance(more: int, text: str = "") -> None:
         nonlocal done, printed
         done, now = done + more, time.perf_counter()
-        if bar is not None:
-            bar.set_postfix_str(text, refresh=False)
-            bar.update(more)
-        elif now - printed >= seconds:
+        if now - printed >= seconds:
             printed, elapsed, new = now, now - start, done - first
             text = text or f"{new / elapsed:,.0f} {unit}s/s"
             left = f", {elapsed * (total - done) / max(new, 1):.0f} s left" if total else ""
@@ -162,8 +166,6 @@ def progress(total: int | None, unit: str, done: int = 0, seconds: float = 10):
             echo(line, sys.stderr)
 
     yield advance
-    if bar is not None:
-        bar.close()
 
 
 def open_metrics(path: Path, first_step: int) -> BinaryIO:
@@ -198,8 +200,7 @@ class Interrupt(ExitStack):
 
     def __enter__(self):
         for number in (signal.SIGINT, signal.SIGTERM):
-            before = signal.signal(number, self._ask)
-            self.callback(signal.signal, number, before)
+            self.callback(signal.signal, number, signal.signal(number, self._ask))
         return self
 
     def _ask(self, number, frame):
@@ -236,14 +237,16 @@ def open_log(run) -> Log | NullLog:
 
     All but the main process get a `NullLog`, and so does a run that is over.
     """
-    about, world = describe(run), parallel.world()
-    if not world.is_main:
+    if not parallel.world().is_main:
         return NullLog()
+    about = describe(run)
     echo(start_message(run.config, run.step, about))
     if run.finished:
         return NullLog()
-    entry = about | {"config": run.config.as_dict()}
-    for path in folders.begin(run.config.out_dir, run.step, entry):
+    if run.config.logging.wandb:
+        import_wandb()  # if it is missing, nothing has been touched yet
+    config = run.config.as_dict()
+    for path in folders.begin(run.config.out_dir, run.step, about | {"config": config}):
         echo(f"an earlier run's file is kept as {path}")
     return Log(run.config, run.step, about)
 
@@ -254,7 +257,7 @@ def describe(run) -> dict:
         "parameters": sum(p.numel() for p in run.model.parameters()),
         "architecture": vars(run.model.config),
         "corpus": {"name": run.corpus.name, "sha256": run.corpus.sha256},
-        "tokens": {split: len(getattr(run.corpus, split)) for split in ("train", "val")},
+        "tokens": {"train": len(run.corpus.train), "val": len(run.corpus.val)},
         "processes": parallel.world().size,
         "device": str(run.device),
         "dtype": str(run.dtype).removeprefix("torch."),

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import torch
 
-from . import checkpoint, cli, parallel, runlog
-from .errors import UserError
+from . import checkpoint, cli, optim, parallel, runlog
+from .errors import UserError, check_choice
 
 
 def starting_point(config, Transformer, ModelConfig) -> tuple:
@@ -40,6 +40,13 @@ def starting_point(config, Transformer, ModelConfig) -> tuple:
     return config, loaded, resumes
 
 
+def check(config) -> None:
+    """Raise `UserError` for settings of training that would fail in the first step."""
+    settings = config.training
+    check_choice("training.lr_schedule", settings.lr_schedule, optim.SCHEDULES)
+    parallel.world().check_batch(settings.batch_size, settings.grad_accum)
+
+
 class Files:
     """The checkpoints that a run writes into its folder; `step` is that of ckpt.pt, 0 for none.
 
@@ -58,7 +65,7 @@ class Files:
             except (OSError, UserError) as error:
                 runlog.echo(f"{error}. The run continues, and saves again later", sys.stderr)
                 failed = True
-        failed = bool(parallel.largest(int(failed), self.device))
+        failed = parallel.largest(failed, self.device)
         if name == "ckpt.pt" and not failed:
             self.step = state["step"]
         return not failed

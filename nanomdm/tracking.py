@@ -5,6 +5,7 @@ import os
 import socket
 import sys
 from contextlib import suppress
+from pathlib import Path
 from types import SimpleNamespace
 from urllib.parse import urlsplit
 
@@ -29,6 +30,19 @@ def start_wandb(config: SimpleNamespace, about: dict):
         dir=config.out_dir,
         config=config.as_dict() | about,
     )
+
+
+def log_evaluation(config: SimpleNamespace, figures: dict) -> None:
+    """Send an evaluation's figures (nanomdm/report.py) and curve, as a run of their own."""
+    Path(config.out_dir).mkdir(parents=True, exist_ok=True)
+    run, wandb = start_wandb(config, {"evaluated": figures["checkpoint"]}), import_wandb()
+    run.log({f"eval/{name}": figures[name]["value"] for name in ("loss", "bits_per_byte")})
+    if "curve" in figures:
+        rows = [[(row["low"] + row["high"]) / 2, row["value"]] for row in figures["curve"]]
+        table = wandb.Table(["share masked", "nats per masked token"], rows)
+        line = wandb.plot.line(table, *table.columns, title="cost by masking rate")
+        run.log({"eval/cost_by_masking_rate": line})
+    run.finish()
 
 
 def import_wandb():

@@ -1,6 +1,7 @@
-"""The autoregressive control: the same network and loop under a causal mask."""
+"""training.objective=ar: the same network and loop under a causal mask, as a control."""
 
 import re
+from functools import partial
 
 import pytest
 import torch
@@ -9,7 +10,7 @@ from problems import CHAIN, CHAIN_ENTROPY, CHAIN_TEXT, LOOP, chi_square_z, exact
 
 import diffusion
 from model import ModelConfig, Transformer, attend
-from nanomdm import bounds
+from nanomdm import bounds, strategies
 
 SHAPE = {"n_layer": 2, "n_head": 2, "n_embd": 16, "block_size": 8}
 
@@ -26,7 +27,8 @@ def network() -> Transformer:
 
 def cost(model: Transformer, x0: torch.Tensor) -> torch.Tensor:
     """-log p (N,) of ids (N, L) in nats."""
-    return runtime.passes(model, list(x0), seed=0, draws=1).nats[0]
+    settings = {"mask_id": model.config.mask_id, "draws": 1}
+    return diffusion.estimate(bounds.everything, model, x0, **settings)[0][0]
 
 
 def test_the_probabilities_of_all_sequences_add_up_to_one(network):
@@ -61,8 +63,8 @@ def test_a_causal_network_has_the_parameters_of_the_bidirectional_one():
 def test_its_likelihood_is_the_mean_of_its_training_loss(network):
     x0 = LOOP.draw(50, 0)
     everywhere = torch.ones_like(x0, dtype=torch.bool)
-    loss = runtime.nll(network, x0, x0, everywhere, capacity=x0.numel()).mean()
-    assert runtime.passes(network, list(x0), 0, 1).bound()[0] == pytest.approx(loss.item())
+    loss = network(x0, x0, everywhere, x0.numel()).mean()
+    assert cost(network, x0).mean().item() / x0.size(1) == pytest.approx(loss.item())
 
 
 def test_the_exact_network_of_a_chain_has_the_loss_of_its_entropy():
@@ -73,18 +75,18 @@ def test_the_exact_network_of_a_chain_has_the_loss_of_its_entropy():
         answers = [denoiser(xt.masked_fill(torch.arange(3) >= i, CHAIN.V))[:, i] for i in range(3)]
         return torch.stack(answers, dim=1)
 
-    settings = {"mask_id": CHAIN.V, "draws": 1}
     unmasked = diffusion.nll_from_logits(
         causal, CHAIN_TEXT, CHAIN_TEXT, torch.ones_like(CHAIN_TEXT) > 0
     )
     assert unmasked.sum(dim=1).mean().item() == pytest.approx(CHAIN_ENTROPY, abs=1e-12)
-    exact = diffusion.estimate(bounds.left_to_right, denoiser, CHAIN_TEXT, **settings).bound()
-    assert exact[0] * 3 == pytest.approx(CHAIN_ENTROPY, abs=1e-12)
+    nll = partial(diffusion.nll_from_logits, denoiser)
+    exact, *_ = diffusion.estimate(bounds.left_to_right, nll, CHAIN_TEXT, mask_id=CHAIN.V, draws=1)
+    assert exact.sum(dim=1).item() / len(CHAIN_TEXT) == pytest.approx(CHAIN_ENTROPY, abs=1e-12)
 
 
 def test_samples_follow_the_law_that_the_likelihood_says(network):
     canvas, is_masked = LOOP.blank(4000)
-    settings = {"steps": 4, "strategy": "left_to_right", "mask_id": LOOP.V}
+    settings = {"strategy": strategies.left_to_right, "mask_id": LOOP.V}
     with torch.no_grad():
         ids = diffusion.sample(
             network, canvas, is_masked=is_masked, generator=seeded(0), **settings
@@ -117,4 +119,4 @@ def test_a_resumed_run_keeps_its_objective(run, text_file):
 
 def test_an_unknown_objective_lists_the_two(run, text_file):
     result = run("train.py", f"data.path={text_file}", "training.objective=gan")
-    assert result.code == 2 and "choose diffusion or ar" in result.err
+    assert result.code == 2 and "choose one of diffusion, ar" in result.err

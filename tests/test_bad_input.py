@@ -84,7 +84,7 @@ def names(line: str, parts: str) -> bool:
         ("training.eval_tokens=-1", "eval.tokens=-1 | 0 or more"),
         ("training.optimizer=sgd", "training.optimizer=sgd | adamw | muon"),
         ("training.lr_schedule=step", "training.lr_schedule=step | cosine | linear"),
-        ("sampling.steps=0", "sampling.steps=0 | at least 1"),
+        ("sampling.steps=0", "sampling.steps=0 | positive"),
         ("logging.interval=0", "logging.interval=0 | positive"),
         ("training.resume=maybe", "training.resume=maybe | auto, true, false"),
         ("training.objective=gpt", "training.objective=gpt | diffusion, ar"),
@@ -117,13 +117,13 @@ def test_a_setting_that_train_cannot_use(refusal, words, named):
         ),
         (["prompt=KING Ω"], "no character 'Ω' (position 5) | data.tokenizer=byte"),
         (["prompt=KING\t"], "no character '\\t' (position 4) | data.tokenizer=byte"),
-        (["num_samples=0"], "num_samples=0 | at least 1"),
-        (["sampling.steps=0"], "sampling.steps=0 | at least 1"),
+        (["num_samples=0"], "num_samples=0 | positive"),
+        (["sampling.steps=0"], "sampling.steps=0 | positive"),
         (["sampling.temperature=-1"], "sampling.temperature=-1.0 | 0 or more"),
         (["sampling.top_p=0"], "sampling.top_p=0.0 | (0, 1]"),
         (["sampling.top_p=1.5"], "sampling.top_p=1.5 | (0, 1]"),
         (["sampling.length=-1"], "sampling.length=-1 | 0 or more"),
-        (["sampling.strategy=greedy"], "sampling.strategy=greedy | stochastic, remask"),
+        (["sampling.strategy=greedy"], "sampling.strategy=greedy | stochastic | remask"),
         (["sampling.threshold=2"], "sampling.options.threshold=2 | [0, 1]"),
         (["sampling.options.threshold=x"], "sampling.options.threshold=x | [0, 1]"),
         (["sampling.options={remask_rate: -1}"], "sampling.options.remask_rate=-1 | [0, 1]"),
@@ -132,7 +132,7 @@ def test_a_setting_that_train_cannot_use(refusal, words, named):
         (["sampling.options.top_k=-1"], "sampling.options.top_k=-1 | 0 or more"),
         (["sampling.options.guidance=-1"], "sampling.options.guidance=-1 | 0 or more"),
         (["sampling.options.block_length=-1"], "sampling.options.block_length=-1 | 0 or more"),
-        (["sampling.options.speed=1"], "sampling.options.speed | unknown"),
+        (["sampling.options.speed=1"], "sampling.options.speed | no option of spread | top_k"),
         (["prompt=KING[MASK*0]"], "[MASK*0] | at least one token"),
         (["prompt=K[MASK]", "sampling.length=9"], "sampling.length=9 | [MASK] | leave it out"),
         (["prompt_file=nowhere.txt"], "prompt_file=nowhere.txt | No such file | UTF-8 text"),
@@ -156,7 +156,10 @@ def test_a_setting_that_sample_cannot_use(refusal, words, named):
 @pytest.mark.parametrize(
     ("word", "named"),
     [
-        ("eval.draws=0", "eval.draws=0 | at least 1"),
+        ("eval.draws=0", "eval.draws=0 | positive"),
+        ("eval.bounds=[uniform,exact]", "eval.bounds=exact | choose some of uniform"),
+        ("output=nowhere/o.json", "output=nowhere/o.json | make it first"),
+        ("eval.against=none.pt", "no checkpoint at none.pt | check the name"),
         ("eval.tokens=-1", "eval.tokens=-1 | 0 or more"),
         ("system.dtype=float64", "system.dtype=float64 | float32 | bfloat16 | float16"),
         ("model.n_layer=2", "model.n_layer | checkpoint | leave it out"),
@@ -165,7 +168,8 @@ def test_a_setting_that_sample_cannot_use(refusal, words, named):
         ("data.dir=nowhere", "nowhere | data.dir"),
         ("data.dataset=wikipedia", "data.dataset=wikipedia | shakespeare | plays"),
         ("data.dataset=plays", "no character 'F'"),
-        ("data.tokenizer=byte", "data.tokenizer | checkpoint"),
+        ("data.tokenizer=byte", "data.tokenizer | checkpoint | leave it out"),
+        ("data.vocab_size=300", "data.vocab_size | checkpoint | leave it out"),
         ("checkpoint=nowhere.pt", "no checkpoint at nowhere.pt | check the name"),
     ],
 )
@@ -212,9 +216,12 @@ def test_a_mistake_makes_no_out_dir(run, text_file, words):
     assert not Path("out").exists()
 
 
-def test_wandb_that_is_not_installed_is_found_out_before_anything_is_touched(refusal, monkeypatch):
+@pytest.mark.parametrize("command", ["train", "eval"])
+def test_wandb_that_is_not_installed_is_found_out_before_anything_is_touched(
+    refusal, command, monkeypatch
+):
     monkeypatch.setitem(sys.modules, "wandb", None)
-    assert names(refusal("train", "logging.wandb=true"), "logging.wandb=true | pip install wandb")
+    assert names(refusal(command, "logging.wandb=true"), "logging.wandb=true | pip install wandb")
 
 
 # --- Texts and bins -----------------------------------------------------------------------------
@@ -378,7 +385,7 @@ def test_a_checkpoint_that_cannot_be_used(refusal, out, command, damage):
         (["model.n_embd=64"], "model.n_embd=64 | 32 | leave it out"),
         (["model.dropout=0.5"], "model.dropout=0.5 | 0.0 | leave it out"),
         (["data.tokenizer=byte"], "data.tokenizer=byte | char | leave it out"),
-        (["data.path=other.txt"], "kings.txt | another out_dir"),
+        (["data.path=other.txt"], "other.txt | another out_dir"),
         (["training.optimizer=adamw"], "training.optimizer=adamw | muon | leave it out"),
         (["experiment=small"], "experiment | leave it out"),
         (["training.grad_accum=3"], "training.grad_accum=3 | training.batch_size=8"),

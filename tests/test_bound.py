@@ -1,4 +1,4 @@
-"""The likelihood bound: its value by enumeration, and how the times that estimate it are drawn."""
+"""diffusion.py: the likelihood bound, its value by enumeration, and how its times are drawn."""
 
 import functools
 import math

@@ -1,9 +1,7 @@
 """Estimators against enumeration, the table of bounds, and the statistics of samples."""
 
 import itertools
-import json
 import math
-import re
 from functools import partial
 
 import pytest
@@ -30,7 +28,7 @@ from problems import (
 import diffusion
 from diffusion import any_order, nll_from_logits, stratified_pairs
 from nanomdm import bounds
-from nanomdm.bounds import BOUNDS, Bound, NLLSamples
+from nanomdm.bounds import BOUNDS, NLLSamples
 from nanomdm.errors import UserError
 
 EPS, STEPS = 0.1, 3
@@ -326,26 +324,6 @@ def test_only_what_the_table_calls_exact_is_the_same_in_every_pass():
 def test_an_unknown_bound_and_no_steps_are_refused(name, steps, said):
     with pytest.raises(UserError, match=said):
         bounds.choose([name], steps)
-
-
-def test_a_bound_added_from_outside_is_used_by_its_name(run, trained, tmp_path, monkeypatch):
-    def at_once(u, noise):
-        """All tokens from nothing: what `discrete` is with one step."""
-        hidden = noise < 1
-        yield hidden, hidden, torch.ones(len(u))
-
-    entry = Bound(at_once, "reveals all positions in one call", relation="above", exact=True)
-    monkeypatch.setitem(BOUNDS, "mine", entry)
-    words = ("eval.bounds=[uniform,mine,discrete]", "sampling.steps=1", "eval.draws=2")
-    device = "system.device=cpu"
-    result = run("eval.py", f"checkpoint={trained}/ckpt.pt", *words, "eval.output=o.json", device)
-    assert result.code == 0, result.err
-    _, mine, discrete = json.loads((tmp_path / "o.json").read_text())["bounds"]
-    assert (mine["name"], mine["draws"], mine["calls"]) == ("mine", 1, 1)
-    assert mine["value"] == pytest.approx(discrete["value"], abs=1e-5)
-    assert re.search(r"^mine +\d\S+ +1 .*reveals all positions in one call$", result.out, re.M)
-    unknown = run("eval.py", f"checkpoint={trained}/ckpt.pt", "eval.bounds=[yours]", device)
-    assert unknown.code == 2 and "left_to_right, mine" in unknown.err
 
 
 # --- By masking rate -----------------------------------------------------------------------------

@@ -6,11 +6,9 @@ import time
 import pytest
 import torch
 from conftest import load_model
-from test_view import HOSTILE, blank, noisy, recorded, replay
+from test_view import HOSTILE, blank, canvas_of, noisy, recorded, replay, sampler
 
-from diffusion import Sampling
 from nanomdm.checkpoint import Loaded
-from sample import make_canvas
 from tools import page
 
 pytest.importorskip("selenium", reason="no selenium: pip install selenium")
@@ -67,8 +65,8 @@ def loaded(trained) -> Loaded:
 @pytest.fixture(scope="module")
 def remasked(loaded) -> tuple[list[dict], list]:
     """A trace in which tokens are masked again, and its states."""
-    settings = Sampling(strategy="remask", steps=12, remask_rate=0.3)
-    (messages,), *_ = recorded(loaded, [make_canvas("KING", 32, loaded)], settings)
+    settings = sampler("remask", steps=12, remask_rate=0.3)
+    (messages,) = recorded(loaded, [canvas_of(loaded, "KING", 32)], settings)
     assert any("mask" in message for message in messages)
     return messages, replay(messages)
 
@@ -170,7 +168,7 @@ def test_a_token_in_focus_shows_its_alternatives(browser, viewer, remasked, load
         xt = torch.tensor([[35 if i is None else i for i in remasked[1][0]]])
         best = loaded.model(xt)[0, 4].softmax(dim=-1).topk(5)
     panel = element(browser, "panel").text.split("\n")
-    assert panel[:4] == ["mask", "position 5", "not revealed yet", "the network expects now"]
+    assert panel[:4] == ["mask", "position 5", "not revealed yet", "the network predicts now"]
     names = [loaded.tokenizer.decode([i]) for i in best.indices.tolist()]
     names = [{" ": "space", "\n": "new line"}.get(name, name) for name in names]
     assert panel[4::2] == names
@@ -213,8 +211,8 @@ def test_the_page_is_light_or_dark_as_the_system_and_then_as_the_switch_says(bro
 
 
 def test_a_hostile_text_is_shown_and_does_nothing(browser, tmp_path):
-    settings, loaded = Sampling(steps=3), noisy([HOSTILE + str(n) for n in range(6)], 8)
-    rows, *_ = recorded(loaded, [blank(8)], settings)
+    loaded = noisy([HOSTILE + str(n) for n in range(6)], 8)
+    rows = recorded(loaded, [blank(8)], sampler("spread", steps=3))
     content = page.assemble("view", HOSTILE, {"subtitle": HOSTILE, "traces": rows})
     (tmp_path / "page.html").write_text(content)
     browser.get((tmp_path / "page.html").as_uri())
@@ -266,7 +264,7 @@ def finished(browser) -> str:
     return element(browser, "status").text
 
 
-def test_a_text_with_holes_is_filled_before_the_visitors_eyes(browser, loaded):
+def test_a_text_with_blanks_is_filled_before_the_visitors_eyes(browser, loaded):
     demo, model = slow(loaded, seconds=0.03)
     with serving(demo) as port:
         browser.get(f"http://127.0.0.1:{port}/")

@@ -375,7 +375,7 @@ def written(path: Path, network: Transformer, **parts) -> Path:
         "best": 1.5,
         "ema": network.state_dict(),
         "model": network.state_dict(),
-        "meter": {"loss_avg": 2.0, "skipped": 0.0},
+        "stats": {"loss_avg": 2.0, "skipped": 0.0},
         "optimizer": [],
     }
     save(path, {key: part for key, part in (state | parts).items() if part is not None})
@@ -481,12 +481,12 @@ def test_a_tokenizer_that_does_not_go_with_the_network_is_refused(tokenizer, sai
 
 NO_RUN = {
     "averages alone": ({"optimizer": None}, "averaged weights only .* training.init_from="),
-    "no weights": ({"model": None}, "expected model and meter to be dicts"),
+    "no weights": ({"model": None}, "expected model and stats to be dicts"),
     "weights of another size": ({"model": ZEROS}, "differ from their averages in names or shapes"),
     "no best bound": ({"best": None}, "expected best to be a number, not NoneType"),
     "a bound that is a text": ({"best": "low"}, "expected best to be a number, not str"),
-    "figures in a list": ({"meter": [1.0]}, "expected model and meter to be dicts"),
-    "a figure that is a text": ({"meter": {"skipped": "x"}}, "expected skipped to be a number"),
+    "figures in a list": ({"stats": [1.0]}, "expected model and stats to be dicts"),
+    "a figure that is a text": ({"stats": {"skipped": "x"}}, "expected skipped to be a number"),
 }
 
 

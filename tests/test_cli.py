@@ -1,13 +1,14 @@
 """The command line: any text arrives as it is, and a mistake is answered in one line."""
 
+import inspect
 import shutil
 import signal
 import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
-import runtime
 import torch
 from conftest import READS, ROOT, SCRIPTS, TINY, environment
 from hypothesis import given, settings
@@ -17,6 +18,7 @@ from omegaconf import OmegaConf
 import model
 import train
 from nanomdm import cli, texts
+from nanomdm.errors import UserError
 from nanomdm.runlog import Log
 
 EXPERIMENTS = sorted(path.stem for path in (cli.CONFIGS / "experiment").glob("*.yaml"))
@@ -245,7 +247,9 @@ def test_an_option_that_is_none_is_answered_in_one_line(refusal, word):
     "word",
     [
         *("training.max_iters=[1", "training.max_iters=(", "training.max_iters=1,2"),
-        *("model.n_layer =3", "training.max_iters=${nope}", "logging.tags=[a"),
+        *("model.n_layer =3", "training.max_iters=${nope}", "training.max_iters=${training}"),
+        *("logging.tags=[a", "logging.tags={a:b}", "sampling.options=[1]", "sampling.options={a"),
+        "training.max_iters=${training.max_iters}",
     ],
 )
 def test_what_hydra_cannot_read_is_answered_in_one_line_with_the_key(refusal, word):
@@ -255,15 +259,15 @@ def test_what_hydra_cannot_read_is_answered_in_one_line_with_the_key(refusal, wo
 # --- Values -------------------------------------------------------------------------------------
 
 ILL_TYPED = {
-    "true or false": ["logging.wandb=yes", "logging.wandb=1", "sampling.watch="],
-    "a whole number": [
+    "bool": ["logging.wandb=yes", "logging.wandb=1", "sampling.watch="],
+    "int": [
         *("model.n_layer=2.5", "model.n_layer=four", "model.n_layer=true", "model.n_layer="),
         *("model.n_layer=null", "model.n_layer=[1]", "model.n_layer={x: 1}"),
         *("model.n_layer=1e400", "system.seed=nan"),
     ],
-    "a number": ["model.dropout=x", "model.dropout=true", "model.dropout=nan", "model.dropout="],
-    "a list": ["logging.tags=x", "logging.tags=null", "logging.tags={a:b}", "logging.tags="],
-    "a section": ["sampling.options=3", "sampling.options=x"],
+    "float": ["model.dropout=x", "model.dropout=true", "model.dropout=[1]", "model.dropout="],
+    "list": ["logging.tags=x", "logging.tags=null", "logging.tags="],
+    "dict": ["sampling.options=3", "sampling.options=x"],
 }
 
 
@@ -272,7 +276,7 @@ ILL_TYPED = {
 )
 def test_a_value_of_another_type_is_answered_with_the_type(refusal, kind, word):
     line = refusal(word)
-    assert line.startswith(word.split("=")[0]) and f" is not {kind}" in line
+    assert line.startswith(word.split("=")[0]) and f" is not of type {kind}," in line
 
 
 @pytest.mark.parametrize(
@@ -298,6 +302,91 @@ def test_a_value_of_a_type_that_fits_gets_the_type_of_the_default(configure, wor
     key = word.split("=")[0]
     given = get(configure(word)[0][0], key)
     assert given == value and type(given) is type(value)
+
+
+@pytest.mark.parametrize(
+    ("words", "options"),
+    [
+        (["sampling.options={threshold: 0.9}"], {"threshold": 0.9}),
+        (["sampling.options={threshold:0.9,gamma:1}"], {"threshold": 0.9, "gamma": 1}),
+        (["sampling.options.threshold=0.9"], {"threshold": 0.9}),
+        (["sampling.options.a=text", "sampling.options.b=true"], {"a": "text", "b": True}),
+        (["sampling.threshold=0.5", "sampling.top_k=3"], {"threshold": 0.5, "top_k": 3}),
+        (["sampling.options={}"], {}),
+        ([], {}),
+    ],
+)
+def test_options_are_a_dictionary_of_any_keys(configure, words, options):
+    [(config, explicit)] = configure(*words)
+    assert config["sampling"]["options"] == options
+    assert explicit == ({"sampling.options"} if words else set())
+
+
+@pytest.mark.parametrize(
+    ("word", "named"),
+    [
+        ("training.learning_rate=nan", "training.learning_rate=nan must be positive"),
+        ("training.learning_rate=inf", "training.learning_rate=inf must be positive"),
+        ("num_samples=0", "num_samples=0 must be positive"),
+        ("sampling.temperature=inf", "sampling.temperature=inf must be 0 or more"),
+        ("sampling.options.threshold=text", "sampling.options.threshold=text must be in [0, 1]"),
+        ("system.dtype=float8", "choose one of auto, float32, bfloat16, float16"),
+    ],
+)
+def test_a_value_out_of_its_range_is_answered_with_the_range(refusal, word, named):
+    assert named in refusal(word)
+
+
+def test_every_key_that_is_named_in_a_table_is_a_setting():
+    ranged = {key for _, keys in cli.RANGES.values() for key in keys}
+    tables = {*ranged, *cli.CHOICES, *cli.REPEATED, *cli.RENAMED.values()}
+    tables = {key for key in tables if not key.startswith("sampling.options.")}
+    assert tables - DEFAULTS.keys() == {"experiment"}
+    assert all(any(key.startswith(fixed) for key in DEFAULTS) for fixed in cli.FIXED)
+    assert not DEFAULTS.keys() & (cli.RENAMED.keys() | cli.RETIRED.keys())
+
+
+# --- Settings of earlier versions, and without effect -------------------------------------------
+
+
+@pytest.mark.parametrize("old", cli.RENAMED)
+def test_a_setting_is_known_by_its_old_name(configure, old):
+    new = cli.RENAMED[old]
+    value = {"output": "a.json", "eval.tokens": 7}.get(new, 1)
+    [(config, explicit)] = configure(f"{old}={value}")
+    assert get(config, new) == value
+    assert explicit == {"sampling.options" if "options" in new else new}
+
+
+@pytest.mark.parametrize("key", cli.RETIRED)
+def test_a_setting_that_is_no_longer_one_is_answered_with_the_value_that_it_has_now(refusal, key):
+    line = refusal(f"{key}=1")
+    assert f"{key} is no longer a setting (now {cli.RETIRED[key]!r})" in line
+
+
+def test_a_setting_without_effect_is_said_in_one_line(run, monkeypatch):
+    monkeypatch.setitem(SCRIPTS, "sample.py", lambda config: None)
+    monkeypatch.setitem(READS, "sample.py", ("prompt", "sampling."))
+    words = ("prompt=x", "prompt_file=y", "sampling.steps=3", "experiment=small")
+    assert run("sample.py", *words, "training.max_iters=3") == (
+        0,
+        "",
+        "training.max_iters has no effect on sample.py\n",
+    )
+    assert run("sample.py", "-m", *words, "out_dir=a", "num_samples=1,2").err == (
+        "out_dir has no effect on sample.py\nnum_samples has no effect on sample.py\n"
+    )
+
+
+def test_only_the_first_process_says_that_a_setting_has_no_effect(run, monkeypatch):
+    monkeypatch.setitem(SCRIPTS, "train.py", lambda config: None)
+    monkeypatch.setattr(cli, "RANK", 1)
+    assert run("train.py", "prompt=x") == (0, "", "")
+
+
+def test_what_contradicts_is_refused(refusal):
+    assert "leave one of them empty" in refusal("data.path=a.txt", "data.dir=bins")
+    assert "leave one of them empty" in refusal("data.path=a.txt", "experiment=openwebtext")
 
 
 # --- Experiments --------------------------------------------------------------------------------
@@ -326,9 +415,52 @@ def test_the_command_line_goes_before_an_experiment(configure, order):
     assert (config["model"]["n_layer"], config["model"]["n_head"]) == (2, 6)
 
 
+def test_two_experiments_are_laid_over_each_other(configure):
+    [(config, _)] = configure("experiment=[text8,small]")
+    assert (config["data"]["path"], config["model"]["n_layer"]) == ("text8", 6)
+
+
 def test_experiments_can_be_swept_over(configure):
     calls = configure("-m", f"experiment={','.join(EXPERIMENTS)}")
     assert len({repr(config) for config, _ in calls}) == len(EXPERIMENTS)
+
+
+# --- Sweeps -------------------------------------------------------------------------------------
+
+
+def swept(calls: list, *keys: str) -> list[tuple]:
+    return [tuple(get(config, key) for key in keys) for config, _ in calls]
+
+
+@pytest.mark.parametrize("option", ["-m", "--multirun"])
+def test_a_sweep_is_the_product_of_the_values_that_are_listed(configure, option):
+    calls = configure("training.max_iters=1,2", option, "training.optimizer=adamw,muon")
+    assert swept(calls, "training.max_iters", "training.optimizer", "out_dir") == [
+        *((1, "adamw", "out/0"), (1, "muon", "out/1"), (2, "adamw", "out/2"), (2, "muon", "out/3")),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("word", "values"),
+    [
+        ("training.learning_rate=1e-3,3e-3", [1e-3, 3e-3]),
+        ("training.max_iters=range(1,4)", [1, 2, 3]),
+        ("training.max_iters=choice(5,7)", [5, 7]),
+        ("system.compile=true,auto", ["true", "auto"]),
+        ("eval.bounds=[uniform,chain],[discrete]", [["uniform", "chain"], ["discrete"]]),
+        ("logging.tags=[lr=1e-3,b]", [["lr=1e-3", "b"]]),
+        ("sampling.options={a:1},{a:2}", [{"a": 1}, {"a": 2}]),
+        ("logging.name=a,b", ["a,b"]),
+        ("model.n_layer=2", [2]),
+    ],
+)
+def test_values_and_names_of_things_are_swept_over_and_free_text_is_not(configure, word, values):
+    key = word.partition("=")[0]
+    assert swept(configure("-m", word), key) == [(value,) for value in values]
+
+
+def test_several_values_need_the_option(refusal):
+    assert "--multirun" in refusal("training.max_iters=1,2")
 
 
 # --- What a command leaves behind ---------------------------------------------------------------
@@ -372,6 +504,94 @@ def test_a_sweep_leaves_nothing_outside_its_out_dir(sweep):
     assert [path.name for path in sweep.resolve().parent.iterdir()] == ["swept"]
 
 
+# --- Help, and what is between a command and its script -----------------------------------------
+
+
+@pytest.mark.parametrize("option", ["-h", "--help"])
+def test_help_prints_every_setting_with_its_explanation(run, option):
+    code, out, _ = run("train.py", option, "training.max_iters=3")
+    assert (code, out.strip()) == (0, (cli.CONFIGS / "config.yaml").read_text().strip())
+
+
+def test_there_is_one_frame_between_a_command_and_its_script(run, monkeypatch):
+    frames = []
+    monkeypatch.setitem(SCRIPTS, "train.py", lambda config: frames.extend(inspect.stack()))
+    assert run("train.py", "model.n_layer=2").code == 0
+    assert [frame.function for frame in frames[:3]] == ["<lambda>", "main", "run"]
+
+
+def test_what_the_command_line_names_is_known_of_the_whole_and_no_setting(configure):
+    config = cli.compose(["model.n_layer=2"], "small")
+    assert {"model.n_layer", "training.max_iters"} <= config.explicit
+    assert config.model.explicit == set() and "explicit" not in config.as_dict()
+    assert (config.model.n_layer, config.model.n_head) == (2, 6)
+
+
+# --- Resuming -----------------------------------------------------------------------------------
+
+
+def stored(changes: dict) -> dict:
+    """What a run of an earlier version stored: it had more settings."""
+    values = cli.load_defaults()
+    del values["output"], values["sampling"]["options"]
+    for key, value in (cli.RETIRED | {"training.eval_tokens": 0} | changes).items():
+        section, name = key.split(".")
+        values[section][name] = value
+    return values
+
+
+def resumed(changes: dict, *words: str, whole: bool = False) -> cli.Section:
+    return cli.resumed(stored(changes), cli.compose(words), whole)
+
+
+def test_a_run_of_before_resumes_with_what_it_stored():
+    changes = {"training.eval_tokens": 512, "eval.tokens": 3, "sampling.gamma": 0.5}
+    changes |= {"sampling.threshold": 0.9, "sampling.guidance": 0.0, "training.keep": 2}
+    config = resumed(changes | {"model.n_layer": 7, "logging.name": "${x}"}, "out_dir=elsewhere")
+    assert (config.eval.tokens, config.sampling.options) == (512, {"gamma": 0.5})
+    assert (config.model.n_layer, config.logging.name) == (7, "${x}")
+    assert config.out_dir == "elsewhere"
+    assert cli.flat(config.as_dict()).keys() == DEFAULTS.keys()
+
+
+def test_a_run_of_today_resumes_with_what_it_stored():
+    before = cli.compose(["eval.tokens=5", "sampling.options={top_k: 3}", "output=x"])
+    config = cli.resumed(before.as_dict(), cli.compose(["logging.interval=3"]), whole=False)
+    assert (config.eval.tokens, config.sampling.options, config.output) == (5, {"top_k": 3}, "x")
+    assert config.logging.interval == 3 and config.explicit == {"logging.interval"}
+
+
+def test_options_that_are_named_on_resuming_replace_the_stored_ones():
+    config = resumed({"sampling.gamma": 0.5}, "sampling.options.top_k=3")
+    assert config.sampling.options == {"top_k": 3}
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("diffusion.eps", 1e-2), ("diffusion.masking", "count"), ("training.min_lr_ratio", 0.1)],
+)
+@pytest.mark.parametrize("whole", [True, False])
+def test_a_run_of_another_loss_or_schedule_than_there_is_now_is_not_resumed(key, value, whole):
+    with pytest.raises(UserError, match=f"{key}={value}, .* the version that began it"):
+        resumed({key: value}, whole=whole)
+
+
+@pytest.mark.parametrize("value", [3, None, [], torch.zeros(3), {"x": torch.zeros(3)}])
+@pytest.mark.parametrize(
+    "key", ["diffusion.eps", "sampling.gamma", "training.eval_tokens", "model.n_layer"]
+)
+def test_any_value_that_is_stored_is_taken_or_refused_in_one_line(key, value):
+    with suppress(UserError):
+        resumed({key: value})
+
+
+def test_settings_are_not_named_twice_by_resuming_and_by_starting_from_weights():
+    words = ("training.resume=true", "training.init_from=best.pt")
+    with pytest.raises(UserError, match="init_from starts a run"):
+        resumed({}, *words)
+    assert resumed({}, "training.init_from=best.pt", whole=True)
+
+
 # --- Exit codes ---------------------------------------------------------------------------------
 
 
@@ -413,13 +633,13 @@ def test_an_interrupted_run_has_exit_code_130(short_run, monkeypatch):
 
 
 def test_a_type_error_keeps_its_traceback(short_run, monkeypatch):
-    monkeypatch.setattr(train, "schedule", lambda config: 1.0)
+    monkeypatch.setattr(train.Run, "due", lambda run: True)
     with pytest.raises(TypeError):
         short_run()
 
 
 def test_a_value_error_from_within_torch_keeps_its_traceback(short_run, monkeypatch):
-    monkeypatch.setattr(runtime, "passes", lambda *_, **__: torch.optim.SGD([]))
+    monkeypatch.setattr(train, "estimate", lambda *_, **__: torch.optim.SGD([]))
     with pytest.raises(ValueError, match="empty parameter list"):
         short_run("training.eval_interval=1")
 

@@ -1,4 +1,4 @@
-""".bin files and batches; what is read from outside is never trusted."""
+"""data.py: .bin files and batches; what is read from outside is never trusted."""
 
 import hashlib
 import json
@@ -9,21 +9,20 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-import runtime
 import torch
-from runtime import open_bins
 from test_tokenizers import POEM, SHAKESPEARE, needs_shakespeare
 
 import data
-from data import Corpus
+from data import Corpus, open_bins
 from data import blocks as blocks_of
+from nanomdm import bins
 from nanomdm.tokenizers import TOKENIZERS, ByteTokenizer, CharTokenizer, Tokenizer
 
 # --- Preparation --------------------------------------------------------------------------------
 
 
 def prepare(cache: Path, text: str = POEM, kind: str = "char", vocab_size: int = 300) -> Corpus:
-    return runtime.prepare(text, "poem", kind, vocab_size, cache)
+    return data.prepare(text, "poem", kind, vocab_size, cache)
 
 
 def folder_in(cache: Path) -> Path:
@@ -152,7 +151,7 @@ def test_another_text_or_tokenizer_is_prepared_beside_the_first(change, tmp_path
 
 def test_a_given_tokenizer_is_used_instead_of_a_new_one(tmp_path):
     trained = CharTokenizer("".join(sorted(set(POEM + "xyz"))))
-    corpus = runtime.prepare(POEM, "poem", "char", 300, tmp_path, trained)
+    corpus = data.prepare(POEM, "poem", "char", 300, tmp_path, trained)
     assert corpus.tokenizer.characters == trained.characters
 
 
@@ -226,7 +225,7 @@ def test_bins_without_a_meta_file_open_with_the_tokenizer_that_they_are_told(tmp
 
 def test_bins_of_another_tokenizer_than_the_trained_one_are_refused(tmp_path):
     with pytest.raises(ValueError, match="made with another tokenizer than the checkpoint has"):
-        open_bins(nanogpt(tmp_path, CHARACTERS), trained=ByteTokenizer())
+        open_bins(nanogpt(tmp_path, CHARACTERS), tokenizer=ByteTokenizer())
 
 
 def test_a_missing_folder_is_refused_with_its_name_and_key(tmp_path):
@@ -368,7 +367,7 @@ def test_a_damaged_shard_is_refused_by_its_name(damage, message, tmp_path):
 
 def test_a_shard_that_is_missing_from_the_count_of_the_meta_file_is_noticed(tmp_path):
     (sharded(tmp_path, tokens={"train": 200, "val": 4}) / "train_03.bin").unlink()
-    with pytest.raises(ValueError, match=r"train_\*\.bin is cut: 100 tokens, not the 200"):
+    with pytest.raises(ValueError, match=r"train_\*\.bin has 100 tokens, the meta file says 200"):
         open_bins(tmp_path)
 
 
@@ -428,7 +427,7 @@ def test_a_split_of_one_block_is_the_only_row():
 
 
 def test_ids_beyond_what_was_scanned_are_refused_when_they_are_drawn(tmp_path, monkeypatch):
-    monkeypatch.setattr(data, "SCANNED", 2)
+    monkeypatch.setattr(bins, "SCANNED", 2)
     corpus = open_bins(nanogpt(tmp_path, CHARACTERS, train=(0, 1, 7)))
     with pytest.raises(ValueError, match="train split holds the token 7, beyond .* of 3"):
         corpus.batch(1, 3, generator())
@@ -492,7 +491,7 @@ def test_bins_without_checksums_are_read_as_they_are(tmp_path):
 
 
 def test_every_token_of_val_is_checked_however_long_it_is(tmp_path, monkeypatch):
-    monkeypatch.setattr(data, "SCANNED", 4)
+    monkeypatch.setattr(bins, "SCANNED", 4)
     meta = {"dtype": "uint16", "tokenizer": {"kind": "char", "characters": "ab"}}
     (tmp_path / "meta.json").write_text(json.dumps(meta))
     (tmp_path / "train.bin").write_bytes(b"\0\0" * 9)

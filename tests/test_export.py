@@ -5,6 +5,8 @@ import random
 import re
 import shlex
 import sys
+from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,8 +14,10 @@ from conftest import ROOT, load_model
 from test_readme import commands
 from test_tokenizers import gpt2 as gpt2_tokenizer  # noqa: F401
 
+from diffusion import sample
 from model import ModelConfig, Transformer
 from nanomdm import checkpoint, cli
+from nanomdm.strategies import STRATEGIES, from_config
 from nanomdm.tokenizers import BPETokenizer, ByteTokenizer, CharTokenizer
 from tools import export, hf_tokenizer
 
@@ -79,26 +83,46 @@ def test_padding_is_refused(exported):
         exported[2](ids, attention_mask=torch.arange(8)[None] < 5)
 
 
-def test_masks_are_filled_as_our_own_sampler_fills_them(exported, ours):
-    from diffusion import sample
-
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_masks_are_filled_as_our_own_sampler_fills_them(strategy, exported, ours):
     ids, V = drawn_ids(ours.model.config), ours.model.config.vocab_size
+    values = {"strategy": strategy, "steps": 4, "temperature": 0.8, "top_p": 0.9}
+    options = {"top_k": 9, "guidance": 1.0, "block_length": 16}
+    sampler = from_config(cli.section(values | {"options": options}), sample)
     generator = torch.Generator().manual_seed(5)
-    filled = sample(ours.model, ids, is_masked=ids == V, mask_id=V, generator=generator, steps=4)
-    assert torch.equal(exported[2].fill(ids, seed=5, steps=4), filled.ids)
+    expected = sampler.fill(ours.model, ids, ids == V, generator=generator).ids
+    assert torch.equal(exported[2].fill(ids, seed=5, **values, **options), expected)
+    assert not (expected == V).any() and torch.equal(expected[ids != V], ids[ids != V])
+
+
+def test_masks_are_filled_by_the_defaults_of_diffusion_py_and_a_strategys_own_settings(
+    exported, ours
+):
+    ids, V = drawn_ids(ours.model.config), ours.model.config.vocab_size
+
+    def expected(**settings) -> torch.Tensor:
+        generator = torch.Generator().manual_seed(5)
+        options = {"is_masked": ids == V, "mask_id": V, "generator": generator}
+        return sample(ours.model, ids, **options, **settings).ids
+
+    assert torch.equal(exported[2].fill(ids, seed=5), expected())
+    settings = {"strategy": partial(STRATEGIES["remask"], remask_rate=0.5), "steps": 6}
+    filled = exported[2].fill(ids, seed=5, strategy="remask", steps=6, remask_rate=0.5)
+    assert torch.equal(filled, expected(**settings))
+    with pytest.raises(ValueError, match="strategy=best is unknown: choose stochastic"):
+        exported[2].fill(ids, strategy="best")
 
 
 def test_the_code_in_the_folder_is_the_code_of_the_repository(exported):
-    for name in ("model.py", "diffusion.py", "LICENSE"):
-        assert (exported[1] / name).read_bytes() == (ROOT / name).read_bytes()
+    for name in ("model.py", "diffusion.py", "nanomdm/strategies.py", "LICENSE"):
+        assert (exported[1] / Path(name).name).read_bytes() == (ROOT / name).read_bytes()
 
 
 def test_the_rope_tables_of_a_rounded_network_are_made_again_rounded(tmp_path):
     code = {}
     source = (ROOT / "tools" / "modeling_nanomdm.py").read_text()
-    source = source.replace("from .diffusion", "from diffusion").replace(
-        "from .model", "from model"
-    )
+    source = source.replace("from .strategies", "from nanomdm.strategies")
+    source = source.replace("from .", "from ")
     exec(compile(source, "modeling_nanomdm.py", "exec"), code)
     network = SHAPE | {"vocab_size": 5, "rope_base": 50.0, "rope_rounded": True}
     wrapper = code["NanoMDMForMaskedLM"](code["NanoMDMConfig"](network=network))
@@ -157,7 +181,7 @@ def words(trained, folder, *more: str) -> list[str]:
 
 def test_the_card_has_the_bound_with_its_error_where_it_was_measured(run, trained, tmp_path):
     of_best = f"checkpoint={trained}/best.pt"
-    assert run("eval.py", of_best, "eval.draws=2", "eval.output=f.json").code == 0
+    assert run("eval.py", of_best, "eval.draws=2", "output=f.json").code == 0
     assert (
         run("tools.export", *words(trained, "kings", "figures=f.json", "licence=cc0-1.0")).code == 0
     )
@@ -222,6 +246,17 @@ def test_a_command_of_the_page_takes_the_settings_that_are_shown(command, monkey
 
 
 # --- What is refused, and the hub ---------------------------------------------------------------
+
+
+def test_a_command_of_an_earlier_version_has_the_settings_that_there_still_are():
+    config = {
+        "data": {"cache_dir": "/home/me/cache", "path": "/home/me/kings.txt"},
+        "model": {"n_layer": 2, "qk_norm": True},
+        "diffusion": {"eps": 0.01},
+        "training": {"keep": 3, "eval_tokens": 500},
+    }
+    expected = "python train.py model.n_layer=2 data.path=kings.txt diffusion.eps=0.01"
+    assert export.command(config) == expected
 
 
 def test_a_folder_that_is_not_empty_is_left_alone(run, trained, tmp_path):

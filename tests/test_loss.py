@@ -1,4 +1,4 @@
-"""The forward process and the training loss, against the numbers of three enumerable tokens."""
+"""diffusion.py: the forward process and the training loss, against three enumerable tokens."""
 
 import math
 

@@ -1,4 +1,4 @@
-"""The network against closed forms and a float64 transformer written with loops."""
+"""model.py: the network against closed forms and a float64 transformer written with loops."""
 
 import math
 from dataclasses import replace

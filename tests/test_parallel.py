@@ -12,7 +12,6 @@ from contextlib import suppress
 from pathlib import Path
 
 import pytest
-import runtime
 import torch
 import torch.distributed as dist
 from conftest import ROOT, TINY, environment
@@ -53,34 +52,39 @@ def train(folder: Path, name: str, *words: str) -> None:
     save = train_script.save
 
     def saves_and_dies(run, file):
-        save(run, file)
+        written = save(run, file)
         if run.step == KILLED_AT and file == "ckpt.pt":
             raise Killed
+        return written
 
     sys.argv = ["train.py", *TINY, *words, f"out_dir={folder / name}"]
-    sys.argv += [f"data.path={folder}/kings.txt", f"data.cache_dir={folder}/cache"]
+    sys.argv += [f"data.path={folder}/kings.txt"]
     with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("NANOMDM_CACHE", f"{folder}/cache")
         if name.endswith("killed"):
             patch.setattr(train_script, "save", saves_and_dies)
         with suppress(Killed):
-            cli.main(train_script.train)
+            cli.main(train_script.main)
 
 
 def watched(patch: pytest.MonkeyPatch) -> dict:
     """What a run does from now on: its masks by step and row, its averages of gradients."""
     seen = {"masks": {}, "averages": 0}
-    loss_of, nll, distribute = train_script.loss_of, runtime.nll, parallel.distribute
+    loss_of, distribute = train_script.masked_diffusion_loss, parallel.distribute
+    training_step, steps = train_script.training_step, []
     scatter = dist.reduce_scatter_single  # what FSDP2 of PyTorch 2.13 averages by
 
-    def watched_loss(run, x0, rows):
-        def watched_nll(model, xt, x0, is_masked, **options):
-            for row, mask in zip(rows.tolist(), is_masked.int().tolist(), strict=True):
-                seen["masks"][f"{run.step}/{row}"] = mask
-            return nll(model, xt, x0, is_masked, **options)
+    def watched_step(run):
+        steps.append(run.step)
+        return training_step(run)
 
-        with pytest.MonkeyPatch.context() as inner:
-            inner.setattr(runtime, "nll", watched_nll)
-            return loss_of(run, x0, rows)
+    def watched_loss(model, x0, *, nll, share, **settings):
+        def watched_nll(xt, x0, is_masked):
+            for row, mask in zip(share[0].tolist(), is_masked.int().tolist(), strict=True):
+                seen["masks"][f"{steps[-1]}/{row}"] = mask
+            return nll(xt, x0, is_masked)
+
+        return loss_of(model, x0, nll=watched_nll, share=share, **settings)
 
     def count(*given, **options):
         seen["averages"] += 1
@@ -97,7 +101,8 @@ def watched(patch: pytest.MonkeyPatch) -> dict:
         mean = bucket.buffer().div_(2)
         return dist.all_reduce(mean, async_op=True).get_future().then(lambda f: f.value()[0])
 
-    patch.setattr(train_script, "loss_of", watched_loss)
+    patch.setattr(train_script, "training_step", watched_step)
+    patch.setattr(train_script, "masked_diffusion_loss", watched_loss)
     patch.setattr(parallel, "distribute", watched_distribute)
     patch.setattr(dist, "reduce_scatter_single", count)
     return seen

@@ -12,7 +12,6 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-import runtime
 from conftest import ROOT, TINY
 
 import data
@@ -101,7 +100,7 @@ def content(folder: Path) -> dict[str, bytes]:
 @pytest.mark.parametrize("write", [write_jsonl, write_parquet, write_text])
 def test_every_document_is_in_one_split_whole_and_in_order(write, prepared, tmp_path):
     suffix = {write_jsonl: "jsonl", write_parquet: "parquet", write_text: "txt"}[write]
-    corpus = runtime.open_bins(prepared(write(tmp_path / f"d.{suffix}")))
+    corpus = data.open_bins(prepared(write(tmp_path / f"d.{suffix}")))
     for split in data.SPLITS:
         own = [text for text in DOCUMENTS if (sources.share(text) < 0.1) is (split == "val")]
         whole = corpus.tokenizer.decode(getattr(corpus, split)[:].tolist())
@@ -110,7 +109,7 @@ def test_every_document_is_in_one_split_whole_and_in_order(write, prepared, tmp_
 
 def test_what_is_held_out_does_not_depend_on_the_other_documents(prepared, tmp_path):
     write_jsonl(tmp_path / "a.jsonl", DOCUMENTS[::2])
-    half = runtime.open_bins(prepared(tmp_path / "a.jsonl"))
+    half = data.open_bins(prepared(tmp_path / "a.jsonl"))
     held = half.tokenizer.decode(half.val[:].tolist())
     assert held == "".join(text + "\n" for text in DOCUMENTS[::2] if sources.share(text) < 0.1)
 
@@ -144,7 +143,7 @@ def test_a_finished_folder_holds_shards_and_meta_file_alone(folder, prepared):
 def test_a_bpe_ends_documents_with_a_token_that_no_text_becomes(prepared, tmp_path):
     documents = [*DOCUMENTS[:50], "a text with <|endoftext|> in it"]
     write_jsonl(tmp_path / "d.jsonl", documents)
-    corpus = runtime.open_bins(prepared(tmp_path / "d.jsonl", "tokenizer=bpe", "vocab_size=300"))
+    corpus = data.open_bins(prepared(tmp_path / "d.jsonl", "tokenizer=bpe", "vocab_size=300"))
     eos, ids = corpus.tokenizer.eos, [*corpus.train[:].tolist(), *corpus.val[:].tolist()]
     assert ids.count(eos) == 51 and ids[-1] == eos
     assert "a text with <|endoftext|> in it<|endoftext|>" in corpus.tokenizer.decode(ids)
@@ -152,7 +151,7 @@ def test_a_bpe_ends_documents_with_a_token_that_no_text_becomes(prepared, tmp_pa
 
 def test_characters_are_those_of_all_documents(prepared, tmp_path):
     write_jsonl(tmp_path / "d.jsonl", ["ab", *"cdefghijklmnopqrstuvwxyz" * 2])
-    corpus = runtime.open_bins(prepared(tmp_path / "d.jsonl", "tokenizer=char"))
+    corpus = data.open_bins(prepared(tmp_path / "d.jsonl", "tokenizer=char"))
     assert corpus.tokenizer.characters == "\nabcdefghijklmnopqrstuvwxyz"
 
 
@@ -162,7 +161,7 @@ def test_a_tokenizer_can_come_from_a_file(form, folder, prepared, tmp_path):
     state = tokenizer.state()
     whole = json.dumps({"tokenizer": state}) if form == "meta.json" else state["serialized"]
     (tmp_path / form).write_text(whole)
-    assert runtime.open_bins(prepared(folder, f"tokenizer={form}")).tokenizer.state() == state
+    assert data.open_bins(prepared(folder, f"tokenizer={form}")).tokenizer.state() == state
 
 
 def test_rows_that_are_lines_are_put_together_where_a_document_begins(prepared, tmp_path):

@@ -1,4 +1,4 @@
-"""The reverse process against laws by enumeration, its strategies, draws and random numbers."""
+"""diffusion.py: the reverse process against enumerated laws, its draws and random numbers."""
 
 import functools
 import inspect

@@ -1,4 +1,4 @@
-"""Every strategy of the reverse process against enumerated laws and definitions in plain Python."""
+"""Every strategy against enumerated laws and definitions in plain Python."""
 
 import math
 from functools import partial

@@ -1,139 +1,238 @@
-"""The shape of the repository: which file may import which, and that no setting is dead."""
+"""The shape of the repository: which file may import which, and that no setting is dead.
+
+Nothing here limits what you add: files of your own at the root, or entries of your own in a file.
+The size of the core is `make lint`'s business (tests/budgets.py).
+"""
 
 import ast
 import dataclasses
-import inspect
+import graphlib
+import json
+import os
 import re
+import shutil
 import subprocess
 import sys
-import tomllib
 from pathlib import Path
 
 import pytest
-from conftest import ROOT
+from budgets import SIX, count
+from conftest import ROOT, TINY, environment
 from omegaconf import OmegaConf
 
-import diffusion
 from model import ModelConfig
+from nanomdm import cli
 
-FLOORS = (
-    ("model", "diffusion", "bounds", "text", "tokenizer", "data", "optim", "checkpoint"),
-    ("cli", "folders", "parallel", "runtime", "runlog", "report"),
-    ("train", "sample", "eval"),
-)
-OWN_SETTINGS = sorted(p for f in ("bench", "tools") for p in (ROOT / "configs" / f).glob("*.yaml"))
-FLOOR_OF = {name: floor for floor, names in enumerate(FLOORS) for name in names}
+ROOMS = sorted(path.stem for path in (ROOT / "nanomdm").glob("[!_]*.py"))
+SCRIPTS = {"train", "sample", "eval"}
+PURE = ("model.py", "diffusion.py", "nanomdm/strategies.py")  # a Hugging Face export has copies
+CODE_OF = {"bench": "bench", "tools": "tools", "stress": "tests/stress"}  # by folder of configs/
+OWN_SETTINGS = sorted(p for name in CODE_OF for p in (ROOT / "configs" / name).glob("*.yaml"))
 
 
 def imports_of(path: Path) -> set[str]:
-    """The top-level modules that a file imports, anywhere in it."""
+    """The modules that a file imports, anywhere in it; those of its own package as ".name"."""
     names = set()
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
             names |= {alias.name.split(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.level:
+            assert node.level == 1, f"{path} has an import from above its package"
+            modules = [node.module] if node.module else [alias.name for alias in node.names]
+            names |= {f".{module.split('.')[0]}" for module in modules}
         elif isinstance(node, ast.ImportFrom):
-            assert node.level == 0, f"{path.name} has a relative import"
             names.add(node.module.split(".")[0])
     return names
 
 
-def test_every_python_file_at_the_root_has_a_floor():
-    assert {path.stem for path in ROOT.glob("*.py")} == set(FLOOR_OF)
+# --- Who may import whom ------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", FLOOR_OF)
-def test_imports_only_point_down(name):
-    siblings = imports_of(ROOT / f"{name}.py") & (set(FLOOR_OF) | {"tools", "bench", "tests"})
-    assert all(FLOOR_OF.get(other, 9) < FLOOR_OF[name] for other in siblings), siblings
+@pytest.mark.parametrize("name", PURE)
+def test_the_mathematics_needs_torch_and_the_standard_library_alone(name):
+    assert imports_of(ROOT / name) <= set(sys.stdlib_module_names) | {"torch"}
 
 
-@pytest.mark.parametrize("name", FLOORS[0])
-def test_a_leaf_needs_torch_numpy_and_the_standard_library_only(name):
-    allowed = set(sys.stdlib_module_names) | {"torch", "numpy"}
-    assert imports_of(ROOT / f"{name}.py") <= allowed
+@pytest.mark.parametrize("name", ROOMS)
+def test_a_room_imports_other_rooms_and_nothing_else_of_ours(name):
+    found = imports_of(ROOT / "nanomdm" / f"{name}.py")
+    assert not found & {"nanomdm", "bench", "tools", "tests", *SIX}
+    assert {module for module in found if module[0] == "."} <= {f".{room}" for room in ROOMS}
 
 
-def test_no_root_file_shadows_a_dependency():
+def test_the_rooms_form_no_circle():
+    graph = {f".{name}": imports_of(ROOT / "nanomdm" / f"{name}.py") for name in ROOMS}
+    graphlib.TopologicalSorter(graph).prepare()  # raises a CycleError, which names it
+
+
+@pytest.mark.parametrize("name", SIX)
+def test_no_root_file_imports_a_script_or_what_stands_apart(name):
+    assert not imports_of(ROOT / f"{name}.py") & {*SCRIPTS, "bench", "tools", "tests"}
+
+
+def test_no_name_of_ours_shadows_a_dependency_or_the_standard_library():
     pins = (ROOT / "constraints.txt").read_text()
     packages = {line.split("==")[0].lower().replace("-", "_") for line in pins.splitlines()}
-    assert not packages & set(FLOOR_OF)
-    assert not set(sys.stdlib_module_names) & set(FLOOR_OF)
+    ours = {*SIX, "nanomdm", "bench", "tools"}
+    assert not ours & (packages | set(sys.stdlib_module_names))
 
 
-def test_the_core_stays_small(capsys):
-    sizes = {
-        floor: {name: len((ROOT / f"{name}.py").read_text().splitlines()) for name in names}
-        for floor, names in enumerate(FLOORS)
-    }
-    with capsys.disabled():
-        for floor, files in sizes.items():
-            listing = ", ".join(f"{name} {lines}" for name, lines in files.items())
-            print(f"\nfloor {floor}: {sum(files.values())} lines ({listing})", end="")
-    assert max(max(files.values()) for files in sizes.values()) <= 530
-    assert sum(sum(files.values()) for files in sizes.values()) <= 5_000
+# --- Alone, from anywhere, and in a few frames --------------------------------------------------
+
+USES = {
+    "model": """
+config = model.ModelConfig(5, block_size=4, n_layer=1, n_head=1, n_embd=8, conv_width=3)
+x0 = torch.tensor([[0, 1, 2, 3]])
+network = model.Transformer(config)
+assert network(x0).shape == (1, 4, 5)
+network(x0.masked_fill(x0 > 1, config.mask_id), x0, x0 > 1).sum().backward()
+""",
+    "diffusion": """
+network = lambda xt: torch.zeros(*xt.shape, 5)
+x0 = torch.tensor([[0, 1, 2, 3]])
+assert diffusion.masked_diffusion_loss(network, x0, mask_id=5).isfinite()
+value, error = diffusion.nelbo(network, x0, mask_id=5)
+assert abs(value - torch.tensor(5.0).log()) < 1e-5
+everywhere = x0 >= 0
+assert diffusion.sample(network, x0, is_masked=everywhere, mask_id=5).ids.max() < 5
+""",
+}
 
 
-def test_the_package_holds_exactly_the_leaves():
-    wheel = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["hatch"]["build"]
-    included = wheel["targets"]["wheel"]["force-include"]
-    assert {Path(name).stem for name in included if name.endswith(".py")} == set(FLOORS[0])
-    assert all(target == f"nanomdm/{source}" for source, target in included.items())
+def python(code: str, folder: Path, env: dict[str, str]) -> subprocess.CompletedProcess:
+    command = [sys.executable, "-c", code]
+    return subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True, timeout=200)
 
 
-def test_the_package_can_be_used_from_anywhere(tmp_path):
-    command = "import nanomdm.model, nanomdm.diffusion, nanomdm.text as t; print(t.PLAYS.exists())"
-    python = [sys.executable, "-c", command]
-    result = subprocess.run(python, cwd=tmp_path, capture_output=True, text=True, timeout=60)
-    if "No module named 'nanomdm'" in result.stderr:
-        pytest.skip("not installed here: pip install .")
-    assert result.stdout == "True\n", result.stderr
+@pytest.mark.parametrize("name", USES)
+def test_a_file_works_alone_in_an_empty_folder(name, tmp_path):
+    shutil.copy(ROOT / f"{name}.py", tmp_path)
+    clean = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
+    ours = {*SIX, "nanomdm"} - {name}
+    code = f"import sys, torch, {name}\n{USES[name]}\nprint(sys.modules.keys() & {ours})"
+    result = python(f"{code}\nprint({name}.__file__)", tmp_path, clean)
+    assert result.stdout == f"set()\n{tmp_path}/{name}.py\n", result.stderr
 
 
-def dotted(values: dict, prefix: str = "") -> set[str]:
-    nested = (
-        dotted(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key}
-        for key, value in values.items()
+TO_THE_CROSS_ENTROPY = """
+import json, os, runpy, sys, traceback
+import torch.nn.functional
+
+def stop(*arguments, **settings):
+    frames = [frame.filename for frame in traceback.extract_stack()]
+    print(json.dumps(frames), flush=True)
+    os._exit(0)
+
+torch.nn.functional.cross_entropy = stop
+_, sys.argv[0] = sys.argv.pop(0), "train.py"
+runpy.run_path(SCRIPT, run_name="__main__")
+"""
+
+
+def test_at_most_seven_frames_in_four_files_lead_to_the_cross_entropy(tmp_path, text_file):
+    """Of ours, from `python train.py` on, without torch.compile."""
+    script = f"SCRIPT = {str(ROOT / 'train.py')!r}\n{TO_THE_CROSS_ENTROPY}"
+    command = [sys.executable, "-c", script, "train.py", *TINY, f"data.path={text_file}"]
+    result = subprocess.run(
+        command, cwd=tmp_path, env=environment(), capture_output=True, text=True, timeout=200
     )
-    return set().union(*nested)
+    assert result.returncode == 0, result.stderr
+    files = [Path(name) for name in json.loads(result.stdout.splitlines()[-1])]
+    ours = [path for path in files if path.is_relative_to(ROOT) and ".venv" not in path.parts]
+    assert ours[0] == ROOT / "train.py" and ours[-1] == ROOT / "model.py"
+    assert len(ours) <= 7 and len(set(ours)) <= 4, ours
+
+
+# --- Settings -----------------------------------------------------------------------------------
 
 
 def settings(path: Path = ROOT / "configs" / "config.yaml") -> set[str]:
-    values = OmegaConf.to_container(OmegaConf.load(path), resolve=False)
-    return dotted({key: value for key, value in values.items() if key not in ("hydra", "defaults")})
+    return set(cli.flat(OmegaConf.to_container(OmegaConf.load(path), resolve=False)))
+
+
+def test_there_are_at_most_56_settings_beside_the_options_of_a_strategy():
+    assert len(settings() - {"sampling.options"}) <= 56
 
 
 @pytest.mark.parametrize("key", sorted(settings()))
 def test_every_setting_is_read(key):
-    """By name in the scripts, or as an argument of what the whole section is handed to."""
+    """By name, or as a field of the shape that the model's section is handed over as."""
     section, _, name = key.rpartition(".")
-    handed_over = {
-        "model": {field.name for field in dataclasses.fields(ModelConfig)},
-        "diffusion": set(inspect.signature(diffusion.masked_diffusion_loss).parameters),
-        "sampling": {field.name for field in dataclasses.fields(diffusion.Sampling)},
-    }
-    code = "".join((ROOT / f"{script}.py").read_text() for floor in FLOORS[1:] for script in floor)
-    read_by_name = re.search(
-        rf"(config|settings|\b{section or 'config'})\.{name}\b|\"{name}\"", code
-    )
-    assert read_by_name or name in handed_over.get(section, ()), f"nothing reads {key}"
-
-
-@pytest.mark.parametrize("path", sorted((ROOT / "configs").rglob("*.yaml")), ids=lambda p: p.stem)
-def test_every_setting_is_explained_in_its_line(path):
-    if path.parent.stem == "experiment":
-        assert path.read_text().splitlines()[1].startswith("# ")
+    if section == "model" and name in {field.name for field in dataclasses.fields(ModelConfig)}:
         return
-    text = path.read_text().split("hydra:")[0]
-    lines = [line for line in text.splitlines() if re.match(r"\s*\w+:\s*\S", line)]
+    files = [*(ROOT / f"{name}.py" for name in SIX), *(ROOT / "nanomdm").glob("*.py")]
+    code = "".join(path.read_text() for path in files)
+    holder = rf"config|settings|section|{section or 'config'}"
+    assert re.search(rf"\b({holder})\.{name}\b", code), f"nothing reads {key}"
+
+
+@pytest.mark.parametrize(
+    "path",
+    sorted((ROOT / "configs").rglob("*.yaml")),
+    ids=lambda path: f"{path.parent.stem}/{path.stem}",
+)
+def test_every_setting_is_explained_in_its_line(path):
+    text = path.read_text()
+    if path.parent.stem == "experiment":
+        assert text.splitlines()[1].startswith("# ")
+        return
+    lines = [line for line in text.splitlines() if re.match(r"\s*\w+:\s*[^\s#]", line)]
     assert len(lines) == len(settings(path))
     assert not [line for line in lines if not re.search(r"  # \S", line)]
 
 
 @pytest.mark.parametrize("path", OWN_SETTINGS, ids=lambda p: f"{p.parent.stem}/{p.stem}")
 def test_every_setting_of_a_tool_is_read_by_it(path):
-    code = (ROOT / path.parent.stem / f"{path.stem}.py").read_text()
-    handed_over = {f"sampling.{field.name}" for field in dataclasses.fields(diffusion.Sampling)}
-    if "runtime.sampling(config.sampling" not in code:
-        handed_over = set()
-    for key in settings(path) - handed_over:
-        assert re.search(rf"config\.{re.escape(key)}\b", code), f"nothing reads {key}"
+    code = (ROOT / CODE_OF[path.parent.stem] / f"{path.stem}.py").read_text()
+    handed_over = re.search(r"config\.sampling\b(?!\.)", code)  # as a whole
+    for key in settings(path):
+        if not (handed_over and key.startswith("sampling.")):
+            assert re.search(rf"config\.{re.escape(key)}\b", code), f"nothing reads {key}"
+
+
+# --- What you add -------------------------------------------------------------------------------
+
+YOURS = {  # by the file that it is written into, or that is new
+    "my_script.py": "import train\n\ntrain.cli.main(train.main)\n",
+    "my/samples.py": "import sample\nfrom tools import view\n",
+    "nanomdm/strategies.py": "def mine(state):\n    return state.is_masked\n\n\n"
+    'STRATEGIES["mine"] = mine\n',
+    "nanomdm/optim.py": "def mine(parameters, learning_rate, weight_decay):\n"
+    "    return [torch.optim.SGD(parameters.values(), learning_rate)]\n\n\n"
+    'OPTIMIZERS["mine"] = mine\n',
+    "nanomdm/bounds.py": 'BOUNDS["mine"] = Bound(chain, "is mine", calls=None)\n',
+    "train.py": "def my_metric(run):\n    return sum(p.sum() for p in run.ema.parameters())\n"
+    + "\n\ndef more():\n    return (\n"
+    + "        1,\n" * 2000
+    + "    )\n",
+}
+
+
+def test_a_file_or_an_entry_of_your_own_fails_none_of_these_tests(tmp_path):
+    copied = shutil.ignore_patterns("__pycache__", ".*", "out*")
+    for name in ("nanomdm", "bench", "tools", "configs", "tests", "corpora"):
+        shutil.copytree(ROOT / name, tmp_path / name, ignore=copied)
+    for name in (*(f"{name}.py" for name in SIX), "constraints.txt", "pyproject.toml"):
+        shutil.copy(ROOT / name, tmp_path)
+    (tmp_path / "my").mkdir()
+    for name, code in YOURS.items():
+        with (tmp_path / name).open("a") as file:
+            file.write(f"\n\n{code}")
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
+    result = subprocess.run(
+        [*command, "tests/test_structure.py", "-k", "not alone and not frames and not your_own"],
+        cwd=tmp_path,
+        env=environment(PYTHONPATH=str(tmp_path)),
+        capture_output=True,
+        text=True,
+        timeout=200,
+    )
+    assert result.returncode == 0, result.stdout
+
+
+def test_the_size_of_a_file_is_that_of_its_code(tmp_path):
+    code = (
+        '"""A docstring."""\n\n# a comment\nx = f"{1 + 1} and {y:>{z}}"\n\n\n\ny = (\n    1,\n)\n'
+    )
+    (tmp_path / "code.py").write_text(code)
+    assert count(tmp_path / "code.py") == len(["x", "=", "f", "y", "=", "(", "1", ",", ")"])

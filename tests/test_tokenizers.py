@@ -2,16 +2,13 @@
 
 import json
 import os
-import re
 import shutil
 import sys
-from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from conftest import TINY, load_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -23,7 +20,6 @@ from nanomdm.tokenizers import (
     CharTokenizer,
     GPT2Tokenizer,
     HFTokenizer,
-    Tokenizer,
     choices,
     load_tokenizer,
     train_tokenizer,
@@ -267,53 +263,6 @@ def test_a_bpe_with_a_regular_expression_from_outside_is_refused(bpe):
     spec["normalizer"] = {"type": "Replace", "pattern": {"Regex": "(a+)+b"}, "content": ""}
     with pytest.raises(ValueError, match="expected a plain byte-level BPE"):
         load_tokenizer({"kind": "bpe", "serialized": json.dumps(spec)})
-
-
-# --- One of your own ----------------------------------------------------------------------------
-
-
-class Words(Tokenizer):
-    """One token a word with the space before it, as many as data.vocab_size; the rest is `?`."""
-
-    kind, arguments = "words", ("words",)
-
-    def __init__(self, words: list):
-        self.words, self.vocab_size = words, len(words)
-
-    @classmethod
-    def train(cls, text: str, split: int, vocab_size: int) -> "Words":
-        counts = Counter(re.findall(r"\s?\S*", text[:split]))
-        return cls(["?", *(word for word, _ in counts.most_common(vocab_size - 1))])
-
-    def encode(self, text: str) -> np.ndarray:
-        ids = {word: i for i, word in enumerate(self.words)}
-        return np.array([ids.get(word, 0) for word in re.findall(r"\s?\S*", text)], np.int64)
-
-    def decode_bytes(self, ids) -> bytes:
-        return "".join(self.words[i] for i in ids).encode()
-
-
-@pytest.fixture
-def words(monkeypatch):
-    monkeypatch.setitem(TOKENIZERS, "words", Words)
-
-
-def test_one_entry_in_the_dict_is_a_choice_of_data_tokenizer(words):
-    assert choices() == ["char", "byte", "gpt2", "bpe", "words"]
-    with pytest.raises(ValueError, match="choose one of char, byte, gpt2, bpe, words$"):
-        train_tokenizer("word", POEM, 9, 9)
-
-
-def test_a_tokenizer_from_outside_trains_resumes_samples_and_evaluates(words, run, text_file):
-    data = (f"data.path={text_file}", "data.tokenizer=words", "data.vocab_size=20")
-    assert run("train.py", *TINY, *data).code == 0
-    loaded = load_model("out/ckpt.pt")
-    assert loaded.tokenizer.vocab_size == 20 and isinstance(loaded.tokenizer, Words)
-    assert run("train.py", "training.resume=true", "training.max_iters=13").code == 0
-    cpu = ("system.device=cpu", "system.dtype=float32")
-    sampled = run("sample.py", "prompt= of", "sampling.steps=2", *cpu)
-    assert sampled.code == 0 and sampled.out.startswith(" of")
-    assert run("eval.py", "eval.draws=1", *cpu).code == 0
 
 
 def test_what_only_imported_weights_bring_is_no_choice():

@@ -1,4 +1,4 @@
-"""Training: what a run leaves behind, and that interrupting it changes nothing."""
+"""train.py: what a run leaves behind, and that interrupting it changes nothing."""
 
 import hashlib
 import json
@@ -64,7 +64,7 @@ def interrupt_at(monkeypatch, step: int) -> None:
     monkeypatch.setattr(runlog.Log, "metrics", logged)
 
 
-STATE = ("model", "ema", "optimizer", "step", "best", "meter")
+STATE = ("model", "ema", "optimizer", "step", "best", "stats")
 
 
 @pytest.mark.parametrize("optimizer", ["muon", "adamw"])

@@ -8,20 +8,20 @@ from html.parser import HTMLParser
 from types import SimpleNamespace
 from xml.etree import ElementTree
 
-import numpy as np
 import pytest
-import runtime
 import torch
 from conftest import load_model
 
-import diffusion
-from diffusion import Sampling
+from diffusion import sample
 from nanomdm.checkpoint import Loaded
-from sample import Canvas, make_canvas
+from nanomdm.prompts import Canvas, make_canvas
+from nanomdm.random import generator
+from nanomdm.strategies import Sampler, from_config
 from tools import page, picture, trace
+from tools.trace import unpack
 
 HOSTILE = "</script><script>alert(1)</script><img src=x onerror=alert(1)><!--&\"'"
-HOLE = 65535
+BLANK = 65535
 CASES = {
     "spread": {"steps": 8},
     "remask": {"steps": 24, "remask_rate": 0.3},
@@ -36,15 +36,31 @@ def loaded(trained) -> Loaded:
     return load_model(trained / "ckpt.pt")
 
 
-def recorded(loaded, canvases: list[Canvas], settings: Sampling, **options):
-    """The messages of each row, and what `record` returns."""
+def sampler(
+    strategy: str, steps: int = 32, temperature: float = 1.0, top_p: float = 1.0, **options
+) -> Sampler:
+    section = {"strategy": strategy, "steps": steps, "temperature": temperature, "top_p": top_p}
+    return from_config(SimpleNamespace(**section, options=options), sample)
+
+
+def canvas_of(loaded: Loaded, prompt: str, length: int) -> Canvas:
+    return make_canvas(prompt, length, loaded.tokenizer, loaded.model.config.block_size)
+
+
+def recorded(loaded, canvases: list[Canvas], settings: Sampler, **options) -> list[list[dict]]:
+    """The messages of each row."""
     rows = [[] for _ in canvases]
     options = {"send": lambda row, message: rows[row].append(message)} | options
-    return rows, *trace.record(loaded, canvases, settings, 1337, **options)
+    trace.record(loaded, canvases, settings, 1337, **options)
+    return rows
 
 
-def unpack(text: str | None) -> list[int]:
-    return np.frombuffer(base64.b64decode(text or ""), "<u2").tolist()
+def filled(loaded, canvases: list[Canvas], settings: Sampler, **options):
+    """What the sampler does without a recorder."""
+    ids, is_masked = (torch.stack(tensors) for tensors in zip(*canvases, strict=True))
+    return settings.fill(
+        loaded.model, ids, is_masked, generator=generator(1337, "sample"), **options
+    )
 
 
 def replay(messages: list[dict], names: str = "ids") -> list[list[int | None]]:
@@ -53,10 +69,10 @@ def replay(messages: list[dict], names: str = "ids") -> list[list[int | None]]:
     for message in messages:
         ids += message.get(names, [])
         if "given" in message:
-            state = [None if n == HOLE else ids[n] for n in unpack(message["given"])]
-        for position, number, _ in zip(*[iter(unpack(message.get("set")))] * 3, strict=True):
+            state = [None if n == BLANK else ids[n] for n in unpack(message["given"])]
+        for position, number, _ in zip(*[iter(unpack(message.get("set", "")))] * 3, strict=True):
             state[position] = ids[number]
-        for position in unpack(message.get("mask")):
+        for position in unpack(message.get("mask", "")):
             state[position] = None
         states.append(list(state))
     return states
@@ -64,28 +80,19 @@ def replay(messages: list[dict], names: str = "ids") -> list[list[int | None]]:
 
 @pytest.mark.parametrize("strategy", CASES)
 def test_a_trace_replays_every_state_of_the_sampler(loaded, strategy):
-    settings = Sampling(strategy=strategy, **CASES[strategy])
-    canvases = [make_canvas("KING", 30, loaded)] * 2
-    rows, *_ = recorded(loaded, canvases, settings)
+    settings, canvases = sampler(strategy, **CASES[strategy]), [canvas_of(loaded, "KING", 30)] * 2
+    rows, mask_id = recorded(loaded, canvases, settings), loaded.model.config.mask_id
     ids, is_masked = (torch.stack(tensors) for tensors in zip(*canvases, strict=True))
-    mask_id = loaded.model.config.mask_id
     states = [ids.masked_fill(is_masked, mask_id)]
-    runtime.fill(
-        loaded.model,
-        ids,
-        is_masked,
-        settings,
-        runtime.generator(1337, "sample"),
-        callback=lambda step, t, xt: states.append(xt.clone()),
-    )
+    filled(loaded, canvases, settings, callback=lambda step, s, xt: states.append(xt.clone()))
     for row, messages in enumerate(rows):
         expected = [[None if i == mask_id else i for i in xt[row].tolist()] for xt in states]
         assert replay(messages) == expected
 
 
 def test_the_alternatives_are_the_networks_answer_to_the_state_before(loaded):
-    settings = Sampling(strategy="remask", steps=12, remask_rate=0.3, temperature=0.5)
-    (messages,), *_ = recorded(loaded, [make_canvas("The ", 24, loaded)], settings)
+    settings = sampler("remask", steps=12, remask_rate=0.3, temperature=0.5)
+    (messages,) = recorded(loaded, [canvas_of(loaded, "The ", 24)], settings)
     states, looked = replay(messages), 0
     ids = [i for message in messages for i in message.get("ids", [])]
     for before, message in zip(states, messages[1:], strict=False):
@@ -96,7 +103,7 @@ def test_the_alternatives_are_the_networks_answer_to_the_state_before(loaded):
             p = loaded.model(xt)[0, [i is None for i in before]].softmax(dim=-1)
         best = p.topk(5)
         assert [ids[n] for n in unpack(message["best"])] == best.indices.flatten().tolist()
-        found = torch.tensor(unpack(message["p"])) / HOLE
+        found = torch.tensor(unpack(message["p"])) / BLANK
         assert torch.allclose(found, best.values.flatten(), atol=1e-5)
         entropy = -(p * p.log()).sum(dim=-1).mean()
         assert message["entropy"] == pytest.approx(entropy.item(), abs=6e-4)
@@ -105,17 +112,31 @@ def test_the_alternatives_are_the_networks_answer_to_the_state_before(loaded):
 
 
 def test_under_guidance_the_alternatives_are_those_that_the_sampler_draws_from(loaded):
-    settings = Sampling(strategy="spread", steps=6, guidance=1.5)
-    (messages,), _, events = recorded(loaded, [make_canvas("KING 3", 24, loaded)], settings)
+    settings = sampler("spread", steps=6, guidance=1.5)
+    canvases, events = [canvas_of(loaded, "KING 3", 24)], []
+    (messages,) = recorded(loaded, canvases, settings)
+    filled(loaded, canvases, settings, history=events)
     ids = [i for message in messages for i in message.get("ids", [])]
-    for step, before in enumerate(replay(messages)[:-1], start=1):
-        (event,) = [event for event in events if event.step == step]
+    for event, before, message in zip(events, replay(messages)[:-1], messages[1:], strict=True):
         masked = [i for i, token in enumerate(before) if token is None]
-        rows = [masked.index(i) for i in event.where[:, 1].tolist()]
-        best = torch.tensor([ids[n] for n in unpack(messages[step]["best"])]).view(-1, 5)[rows]
-        p = torch.tensor(unpack(messages[step]["p"])).view(-1, 5)[rows] / HOLE
-        assert torch.equal(best, event.likeliest)
-        assert torch.allclose(p, event.probabilities, atol=2e-5)
+        rows = [masked.index(i) for i in event.revealed[0].nonzero().flatten().tolist()]
+        best = torch.tensor([ids[n] for n in unpack(message["best"])]).view(-1, 5)[rows]
+        p = torch.tensor(unpack(message["p"])).view(-1, 5)[rows] / BLANK
+        expected = event.logits.softmax(dim=-1).topk(5)
+        assert torch.equal(best, expected.indices)
+        assert torch.allclose(p, expected.values, atol=2e-5)
+
+
+def test_a_revealed_token_comes_with_the_probability_that_it_had(loaded):
+    settings, events = sampler("spread", steps=6, temperature=0.5, top_p=0.9), []
+    canvases = [canvas_of(loaded, "KING 3", 24)] * 2
+    rows = recorded(loaded, canvases, settings)
+    filled(loaded, canvases, settings, history=events)
+    for step, event in enumerate(events, start=1):
+        p = event.logits.softmax(dim=-1).gather(1, event.tokens[:, None]).squeeze(1)
+        packed = [unpack(messages[step].get("set", "")) for messages in rows]
+        found = torch.tensor(packed[0][2::3] + packed[1][2::3]) / BLANK
+        assert torch.allclose(found, p, atol=2e-5)
 
 
 def test_the_page_holds_the_text_that_sample_py_writes(run, trained):
@@ -124,7 +145,7 @@ def test_the_page_holds_the_text_that_sample_py_writes(run, trained):
     with open("page.html") as file:
         data = json.loads(re.search(r'id="data">(.*?)</script>', file.read())[1])
     texts = ["".join(replay(messages, "texts")[-1]) for messages in data["traces"]]
-    expected = run("sample.py", *words, "num_samples=2", "sampling.output=samples.jsonl")
+    expected = run("sample.py", *words, "num_samples=2", "output=samples.jsonl")
     assert expected.code == 0
     with open("samples.jsonl") as file:
         assert texts == [json.loads(line)["text"] for line in file]
@@ -164,10 +185,10 @@ def blank(L: int) -> Canvas:
 
 def test_256_tokens_in_128_steps_with_alternatives_stay_below_a_megabyte():
     texts = [f"word {n} " for n in range(1000)]
-    settings = Sampling(strategy="remask", steps=128)
-    rows, *_ = recorded(noisy(texts, 256), [blank(256)], settings)
+    settings = sampler("remask", steps=128)
+    rows = recorded(noisy(texts, 256), [blank(256)], settings)
     content = page.assemble("view", "nanoMDM", {"subtitle": "", "traces": rows})
-    best = [len(unpack(message.get("best"))) for message in rows[0]]
+    best = [len(unpack(message.get("best", ""))) for message in rows[0]]
     assert len(best) == 129 and sum(best) > 5 * 256 * 128 * 0.48
     assert 300_000 < len(content.encode()) < 1_000_000
 
@@ -196,10 +217,10 @@ class Elements(HTMLParser):
 @pytest.fixture(scope="module")
 def hostile() -> tuple[str, str]:
     """A page and a picture in which every text is hostile."""
-    settings, loaded = Sampling(steps=3), noisy([HOSTILE + str(n) for n in range(6)], 8)
-    rows, _, events = recorded(loaded, [blank(8)], settings)
+    loaded = noisy([HOSTILE + str(n) for n in range(6)], 8)
+    rows = recorded(loaded, [blank(8)], sampler("spread", steps=3))
     content = page.assemble("view", HOSTILE, {"subtitle": HOSTILE, "traces": rows})
-    return content, picture.draw(loaded.tokenizer, blank(8), events, 3, 8.0)
+    return content, picture.draw(rows[0], 8.0)
 
 
 def test_no_text_adds_an_element_to_the_page(hostile):
@@ -259,9 +280,9 @@ def test_the_picture_shows_each_token_from_its_step_on(run, trained):
 
 
 def test_a_position_is_something_at_every_step_of_the_picture(loaded):
-    settings, canvas = Sampling(strategy="remask", steps=30, remask_rate=0.4), blank(32)
-    (messages,), filled, events = recorded(loaded, [canvas], settings)
-    stays = picture.stays_of(loaded.tokenizer, canvas, events)
+    settings = sampler("remask", steps=30, remask_rate=0.4)
+    (messages,) = recorded(loaded, [blank(32)], settings)
+    stays = picture.stays_of(messages)
     assert any(len(position) > 2 for position in stays)
     for position, found in enumerate(stays):
         starts, ends = [start for start, *_ in found], [end for _, end, _ in found]
@@ -291,15 +312,17 @@ def test_lines_of_the_picture_break_at_blanks():
     ("word", "message"),
     [
         ("format=pdf", "format=pdf is unknown: choose one of html, svg"),
-        ("num_samples=0", "num_samples=0 must be at least 1"),
+        ("num_samples=0", "num_samples=0 must be positive"),
         ("alternatives=0", "alternatives=0 must be at least 1"),
         ("seconds=0", "seconds=0 must be at least 1"),
         ("sampling.length=-1", "sampling.length=-1 must be 0 or more"),
         ("sampling.length=33", "the text has 33 tokens, and at most 32 can be shown"),
-        ("sampling.steps=0", "sampling.steps=0 must be at least 1"),
+        ("sampling.steps=0", "sampling.steps=0 must be positive"),
         (f"prompt={'n' * 40}", "prompt has 40 tokens but sampling.length is 32"),
         ("prompt=[MASK*99999999999999]", "has 99999999999999 tokens, and at most 32 can be"),
         (f"prompt={'n' * 32}", "nothing is masked"),
+        ("sampling.strategy=best", "sampling.strategy=best is unknown: choose stochastic"),
+        ("sampling.options={gamma: 1}", "sampling.options.gamma is no option of spread"),
         ("out=/dev/null/x.html", "cannot write out=/dev/null/x.html"),
     ],
 )
@@ -313,7 +336,7 @@ def test_what_send_raises_ends_the_sampling(loaded):
     class Left(Exception):
         pass
 
-    sent, settings = [], diffusion.Sampling(strategy="first_hitting")
+    sent = []
 
     def send(row, message):
         sent.append(message)
@@ -321,5 +344,5 @@ def test_what_send_raises_ends_the_sampling(loaded):
             raise Left
 
     with pytest.raises(Left):
-        recorded(loaded, [blank(32)], settings, send=send)
+        recorded(loaded, [blank(32)], sampler("first_hitting"), send=send)
     assert len(sent) == 4

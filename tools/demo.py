@@ -6,10 +6,8 @@ elsewhere, open a tunnel: ssh -L 8000:127.0.0.1:8000 machine.
 
 import socket
 
-import runtime
-
 from model import ModelConfig, Transformer
-from nanomdm import cli
+from nanomdm import cli, devices
 from nanomdm.checkpoint import load_model
 from nanomdm.cli import Section
 from nanomdm.errors import UserError
@@ -21,7 +19,7 @@ def main(config: Section) -> None:
     except ImportError as error:
         raise UserError(f"{error.name} is missing: pip install starlette uvicorn") from None
     check(config)
-    device = runtime.pick_device(config.device)
+    device = devices.pick_device(config.device)
     loaded = load_model(config.checkpoint, device, Transformer, ModelConfig)
     context = loaded.model.config.block_size
     if config.length > context:

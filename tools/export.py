@@ -2,9 +2,9 @@
 
 python -m tools.export checkpoint=out/best.pt to=shakespeare-mdm
 
-The folder holds the EMA weights (safetensors), model.py and diffusion.py as they are here, a thin
-wrapper around them, the tokenizer, and a model card. `python -m tools.import_weights` reads it
-back.
+The folder holds the EMA weights (safetensors), model.py, diffusion.py and strategies.py as they are
+here, a thin wrapper around them, the tokenizer, and a model card. `python -m tools.import_weights`
+reads it back.
 """
 
 import json
@@ -24,9 +24,9 @@ from nanomdm.cli import Section
 from nanomdm.errors import UserError, optional
 from tools import hf_tokenizer
 
-CODE = ("model.py", "diffusion.py", "tools/modeling_nanomdm.py", "LICENSE")
-LEFT_OUT = (  # of the command on the card: what is of a machine, or of other scripts
-    *("data.cache_dir", "system.device", "training.resume", "training.init_from", "output"),
+CODE = ("model.py", "diffusion.py", "nanomdm/strategies.py", "tools/modeling_nanomdm.py", "LICENSE")
+LEFT_OUT = (  # settings left out of the card's command: of the machine or of other scripts
+    *("system.device", "training.resume", "training.init_from"),
     *("sampling.", "logging.", "eval."),
 )
 
@@ -36,7 +36,7 @@ def main(config: Section) -> None:
     loaded = load_model(config.checkpoint, "cpu", Transformer, ModelConfig)
     if loaded.model.config.causal:
         raise UserError(
-            f"{config.checkpoint} is autoregressive, no masked language model: export one of "
+            f"{config.checkpoint} is autoregressive, not a masked language model: export one of "
             "training.objective=diffusion"
         )
     figures = read_figures(config)
@@ -58,20 +58,20 @@ def check(config: Section) -> None:
     if not config.to:
         raise UserError("to= is missing: name the folder to write, as in to=my-model")
     if Path(config.to).exists() and (not Path(config.to).is_dir() or any(os.scandir(config.to))):
-        raise UserError(f"to={config.to} is there and not empty: name another folder")
+        raise UserError(f"to={config.to} exists and is not empty: name another folder")
     if config.push and config.push.count("/") != 1:
-        raise UserError(f"push={config.push} is no repository of the hub: write OWNER/NAME")
+        raise UserError(f"push={config.push} is not a repository of the hub: write OWNER/NAME")
 
 
 @contextmanager
 def new_folder(path: Path) -> Iterator[Path]:
-    """A folder that becomes `path` once it is whole."""
+    """A folder that becomes `path` once it is complete."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as temporary:
         folder = Path(temporary, path.name)
         folder.mkdir()
         yield folder
-        os.replace(folder, path)  # an empty folder may stand there
+        os.replace(folder, path)  # an empty folder may exist there
 
 
 # --- Files --------------------------------------------------------------------------------------
@@ -126,7 +126,7 @@ def push(folder: str, repository: str) -> None:
 
 
 def read_figures(config: Section) -> dict | None:
-    """The likelihood that eval.py measured, or None. Raises `UserError`, if of something else."""
+    """The likelihood that eval.py measured, or None. Raises `UserError` for other files."""
     if not config.figures:
         return None
     try:
@@ -134,7 +134,7 @@ def read_figures(config: Section) -> dict | None:
         of, _ = figures["checkpoint"], figures["loss"]["value"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(
-            f"figures={config.figures} is nothing that eval.py output= wrote ({error!r})"
+            f"figures={config.figures} was not written by eval.py output= ({error!r})"
         ) from error
     if of != config.checkpoint:
         raise UserError(
@@ -144,7 +144,7 @@ def read_figures(config: Section) -> dict | None:
 
 
 def card(config: Section, loaded: Loaded, figures: dict | None) -> str:
-    """README.md of the folder: what was measured or is known, and how to get what is not."""
+    """README.md of the folder: what is known, and how to measure what is not."""
     state, network = loaded.state, loaded.model.config
     count = sum(p.numel() for p in loaded.model.parameters())
     text = (cli.ROOT / "tools" / "model_card.md").read_text(encoding="utf-8")
@@ -177,10 +177,12 @@ def training_of(state: dict, config: dict) -> str:
 
 
 def command(config: dict) -> str:
-    """The training command: every setting that is not its default, without those of a machine."""
-    defaults, words = cli.RETIRED | dotted(cli.load_defaults()), ["python train.py"]
-    for key, value in dotted(config).items():
-        if key.startswith(LEFT_OUT) or value == defaults.get(key, value):
+    """The training command: every setting that is not its default, except those of the machine."""
+    words, defaults = ["python train.py"], cli.flat(cli.load_defaults())
+    defaults |= {key: cli.RETIRED[key] for key in cli.DECISIVE}
+    for key, default in defaults.items():
+        value = cli.find(config, key, default)
+        if "." not in key or key.startswith(LEFT_OUT) or value == default:
             continue
         value = Path(value).name if key in ("data.path", "data.dir") else value
         words.append(
@@ -189,14 +191,8 @@ def command(config: dict) -> str:
     return " ".join(words)
 
 
-def dotted(config: dict) -> dict:
-    """Every setting of the sections, by its name on the command line."""
-    sections = {name: values for name, values in config.items() if isinstance(values, dict)}
-    return {f"{name}.{key}": v for name, values in sections.items() for key, v in values.items()}
-
-
 def bound_of(config: Section, state: dict, figures: dict | None) -> str:
-    """The bound with its error where it was measured, else what the run knew of it."""
+    """The bound with its error if it was measured, else the lowest value of the run."""
     if figures:
         loss, bits = (with_error(figures[key]) for key in ("loss", "bits_per_byte"))
         over = f"{figures['source']}, {figures['tokens']:,} tokens, {figures['draws']} passes"

@@ -1,10 +1,10 @@
-"""Weights of other projects as a checkpoint that sample.py, eval.py and train.py take.
+"""Converts weights of other projects into a checkpoint for sample.py, eval.py and train.py.
 
 python -m tools.import_weights from=GSAI-ML/LLaDA-8B-Base to=llada.pt
 
-Read are SMDM (arXiv 2410.18514; code: ML-GSAI/SMDM), LLaDA (arXiv 2502.09992) and what
-tools.export wrote. No code that comes with the weights is loaded. Files are memory-mapped, and one
-tensor after the other is copied: memory holds the weights once, and the largest of them twice.
+It reads SMDM (arXiv 2410.18514; code: ML-GSAI/SMDM), LLaDA (arXiv 2502.09992) and the folders of
+tools.export. No code that comes with the weights is loaded. Files are memory-mapped and tensors are
+copied one by one: memory holds the weights once, and the largest of them twice.
 """
 
 import re
@@ -27,29 +27,29 @@ SMDM_HEADS = {  # by width; all have the same context, and V = 32,000
     **{256: 4, 384: 6, 512: 8, 576: 9, 640: 10, 768: 12, 896: 14, 1024: 16},
     **{1280: 10, 1408: 11, 1536: 12, 1792: 14, 2048: 16, 2176: 17},
 }
-LLADA_IS = {  # what no tensor shows
+LLADA_IS = {  # properties that no tensor shows
     **{"block_type": "llama", "activation_type": "silu", "layer_norm_type": "rms", "rope": True},
     **{"alibi": False, "scale_logits": False, "input_emb_norm": False},
 }
 
 
 class Layout(NamedTuple):
-    """How the tensors of a network become those of ours."""
+    """How the tensors of another network map to ours."""
 
     name: str
     network: ModelConfig
-    sources: dict[str, list[str]]  # ours, and those that are joined to it, row below row
-    changes: dict[str, Callable[[Tensor], Tensor]]  # what else happens to some of ours
-    surplus: dict[str, int]  # rows that this takes away
-    mask: int  # the id that the original has for the mask
+    sources: dict[str, list[str]]  # our name: the names whose rows are joined into it
+    changes: dict[str, Callable[[Tensor], Tensor]]  # further conversions of some of ours
+    surplus: dict[str, int]  # rows that a conversion removes
+    mask: int  # the original's id of the mask
 
 
 def main(config: Section) -> None:
-    source, to = vars(config)["from"], Path(config.to)  # config.from is no Python
+    source, to = vars(config)["from"], Path(config.to)  # config.from is a syntax error
     if not source or not config.to:
         raise UserError("from= and to= are needed, as in from=GSAI-ML/LLaDA-8B-Base to=llada.pt")
     if to.exists():
-        raise UserError(f"to={to} is there already: name another file")
+        raise UserError(f"to={to} exists already: name another file")
     folder, tensors = open_tensors(source, fetch(source, ("*.safetensors", "*.json")))
     about = read_json(folder / "config.json") if (folder / "config.json").is_file() else {}
     with as_user_error():
@@ -76,12 +76,12 @@ def main(config: Section) -> None:
 
 
 def smdm(tensors: Tensors, about: dict, n_head: int) -> Layout:
-    """TinyLlama's names; queries, keys and values of a head lie together; the mask is id V."""
+    """TinyLlama's names; queries, keys and values are stored head by head; the mask is id V."""
     rows, width = matrix_of(tensors, "transformer.wte.weight")
     mlp, _ = matrix_of(tensors, "transformer.h.0.mlp.swiglu.w1.weight")
     heads = n_head or (8 if (width, mlp) == (640, 1600) else SMDM_HEADS.get(width))
     if heads is None:
-        raise UserError(f"SMDM has published no width of {width}: say n_head=")
+        raise UserError(f"SMDM has published no width of {width}: set n_head=")
     layers = [re.match(r"transformer\.h\.(\d+)\.", name) for name in tensors.shapes]
     network = ModelConfig(
         vocab_size=rows - 1,
@@ -111,12 +111,12 @@ def smdm(tensors: Tensors, about: dict, n_head: int) -> Layout:
 
 
 def take_apart(qkv: Tensor, n_head: int) -> Tensor:
-    """(3D, D), head after head, to all queries, all keys, all values."""
+    """Reorder (3D, D) from head by head to all queries, all keys, all values."""
     return qkv.unflatten(0, (n_head, 3, -1)).transpose(0, 1).flatten(0, 2)
 
 
 def llada(tensors: Tensors, about: dict, n_head: int) -> Layout:
-    """OLMo's names; the mask has a row among the others, which trades places with the last one."""
+    """OLMo's names; the mask's row lies among the others and is exchanged with the last one."""
     for key, value in LLADA_IS.items():
         if about.get(key, value) != value:
             raise UserError(f"{key}={about[key]} in its config.json is not LLaDA's {value}")
@@ -138,7 +138,7 @@ def llada(tensors: Tensors, about: dict, n_head: int) -> Layout:
     except (KeyError, TypeError) as error:
         raise UserError(f"config.json is not LLaDA's ({error!r}): fetch it again") from None
     if mask not in range(rows):
-        raise UserError(f"mask_token_id={mask} in config.json is none of {rows} ids")
+        raise UserError(f"mask_token_id={mask} in config.json is not one of {rows} ids")
     outside = {"embedding": ["wte"], "norm": ["ln_f"]} | ({} if tied else {"head": ["ff_out"]})
     inside = {
         "attention_norm": ["attn_norm"],
@@ -155,17 +155,17 @@ def llada(tensors: Tensors, about: dict, n_head: int) -> Layout:
 
 
 def mask_last(rows: Tensor, mask: int) -> Tensor:
-    """(V + 1, D) with the mask's row and the last one changed for each other."""
+    """(V + 1, D) with the mask's row and the last one exchanged."""
     rows[[mask, -1]] = rows[[-1, mask]]
     return rows
 
 
 def own(tensors: Tensors, about: dict, n_head: int) -> Layout:
-    """What tools.export writes."""
+    """The layout of the folders of tools.export."""
     try:
         network = ModelConfig(**about["network"])
     except (KeyError, TypeError) as error:
-        raise UserError(f"config.json is none of tools.export ({error!r})") from None
+        raise UserError(f"config.json was not written by tools.export ({error!r})") from None
     sources = {name: [f"transformer.{name}"] for name in shapes_of(network)}
     return Layout("nanoMDM", network, sources, {}, {}, network.mask_id)
 
@@ -176,7 +176,7 @@ LAYOUTS = {"llada": llada, "nanomdm": own}
 def name_tensors(
     root: str, blocks: str, outside: dict, inside: dict, n_layer: int
 ) -> dict[str, list[str]]:
-    """Our names of all weights, each with the names of those that it is joined from."""
+    """Our names of all weights, each with the original names that it is joined from."""
     named = {f"{name}.weight": [f"{root}{o}.weight" for o in old] for name, old in outside.items()}
     for i in range(n_layer):
         for name, old in inside.items():
@@ -189,19 +189,19 @@ def name_tensors(
 
 def shape_of(tensors: Tensors, name: str) -> tuple[int, ...]:
     if name not in tensors.shapes:
-        raise UserError(f"{tensors.source} has no tensor {name}: no known layout, or a part of one")
+        raise UserError(f"{tensors.source} has no tensor {name}: an unknown or incomplete layout")
     return tensors.shapes[name]
 
 
 def matrix_of(tensors: Tensors, name: str) -> tuple[int, int]:
     shape = shape_of(tensors, name)
     if len(shape) != 2:
-        raise UserError(f"{tensors.source} has {name} of shape {shape}, which is no matrix")
+        raise UserError(f"{tensors.source} has {name} of shape {shape}, which is not a matrix")
     return shape
 
 
 def shapes_of(network: ModelConfig) -> dict[str, torch.Size]:
-    """Those of our own weights."""
+    """The shapes of our own weights."""
     with torch.device("meta"):
         return {name: p.shape for name, p in Transformer(network).named_parameters()}
 
@@ -217,11 +217,11 @@ def check(layout: Layout, tensors: Tensors) -> None:
         if (given := shape_of(tensors, name)) != shape:
             raise UserError(f"{tensors.source} has {name} of shape {given}, not {shape}")
     if more := [name for name in tensors.shapes if name not in wanted]:
-        raise UserError(f"{tensors.source} has a tensor {more[0]}, which {layout.name} has not")
+        raise UserError(f"{tensors.source} has a tensor {more[0]}, which {layout.name} lacks")
 
 
 def convert(layout: Layout, tensors: Tensors) -> dict[str, Tensor]:
-    """Our weights, each copied once, in the precision that they have."""
+    """Our weights, each copied once, in its own precision."""
     weights = {}
     for name, originals in layout.sources.items():
         joined = torch.cat([tensors.read[original]() for original in originals])

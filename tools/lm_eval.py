@@ -12,18 +12,21 @@ autoregressive checkpoint is scored exactly.
 import json
 from pathlib import Path
 
-import runtime
 import torch
+import torch.nn.functional as F
 
-import diffusion
 from bench.cloze import Fill, as_texts, by_fill, greedy_fills
-from eval import measure
-from nanomdm import cli
-from nanomdm.cli import Section
-from nanomdm.errors import UserError
+from bench.score import nll_samples
+from diffusion import sample
+from model import ModelConfig, Transformer
+from nanomdm import cli, devices, strategies
+from nanomdm.checkpoint import Loaded, load_model
+from nanomdm.cli import Section, section
+from nanomdm.errors import UserError, as_user_error
+from nanomdm.random import generator
 
 
-def make_adapter(loaded: runtime.Loaded, config: Section):
+def make_adapter(loaded: Loaded, config: Section):
     """The model with the interface of the harness."""
     from lm_eval.api.model import LM
 
@@ -43,17 +46,21 @@ def make_adapter(loaded: runtime.Loaded, config: Section):
     return NanoMDM()
 
 
-def score(loaded: runtime.Loaded, fills: list[Fill], config: Section):
+def score(loaded: Loaded, fills: list[Fill], config: Section):
     """The rows of the fills, and minus the cost of each fill in nats."""
     texts = as_texts(fills, loaded.tokenizer, loaded.model.config.block_size)
-    samples, _ = measure(
-        loaded, texts, seed=config.seed, draws=config.draws, batch_size=config.batch_size
+    samples = nll_samples(
+        loaded.model,
+        texts.rows,
+        seed=config.seed,
+        draws=config.draws,
+        predict=texts.predict,
+        batch_size=config.batch_size,
     )
     return texts, (-by_fill(samples.nats, texts).mean(dim=0)).tolist()
 
 
-@torch.no_grad()
-def generate(loaded: runtime.Loaded, prompt: str, wanted: dict, config: Section) -> str:
+def generate(loaded: Loaded, prompt: str, wanted: dict, config: Section) -> str:
     """A continuation of the prompt, cut before the first stop text.
 
     The canvas has `max_gen_toks` tokens, at most half of the context. The rest of the context holds
@@ -62,18 +69,13 @@ def generate(loaded: runtime.Loaded, prompt: str, wanted: dict, config: Section)
     model, context = loaded.model, loaded.model.config.block_size
     length = min(int(wanted.get("max_gen_toks", context)), max(1, context // 2))
     known = torch.from_numpy(loaded.tokenizer.encode(prompt)[-(context - length) :])
-    canvas = torch.nn.functional.pad(known, (0, length))[None].to(model.device)
-    causal = model.config.causal
-    filled = diffusion.sample(
-        model,
-        canvas,
-        is_masked=torch.arange(canvas.size(1), device=model.device)[None] >= len(known),
-        mask_id=model.config.mask_id,
-        steps=length if causal else config.steps,
-        strategy="left_to_right" if causal else config.strategy,
-        temperature=float(wanted.get("temperature", 0.0)),
-        generator=runtime.generator(config.seed, "sample"),
-    )
+    canvas = F.pad(known, (0, length))[None]  # (1, L)
+    is_masked = torch.arange(canvas.size(1))[None] >= len(known)
+    sampling = {"strategy": config.strategy, "steps": config.steps, "top_p": 1.0, "options": {}}
+    sampling["temperature"] = float(wanted.get("temperature", 0.0))
+    with as_user_error():
+        sampler = strategies.from_config(section(sampling), sample, model.config.causal)
+        filled = sampler.fill(model, canvas, is_masked, generator=generator(config.seed, "sample"))
     text = loaded.tokenizer.decode(filled.ids[0, len(known) :].tolist())
     stops = wanted.get("until") or []
     for stop in [stops] if isinstance(stops, str) else stops:
@@ -90,7 +92,8 @@ def main(config: Section) -> None:
         raise UserError("the harness needs a package: pip install lm_eval") from None
     if not config.tasks:
         raise UserError("no tasks: name some, as in tasks=[lambada_openai]")
-    loaded = runtime.load(config.checkpoint, runtime.pick_device(config.device))
+    device = devices.pick_device(config.device)
+    loaded = load_model(config.checkpoint, device, Transformer, ModelConfig)
     results = lm_eval.simple_evaluate(
         model=make_adapter(loaded, config),
         tasks=config.tasks,

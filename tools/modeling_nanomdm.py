@@ -1,8 +1,10 @@
-"""A nanoMDM network as a model of `transformers`: a wrapper around model.py and diffusion.py.
+"""A nanoMDM network as a model of `transformers`: a wrapper of model, diffusion and strategies.
 
-`python -m tools.export` copies this file beside the two, unchanged, into a folder that
+`python -m tools.export` copies this file and the three, unchanged, into a folder that
 `AutoModelForMaskedLM.from_pretrained(folder, trust_remote_code=True)` loads.
 """
+
+from types import SimpleNamespace
 
 import torch
 import torch.nn.functional as F
@@ -11,6 +13,7 @@ from transformers.modeling_outputs import MaskedLMOutput
 
 from .diffusion import sample
 from .model import ModelConfig, Transformer, rope_tables
+from .strategies import from_config
 
 
 class NanoMDMConfig(PretrainedConfig):
@@ -64,18 +67,26 @@ class NanoMDMForMaskedLM(PreTrainedModel):
             loss = F.cross_entropy(logits.flatten(0, 1).float(), labels.flatten())
         return MaskedLMOutput(loss=loss, logits=logits)
 
-    @torch.no_grad()
-    def fill(self, input_ids: torch.Tensor, seed: int = 0, **settings) -> torch.Tensor:
+    def fill(
+        self,
+        input_ids: torch.Tensor,
+        seed: int = 0,
+        *,
+        strategy: str = "stochastic",
+        steps: int = 32,
+        temperature: float = 1.0,
+        top_p: float = 1.0,
+        **options,
+    ) -> torch.Tensor:
         """Ids (B, L) with every mask replaced by a token drawn from the model.
 
-        `settings` are those of `diffusion.sample`: steps, strategy, temperature, top_p, ...
+        `strategy` is a name in `strategies.STRATEGIES`; `options` are its arguments, and `top_k`,
+        `guidance`, `block_length`. Raises `ValueError`.
         """
-        mask_id = self.transformer.config.mask_id
-        return sample(
-            self.transformer,
-            input_ids,
-            is_masked=input_ids == mask_id,
-            mask_id=mask_id,
-            generator=torch.Generator().manual_seed(seed),
-            **settings,
-        ).ids
+        section = SimpleNamespace(
+            strategy=strategy, steps=steps, temperature=temperature, top_p=top_p, options=options
+        )
+        is_masked = input_ids == self.transformer.config.mask_id
+        generator = torch.Generator().manual_seed(seed)
+        sampler = from_config(section, sample)
+        return sampler.fill(self.transformer, input_ids, is_masked, generator=generator).ids

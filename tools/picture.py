@@ -6,34 +6,36 @@ off, the picture shows the finished text.
 
 from collections import defaultdict
 
-from diffusion import Event
-from sample import Canvas
 from tools.page import escape
-from tools.trace import text_of
+from tools.trace import BLANK, unpack
 
-WIDE, COLUMN, LINE, EDGE = (
-    64,
-    9,
-    24,
-    22,
-)  # columns; their width, a line's height, a margin, in pixels
+WIDE = 64  # columns
+COLUMN, LINE, EDGE = 9, 24, 22  # a column's width, a line's height, a margin, in pixels
 LEAD, PLAY = 7, 68  # per cent of a round before the first step, and for all steps
 FLASH = 7  # per cent that a new token glows
 FONT = "ui-monospace,'SF Mono','Cascadia Mono',Menlo,Consolas,'DejaVu Sans Mono',monospace"
-LIGHT = {"paper": "#fffefb", "line": "#dedbd2", "ink": "#1d1d1f", "faint": "#66645e"} | {
-    "hole": "#e2dfd7",
+LIGHT = {
+    "paper": "#fffefb",
+    "line": "#dedbd2",
+    "ink": "#1d1d1f",
+    "faint": "#66645e",
+    "blank": "#e2dfd7",
     "accent": "#6a3df0",
 }
-DARK = {"paper": "#1b1d20", "line": "#33353a", "ink": "#e9e7e2", "faint": "#9a988f"} | {
-    "hole": "#2c2f34",
+DARK = {
+    "paper": "#1b1d20",
+    "line": "#33353a",
+    "ink": "#e9e7e2",
+    "faint": "#9a988f",
+    "blank": "#2c2f34",
     "accent": "#a990ff",
 }
 Stay = tuple[int, int | None, str]  # from a step to another (None: the end), a token's text or ""
 
 
-def draw(tokenizer, canvas: Canvas, events: list[Event], steps: int, seconds: float) -> str:
-    """The SVG of row 0 of what `trace.record` returned; a round takes `seconds`."""
-    stays = stays_of(tokenizer, canvas, events)
+def draw(messages: list[dict], seconds: float) -> str:
+    """The SVG of the messages that tools/trace.py sent of a text; a round takes `seconds`."""
+    stays, steps = stays_of(messages), len(messages) - 1
     places, height = lay_out([position[-1][2] for position in stays])
     shown = defaultdict(list)  # what is visible from one step to another
     for (column, line), position in zip(places, stays, strict=True):
@@ -57,20 +59,20 @@ def draw(tokenizer, canvas: Canvas, events: list[Event], steps: int, seconds: fl
     return frame(text, height, style_sheet(style, steps, seconds), body)
 
 
-def stays_of(tokenizer, canvas: Canvas, events: list[Event]) -> list[list[Stay]]:
+def stays_of(messages: list[dict]) -> list[list[Stay]]:
     """What each position shows in turn; the last is a token."""
-    stays = [
-        [(0, None, "" if hole else text_of(tokenizer, int(token)))]
-        for token, hole in zip(canvas.ids, canvas.is_masked, strict=True)
-    ]
-    for event in events:
-        texts = [""] * len(event.where)
-        if event.tokens is not None:
-            texts = [text_of(tokenizer, token) for token in event.tokens.tolist()]
-        for (row, position), text in zip(event.where.tolist(), texts, strict=True):
-            if row == 0:
-                start, _, before = stays[position].pop()
-                stays[position] += [(start, event.step, before), (event.step, None, text)]
+    texts, stays = [], []
+    for step, message in enumerate(messages):
+        texts += message.get("texts", [])
+        if not step:
+            given = unpack(message["given"])
+            stays = [[(0, None, "" if n == BLANK else texts[n])] for n in given]
+        revealed = unpack(message.get("set", ""))
+        changes = [(i, texts[n]) for i, n in zip(revealed[::3], revealed[1::3], strict=True)]
+        changes += [(i, "") for i in unpack(message.get("mask", ""))]
+        for position, text in changes:
+            start, _, before = stays[position].pop()
+            stays[position] += [(start, step, before), (step, None, text)]
     return stays
 
 
@@ -167,7 +169,7 @@ def style_sheet(rules: list[str], steps: int, seconds: float) -> str:
         f"{colours(LIGHT, 0.84, 0.09, 0.1)}"
         f"@media(prefers-color-scheme:dark){{{colours(DARK, 0.33, 0.19, 0.095)}}}"
         f"text{{font:15px {FONT};text-anchor:middle;fill:var(--ink)}}"
-        ".given text{font-weight:700}.m{fill:var(--hole)}.f{fill:var(--accent);opacity:0}"
+        ".given text{font-weight:700}.m{fill:var(--blank)}.f{fill:var(--accent);opacity:0}"
         ".n{font:13px system-ui,sans-serif;fill:var(--faint);text-anchor:start}"
         f"g,.n,.bar{{animation:{seconds:g}s linear infinite}}"
         ".bar{transform-origin:left;transform-box:fill-box;animation-name:bar}"

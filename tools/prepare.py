@@ -1,11 +1,11 @@
-"""A data set of any size into the shards that train.py reads by data.dir; docs/data.md.
+"""Converts a data set of any size into the shards that data.dir reads (docs/data.md).
 
 python -m tools.prepare dataset=Skylion007/openwebtext
 python -m tools.prepare dataset=FOLDER tokenizer=bpe out=prepared/mine
 
-One process reads documents in their order, others tokenize them, and the first writes what comes
-back in that order: the result does not depend on how many there are. A journal says how far the
-shards are whole; whatever a kill leaves beyond it is cut off when the same command is given again.
+One process reads documents in their order, others tokenize them, and the first writes the tokens in
+the same order, so the result does not depend on the number of processes. A journal records how far
+the shards are complete. When the same command is given again, what a kill left beyond is cut off.
 """
 
 import errno
@@ -27,15 +27,14 @@ from pathlib import Path
 import numpy as np
 
 import data
-from nanomdm import cli, folders
+from nanomdm import cli, folders, runlog
 from nanomdm.cli import Section
 from nanomdm.errors import UserError
-from nanomdm.runlog import progress
-from nanomdm.tokenizers import EOT, TOKENIZERS, BPETokenizer, CharTokenizer, load_tokenizer
+from nanomdm.tokenizers import EOT, TOKENIZERS, CharTokenizer, choices, load_tokenizer
 from tools import sources
 from tools.shards import AGAIN, Job, ShardWriter, read_json, refuse_other, sha256_of
 
-SAVED = 5.0  # seconds between two entries of the journal, at the least
+SAVED = 5.0  # seconds between two entries of the journal, at least
 NO_RECIPE = ("out", "processes")  # settings that do not change the result
 
 
@@ -45,22 +44,22 @@ NO_RECIPE = ("out", "processes")  # settings that do not change the result
 def make_tokenizer(config: Section, source: sources.Source, dataset):
     """The tokenizer that the settings name. Raises `UserError`."""
     kind = config.tokenizer
-    if kind in ("gpt2", "byte"):
-        return TOKENIZERS[kind]()
     if kind.endswith(".json"):
         return read_tokenizer(Path(kind))
-    if kind not in TOKENIZERS or kind == "hf":  # which weights bring along
-        choices = ", ".join(name for name in TOKENIZERS if name != "hf")
-        raise UserError(f"tokenizer={kind} is unknown: choose {choices} or a .json file")
+    if kind not in choices():
+        raise UserError(f"tokenizer={kind} is unknown: choose {', '.join(choices())} or a .json")
+    if kind in ("gpt2", "byte"):  # there is nothing to train
+        return TOKENIZERS[kind]()
     pieces = (piece for batch in source.read(dataset) for piece in batch.pieces)
-    if kind == "bpe":
-        sample = head((piece.text for piece in pieces if not piece.held), config.sample)
-        return BPETokenizer.train(sample, config.vocab_size, [EOT])
-    return CharTokenizer("".join(sorted(set("\n").union(*(piece.text for piece in pieces)))))
+    if kind == "char":
+        return CharTokenizer("".join(sorted(set("\n").union(*(piece.text for piece in pieces)))))
+    sample = head((piece.text for piece in pieces if not piece.held), config.sample)
+    special = {"special": [EOT]} if kind == "bpe" else {}
+    return TOKENIZERS[kind].train(sample, len(sample), config.vocab_size, **special)
 
 
 def head(texts: Iterable[str], characters: int) -> str:
-    """The first texts, so many characters of them."""
+    """The first texts, until they have this many characters."""
     found, size = [], 0
     for text in texts:
         found.append(text)
@@ -71,7 +70,7 @@ def head(texts: Iterable[str], characters: int) -> str:
 
 
 def read_tokenizer(path: Path):
-    """That of a meta.json, or of a tokenizer.json of Hugging Face's. Raises `UserError`."""
+    """The tokenizer of a meta.json or a Hugging Face tokenizer.json. Raises `UserError`."""
     try:
         content = path.read_text()
         found = json.loads(content)
@@ -82,7 +81,7 @@ def read_tokenizer(path: Path):
 
 
 def encode(tokenizer, pieces: list[sources.Piece]) -> dict[str, np.ndarray]:
-    """The ids of each split; the end of a document is the tokenizer's own, or else a newline."""
+    """The ids of each split; a document ends with the tokenizer's end, or else with a newline."""
     end = tokenizer.encode("\n") if tokenizer.eos is None else np.array([tokenizer.eos])
     dtype, found = data.dtype_of(tokenizer.vocab_size), {split: [] for split in data.SPLITS}
     for piece in pieces:
@@ -99,7 +98,7 @@ class Workers:
     def __init__(self, count: int, tokenizer):
         context = get_context("fork" if sys.platform == "linux" else "spawn")
         state = tokenizer.state()
-        self.window, self.tokenizer = 2 * count, tokenizer  # batches that are under way
+        self.window, self.tokenizer = 2 * count, tokenizer  # batches in progress
         self.pool = ProcessPoolExecutor(count, context, _start, (state,)) if count > 1 else None
 
     def map(self, batches: Iterable[sources.Batch]) -> Iterator[tuple[sources.Batch, dict]]:
@@ -119,7 +118,7 @@ class Workers:
         except BrokenProcessPool:
             dead = f"a tokenizing process died: take fewer processes; {AGAIN}"
             raise RuntimeError(dead) from None
-        except ValueError as error:  # of a tokenizer; raised again here, for cli.main to know it
+        except ValueError as error:  # of a tokenizer, in another process
             raise UserError(str(error)) from error
 
     def close(self) -> None:
@@ -129,7 +128,7 @@ class Workers:
 
 def _start(state: dict) -> None:
     global _tokenizer
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent hears it, and ends the pool
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent handles it and ends the pool
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
     _tokenizer = load_tokenizer(state)
@@ -145,11 +144,11 @@ def _encode(pieces: list[sources.Piece]) -> dict[str, np.ndarray]:
     return encode(_tokenizer, pieces)
 
 
-# --- The whole ----------------------------------------------------------------------------------
+# --- The preparation ----------------------------------------------------------------------------
 
 
 def run(job: Job, source: sources.Source, config: Section) -> None:
-    """Read, tokenize and write everything that the journal does not have yet."""
+    """Read, tokenize and write everything that the journal does not record yet."""
     dataset, journal = source.load(), job.journal
     if "tokenizer" not in journal:
         tokenizer = make_tokenizer(config, source, dataset)
@@ -161,10 +160,8 @@ def run(job: Job, source: sources.Source, config: Section) -> None:
     shards = ShardWriter(job.folder, journal["dtype"], config.shard_tokens, journal["tokens"], size)
     batches, saved = source.read(dataset, sum(documents.values())), time.monotonic()
     count = config.processes or os.cpu_count() or 1
-    with (
-        closing(Workers(count, tokenizer)) as workers,
-        progress(None, "token", sum(shards.tokens.values())) as advance,
-    ):
+    counted = runlog.progress(None, "token", done=sum(shards.tokens.values()))
+    with closing(Workers(count, tokenizer)) as workers, counted as advance:
         for batch, ids in workers.map(batches):
             for split in data.SPLITS:
                 shards.write(split, ids[split])
@@ -177,7 +174,7 @@ def run(job: Job, source: sources.Source, config: Section) -> None:
     shards.sync()
     try:
         check_documents(documents, source)
-    except ValueError:  # the same settings would come to the same end
+    except ValueError:  # the same settings would fail again
         shutil.rmtree(job.folder)
         raise
     hashes = {path.name: sha256_of(path) for path in sorted(job.folder.glob("*.bin"))}
@@ -195,7 +192,7 @@ def check_documents(documents: dict[str, int], source: sources.Source) -> None:
             )
 
 
-def main(config: Section, explicit: set[str]) -> None:
+def main(config: Section) -> None:
     if config.shard_tokens < 1:
         raise UserError(f"shard_tokens={config.shard_tokens} must be at least 1")
     if config.processes < 0:
@@ -209,7 +206,7 @@ def main(config: Section, explicit: set[str]) -> None:
     with folders.locked(out, "out"):
         if (out / "meta.json").is_file():
             refuse_other(recipe, read_json(out / "meta.json"), out)
-            shutil.rmtree(out / "unfinished", ignore_errors=True)  # a kill came before the last act
+            shutil.rmtree(out / "unfinished", ignore_errors=True)  # a kill came before this removal
             print(f"{out} is prepared: python train.py data.dir={out}")
             return
         job = Job(out, recipe)

@@ -11,12 +11,9 @@ import concurrent.futures
 import contextlib
 import json
 import time
-from dataclasses import asdict
-from types import SimpleNamespace
 from typing import NamedTuple
 
 import anyio
-import runtime
 import torch
 import uvicorn
 from starlette.applications import Starlette
@@ -25,17 +22,18 @@ from starlette.requests import Request
 from starlette.responses import HTMLResponse, JSONResponse, Response
 from starlette.routing import Route
 
-import diffusion
-from diffusion import Sampling
+from diffusion import sample
+from nanomdm import strategies
 from nanomdm.checkpoint import Loaded
+from nanomdm.cli import section
 from nanomdm.errors import UserError
-from sample import Canvas
+from nanomdm.prompts import Canvas
 from tools import page
 from tools.guard import Guard, Patient, Refusal, read_object, refuse
 from tools.trace import canvas_of, record, text_of
 
 CONNECTIONS = 64  # open at once
-LARGEST = 20.0  # temperature and guidance
+LARGEST = 20  # temperature and guidance
 TEXT = 20_000  # characters
 KINDS = {int: "a whole number", float: "a number", str: "a text", list: "a list"}
 WANTED = {
@@ -58,7 +56,7 @@ class Work(NamedTuple):
     """A generation that a request asks for."""
 
     canvas: Canvas
-    settings: Sampling
+    sampler: strategies.Sampler
     seed: int
 
 
@@ -80,9 +78,9 @@ class Demo:
         self.loaded, self.limits, self.running = loaded, limits, 0
         data = {
             "subtitle": f"{limits.checkpoint} · {loaded.state['step']} training steps",
-            "strategies": {
-                name: {"paced": strategy.paced, "label": strategy.label}
-                for name, strategy in diffusion.STRATEGIES.items()
+            "strategies": {  # whether they take a number of steps
+                name: not hasattr(strategy, "adaptive")
+                for name, strategy in strategies.STRATEGIES.items()
             },
             "limits": {"length": limits.length, "steps": limits.steps, "largest": LARGEST},
             "defaults": WANTED | {"text": limits.prompt, "length": limits.length},
@@ -117,22 +115,21 @@ class Demo:
         return Stream(self, work)
 
     def plan(self, values: dict) -> Work:
-        """The generation that a request asks for. Raises `UserError` for a value out of range."""
-        if values["steps"] > self.limits.steps:
-            raise UserError(f"steps={values['steps']} must be at most {self.limits.steps}")
-        for name in ("temperature", "guidance"):
-            if values[name] > LARGEST:
-                raise UserError(f"{name}={values[name]:g} must be at most {LARGEST:g}")
-        if not 0 <= values["seed"] < 2**53:
-            raise UserError(f"seed={values['seed']} must lie in [0, 2^53)")
-        names = ("strategy", "steps", "temperature", "guidance")
-        settings = Sampling(**{name: values[name] for name in names})
-        settings = runtime.sampling(SimpleNamespace(**asdict(settings)), self.loaded.model)
+        """The generation that a request asks for. Raises `ValueError` for a value out of range."""
+        largest = {"steps": self.limits.steps, "temperature": LARGEST, "guidance": LARGEST}
+        for name, high in (largest | {"seed": 2**53 - 1}).items():
+            low = 1 if name == "steps" else 0
+            if not low <= values[name] <= high:
+                raise UserError(f"{name}={values[name]} must lie in {low} ... {high}")
+        sampling = {name: values[name] for name in ("strategy", "steps", "temperature")}
+        sampling |= {"top_p": 1.0, "options": {"guidance": values["guidance"]}}
+        causal = self.loaded.model.config.causal
+        sampler = strategies.from_config(section(sampling), sample, causal)
         if values["canvas"]:
             canvas = self.edited(values["canvas"])
         else:
             canvas = canvas_of(values["text"], values["length"], self.loaded, self.limits.length)
-        return Work(canvas, settings, values["seed"])
+        return Work(canvas, sampler, values["seed"])
 
     def edited(self, cells: list) -> Canvas:
         """The canvas of ids and nulls. Raises `UserError`."""
@@ -218,11 +215,11 @@ class Stream(Response):
                 raise Left from None
 
         start, loaded = time.perf_counter(), self.demo.loaded
-        canvas, settings, seed = self.work
-        filled, _ = record(loaded, [canvas], settings, seed, post)
+        canvas, sampler, seed = self.work
+        filled = record(loaded, [canvas], sampler, seed, post)
         end = {"calls": filled.calls, "seconds": time.perf_counter() - start}
         text = loaded.tokenizer.decode(filled.ids[0].tolist())
-        return chunk("done", end | {"label": settings.label, "text": text})
+        return chunk("done", end | {"label": sampler.label, "text": text})
 
 
 def chunk(event: str, data: dict) -> dict:
@@ -231,7 +228,7 @@ def chunk(event: str, data: dict) -> dict:
 
 
 def refusing(function, *arguments):
-    """Call the function, and turn its `UserError` into a `Refusal`."""
+    """Call the function, and turn its `ValueError` into a `Refusal`."""
     try:
         return function(*arguments)
     except ValueError as error:

@@ -5,7 +5,7 @@ tools/pages/page.js reconstructs every state from them. The first message of a t
 context:
 
     {"ids", "texts",  the tokens that occur in it,
-     "given"}         the number of a token in `texts`, or HOLE, for each position
+     "given"}         the number of a token in `texts`, or BLANK, for each position
 
 Each step then has a message of what it did, without the keys of what did not occur:
 
@@ -24,16 +24,17 @@ import base64
 from collections.abc import Callable
 
 import numpy as np
-import runtime
 import torch
 from torch import Tensor
 
-from diffusion import Event, Sampled, Sampling
+from diffusion import Event, Sampled
 from nanomdm.checkpoint import Loaded
 from nanomdm.errors import UserError
-from sample import Canvas, make_canvas, parse
+from nanomdm.prompts import Canvas, make_canvas, parse
+from nanomdm.random import generator
+from nanomdm.strategies import Sampler
 
-HOLE = LIMIT = 65535  # no position and no token has this number; also the unit of probability
+BLANK = LIMIT = 65535  # no position and no token has this number; also the unit of probability
 Send = Callable[[int, dict], None]
 
 
@@ -42,10 +43,11 @@ def canvas_of(prompt: str, length: int, loaded: Loaded, limit: int) -> Canvas:
 
     A `length` (0: the limit) is for a prompt without [MASK]. Raises `UserError`.
     """
-    holes = [piece for piece in parse(prompt) if isinstance(piece, int)]
-    size = max(length, sum(holes))  # checked before a canvas of that length is made
+    blanks = [piece for piece in parse(prompt) if isinstance(piece, int)]
+    size = max(length, sum(blanks))  # checked before a canvas of that length is made
     if size <= limit:
-        canvas = make_canvas(prompt, length or (0 if holes else limit), loaded)
+        length = length or (0 if blanks else limit)
+        canvas = make_canvas(prompt, length, loaded.tokenizer, limit)
         size = len(canvas.ids)
     if size > limit:
         raise UserError(f"the text has {size} tokens, and at most {limit} can be shown")
@@ -57,72 +59,62 @@ def canvas_of(prompt: str, length: int, loaded: Loaded, limit: int) -> Canvas:
 def record(
     loaded: Loaded,
     canvases: list[Canvas],
-    settings: Sampling,
+    sampler: Sampler,
     seed: int,
     send: Send,
     alternatives: int = 5,
-) -> tuple[Sampled, list[Event]]:
+) -> Sampled:
     """Fill canvases of one length, as sample.py does, and `send(row, message)` what each step did.
 
-    Returns the result of `diffusion.sample` and all events. An exception in `send` ends it.
+    An exception in `send` ends the sampling.
     """
-    recorder = Recorder(loaded, canvases, settings, send, alternatives)
+    recorder = Recorder(loaded, canvases, sampler.guidance, send, alternatives)
     ids, is_masked = (torch.stack(tensors) for tensors in zip(*canvases, strict=True))
-    filled = runtime.fill(
+    return sampler.fill(
         recorder,
         ids,
         is_masked,
-        settings,
-        runtime.generator(seed, "sample"),
-        history=recorder.recent,
+        generator=generator(seed, "sample"),
+        history=recorder.events,
         callback=recorder.step,
     )
-    return filled, recorder.events
 
 
 class Recorder:
-    """A model that keeps its last logits; `step` is the callback of `diffusion.sample`."""
+    """A model that keeps the logits of a step; `step` is the callback of `diffusion.sample`."""
 
-    def __init__(self, loaded, canvases, settings: Sampling, send: Send, alternatives: int):
-        self.model, self.device, self.config = (
-            loaded.model,
-            loaded.model.device,
-            loaded.model.config,
-        )
-        self.settings, self.send = settings, send
+    def __init__(self, loaded, canvases, guidance: float, send: Send, alternatives: int):
+        self.model = loaded.model
+        self.device, self.config = loaded.model.device, loaded.model.config
+        self.guidance, self.send = guidance, send
         self.alternatives = min(alternatives, self.config.vocab_size)
-        self.answers, self.recent, self.events = [], [], []
+        self.answers, self.events = [], []
         self.is_masked = torch.stack([canvas.is_masked for canvas in canvases])  # (B, L)
         self.numbers = [Numbers(loaded.tokenizer) for _ in canvases]
         for row, canvas in enumerate(canvases):
-            given = self.numbers[row].of(canvas.ids[~canvas.is_masked])
-            tokens = np.full(len(canvas.ids), HOLE)
-            tokens[~canvas.is_masked.numpy()] = given
+            tokens = np.full(len(canvas.ids), BLANK)
+            tokens[~canvas.is_masked.numpy()] = self.numbers[row].of(canvas.ids[~canvas.is_masked])
             send(row, self.numbers[row].news() | {"given": pack(tokens)})
 
     def __call__(self, xt: Tensor) -> Tensor:
         self.answers.append(logits := self.model(xt))
         return logits
 
-    def step(self, step: int, t: float, xt: Tensor) -> None:
+    def step(self, step: int, s: float, xt: Tensor) -> None:
         """Send each row what this step predicted, revealed and masked again."""
-        predictions = self.predictions()
+        event, predictions = self.events.pop(), self.predictions()
         for row, message in enumerate(predictions):
-            for event in self.recent:
-                here = event.where[:, 0] == row
-                message |= self.change(row, event, here) if here.any() else {}
+            message |= self.change(row, event)
             self.send(row, self.numbers[row].news() | message)
-        self.events += self.recent
-        self.recent.clear()
         self.answers.clear()
 
     def predictions(self) -> list[dict]:
-        """For each row, the network's predictions at its masks, if this step called it."""
+        """For each row, the predictions at its masks, if this step called the network."""
         if not self.answers:
             return [{} for _ in self.is_masked]
         logits, *blind = (a[self.is_masked.to(a.device)].float() for a in self.answers)  # (N, V)
-        if blind:  # of the two calls of a guided step, as in diffusion.Reverse.logits
-            logits = logits + self.settings.guidance * (logits - blind[0])
+        if blind:  # of the two calls of a step, as in strategies.guided
+            logits = logits + self.guidance * (logits - blind[0])
         p = logits.softmax(dim=-1)
         best, counts = p.topk(self.alternatives), self.is_masked.sum(dim=1).tolist()
         parts = (best.indices, best.values, torch.special.entr(p).sum(dim=-1))
@@ -138,15 +130,22 @@ class Recorder:
             for row, (ids, values, entropy) in enumerate(rows)
         ]
 
-    def change(self, row: int, event: Event, here: Tensor) -> dict:
+    def change(self, row: int, event: Event) -> dict:
         """The message of what an event did to a row; updates `is_masked`."""
-        positions, again = event.where[here, 1].cpu(), event.tokens is None
-        self.is_masked[row, positions] = again
-        if again:
-            return {"mask": pack(positions)}
-        tokens = self.numbers[row].of(event.tokens[here])
-        p = event.confidence[here].cpu().double().numpy() * LIMIT
-        return {"set": pack(np.stack((positions.numpy(), tokens, p), axis=1))}
+        message, revealed = {}, event.revealed[row]  # (L,)
+        if revealed.any():
+            here = event.revealed.nonzero()[:, 0] == row  # (N,)
+            tokens = event.tokens[here]
+            p = event.logits[here].softmax(dim=-1).gather(1, tokens[:, None]).squeeze(1)
+            positions = revealed.nonzero().squeeze(1)
+            columns = (positions.cpu(), self.numbers[row].of(tokens), p.cpu().double() * LIMIT)
+            message["set"] = pack(np.stack(columns, axis=1))
+            self.is_masked[row] &= ~revealed.cpu()
+        if event.again is not None and event.again[row].any():
+            again = event.again[row].cpu()
+            message["mask"] = pack(again.nonzero().squeeze(1))
+            self.is_masked[row] |= again
+        return message
 
 
 class Numbers:
@@ -177,3 +176,8 @@ def text_of(tokenizer, token: int) -> str:
 def pack(values) -> str:
     """Whole numbers, rounded, in 0 ... 65535, as base64 of little-endian uint16."""
     return base64.b64encode(np.rint(np.asarray(values)).astype("<u2").tobytes()).decode()
+
+
+def unpack(packed: str) -> list[int]:
+    """The whole numbers that `pack` packed."""
+    return np.frombuffer(base64.b64decode(packed), "<u2").tolist()

@@ -5,13 +5,12 @@ The page is one self-contained file; the picture is an animated SVG.
 
 from pathlib import Path
 
-import runtime
-
+from diffusion import sample
 from model import ModelConfig, Transformer
-from nanomdm import cli
+from nanomdm import cli, devices, strategies
 from nanomdm.checkpoint import load_model
 from nanomdm.cli import Section
-from nanomdm.errors import UserError
+from nanomdm.errors import UserError, as_user_error
 from tools.page import assemble
 from tools.picture import draw
 from tools.trace import canvas_of, record
@@ -21,27 +20,28 @@ FORMATS = ("html", "svg")
 
 def main(config: Section) -> None:
     check(config)
-    device = runtime.pick_device(config.device)
+    device = devices.pick_device(config.device)
     loaded = load_model(config.checkpoint, device, Transformer, ModelConfig)
-    settings = runtime.sampling(config.sampling, loaded.model)
-    context = loaded.model.config.block_size
-    canvas = canvas_of(config.prompt, config.sampling.length, loaded, limit=context)
+    shape = loaded.model.config
+    with as_user_error():
+        sampler = strategies.from_config(config.sampling, sample, shape.causal)
+    canvas = canvas_of(config.prompt, config.sampling.length, loaded, limit=shape.block_size)
     traces = [[] for _ in range(config.num_samples)]
-    filled, events = record(
+    filled = record(
         loaded,
         [canvas] * config.num_samples,
-        settings,
+        sampler,
         config.seed,
         lambda row, message: traces[row].append(without_ids(message)),
         config.alternatives,
     )
     steps = len(traces[0]) - 1
     subtitle = (
-        f"{config.checkpoint} · {settings.strategy} ({settings.label}) · {steps} steps, "
-        f"{filled.calls} calls · temperature {settings.temperature:g} · seed {config.seed}"
+        f"{config.checkpoint} · {sampler.name} ({sampler.label}) · {steps} steps, "
+        f"{filled.calls} calls · temperature {config.sampling.temperature:g} · seed {config.seed}"
     )
     if config.format == "svg":
-        content = draw(loaded.tokenizer, canvas, events, steps, config.seconds)
+        content = draw(traces[0], config.seconds)
     else:
         content = assemble("view", "nanoMDM", {"subtitle": subtitle, "traces": traces})
     write(Path(config.out or f"sample.{config.format}"), content)
@@ -53,14 +53,12 @@ def without_ids(message: dict) -> dict:
 
 
 def check(config: Section) -> None:
-    """Raise `UserError` for a setting out of its range."""
+    """Raise `UserError` for a setting of the tool's own that is out of its range."""
     if config.format not in FORMATS:
         raise UserError(f"format={config.format} is unknown: choose one of {', '.join(FORMATS)}")
-    counts = {"num_samples": config.num_samples, "alternatives": config.alternatives}
-    for name, value in (counts | {"seconds": config.seconds}).items():
-        if value < 1:
+    for name in ("alternatives", "seconds"):
+        if (value := getattr(config, name)) < 1:
             raise UserError(f"{name}={value:g} must be at least 1")
-    runtime.sampling(config.sampling)
 
 
 def write(path: Path, content: str) -> None:

@@ -69,14 +69,13 @@ async function generate(wanted) {
 function begin(values) {
   trace = new Trace();
   trace.live = true;
-  const { paced } = data.strategies[values.strategy];
-  trace.expected = paced ? values.steps : 0;
+  trace.expected = data.strategies[values.strategy] ? values.steps : 0;
 }
 
 function receive(message) {
   trace.push(message);
   if (message.given === undefined) return;
-  fixed = new Map(trace.given.flatMap((token, i) => (token === HOLE ? [] : [[i, token]])));
+  fixed = new Map(trace.given.flatMap((token, i) => (token === BLANK ? [] : [[i, token]])));
   $("result").hidden = false;
   player.load(trace);
   if (!calm) player.play();
@@ -115,7 +114,7 @@ player.override = (cells) => {
 };
 player.marks = (i) => {
   if (!editable() || fixed.has(i)) return editable() ? "kept" : "";
-  return trace.given[i] === HOLE ? "" : "loose";
+  return trace.given[i] === BLANK ? "" : "loose";
 };
 
 player.details = (i, cell) => {
@@ -180,8 +179,8 @@ const { steps, length, largest } = data.limits;
 const most = { steps, length, temperature: largest, guidance: largest };
 for (const [name, value] of Object.entries(most)) $(name).max = value;
 $("subtitle").textContent = data.subtitle;
-$("strategy").onchange = () => ($("steps").disabled = !data.strategies[$("strategy").value].paced);
-$("hole").onclick = () => {
+$("strategy").onchange = () => ($("steps").disabled = !data.strategies[$("strategy").value]);
+$("blank").onclick = () => {
   const text = $("text");
   text.setRangeText("[MASK*8]", text.selectionStart, text.selectionEnd, "end");
   text.focus();
@@ -189,8 +188,8 @@ $("hole").onclick = () => {
 $("form").onsubmit = (event) => {
   event.preventDefault();
   const text = $("text").value;
-  const holes = /\[MASK(\*\d+)?\]/.test(text);
-  generate(holes ? { text } : { text, length: Number($("length").value) });
+  const blanks = /\[MASK(\*\d+)?\]/.test(text);
+  generate(blanks ? { text } : { text, length: Number($("length").value) });
 };
 $("text").onkeydown = (event) => {
   if (event.key === "Enter" && (event.ctrlKey || event.metaKey)) $("form").requestSubmit();

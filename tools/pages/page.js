@@ -1,8 +1,8 @@
 "use strict";
-// What the viewer and the demo share: a trace (tools/trace.py says what its messages are), the
-// player that shows it, and the switch between light and dark. Text only ever becomes text nodes.
+// What the viewer and the demo share: a trace (its messages: tools/trace.py), the player that shows
+// it, and the switch between light and dark. Texts become text nodes, never HTML.
 
-const HOLE = 65535;
+const BLANK = 65535;
 
 function unpack(base64) {
   const bytes = Uint8Array.from(atob(base64 ?? ""), (c) => c.charCodeAt(0));
@@ -14,9 +14,9 @@ function unpack(base64) {
 
 class Trace {
   constructor(messages = []) {
-    this.ids = []; // of the tokens that occur, by their numbers
+    this.ids = []; // of the tokens, by their numbers
     this.texts = [];
-    this.given = []; // a token's number or HOLE, by position
+    this.given = []; // a token's number or BLANK, by position
     this.steps = [];
     this.left = []; // masks in each state, the first one included
     this.expected = 0; // steps, those to come included, where that is known
@@ -29,7 +29,7 @@ class Trace {
     for (const text of message.texts ?? []) this.texts.push(text);
     if (message.given !== undefined) {
       this.given = unpack(message.given);
-      this.masked = this.given.map((token) => token === HOLE);
+      this.masked = this.given.map((token) => token === BLANK);
     } else {
       this.steps.push(this.read(message));
     }
@@ -47,31 +47,31 @@ class Trace {
     return step;
   }
 
-  /** Every position after n steps: token (undefined: masked), and when and how surely it came. */
+  /** Every position after n steps: token (undefined: masked), and its step and its probability. */
   cells(n) {
     const cells = this.given.map((token) =>
-      token === HOLE ? { step: 0 } : { step: 0, token, given: true },
+      token === BLANK ? { step: 0 } : { step: 0, token, given: true },
     );
     this.steps.slice(0, n).forEach(({ set, mask }, k) => {
       const step = k + 1;
-      for (const [i, token, p] of set) Object.assign(cells[i], { token, p: p / HOLE, step });
+      for (const [i, token, p] of set) Object.assign(cells[i], { token, p: p / BLANK, step });
       for (const i of mask) Object.assign(cells[i], { token: undefined, again: true, step });
     });
     return cells;
   }
 
-  /** The step that asked the network about the state after n steps, if one did. */
-  asked(n) {
+  /** The step that called the network on the state after n steps, if one did. */
+  called(n) {
     while (this.steps[n] && !this.steps[n].best && !this.steps[n].mask.length) n += 1;
     return this.steps[n]?.best && this.steps[n];
   }
 
-  /** [token, probability] of what a step found likeliest at a position that it saw masked. */
+  /** [token, probability] of a step's most probable tokens at a position that was masked. */
   predicted(step, position) {
     const row = step.where.indexOf(position);
     const each = step.best.length / step.where.length;
     const tokens = step.best.slice(row * each, (row + 1) * each);
-    return tokens.map((token, i) => [token, step.p[row * each + i] / HOLE]);
+    return tokens.map((token, i) => [token, step.p[row * each + i] / BLANK]);
   }
 }
 
@@ -99,7 +99,7 @@ function percent(p) {
 const plural = (n, word) => `${n} ${word}${n === 1 ? "" : "s"}`;
 const calm = matchMedia("(prefers-reduced-motion: reduce)").matches;
 
-/** A token's text with what is invisible made visible. */
+/** A token's text with its invisible characters made visible. */
 function visible(text) {
   return text.replaceAll("\n", "↵").replaceAll("\t", "⇥").replace(/[\p{Cc}\p{Cf}]/gu, "·");
 }
@@ -116,10 +116,10 @@ class Player {
     this.timer = 0;
     this.pinned = -1; // the position that the panel shows when none is pointed at
     this.pointed = -1;
-    this.details = () => []; // what a page adds to the panel
-    this.marks = () => ""; // and to a token: the name of a class
-    this.override = () => {}; // and changes in the cells that are to be shown
-    this.choose = null; // and what choosing another token for a position does
+    this.details = () => []; // elements that a page adds to the panel
+    this.marks = () => ""; // the class that a page adds to a token
+    this.override = () => {}; // a page's changes to the cells that are shown
+    this.choose = null; // called with a position and the token chosen for it
     this.listen();
     for (let i = 0; i < 24; i += 1) {
       const tile = $("ramp").appendChild(make("i", "tint"));
@@ -193,7 +193,7 @@ class Player {
   play() {
     clearInterval(this.timer);
     if (this.n >= this.end) this.n = 0;
-    const whole = this.trace.live ? 4000 : 7000; // a live text is waited for, and hurries
+    const whole = this.trace.live ? 4000 : 7000; // a live text plays faster
     const pause = Math.min(Math.max(whole / this.span, 40), 400) / Number($("speed").value);
     this.timer = setInterval(() => {
       if (this.n < this.end) this.n += 1;
@@ -275,7 +275,7 @@ class Player {
     const line = (values, top) =>
       values.map((v, n) => (v === undefined ? "" : `${x(n)},${(78 - (73 * v) / top).toFixed(1)}`));
     const masks = line(trace.left, Math.max(1, trace.left[0]));
-    const entropies = trace.left.map((_, n) => trace.asked(n)?.entropy);
+    const entropies = trace.left.map((_, n) => trace.called(n)?.entropy);
     const top = Math.max(0.1, ...entropies.filter((value) => value !== undefined));
     const shapes = [
       draw("polygon", { class: "area", points: `0,80 ${masks.join(" ")} ${x(this.end)},80` }),
@@ -333,10 +333,10 @@ class Player {
     return cell.again ? `masked again in step ${cell.step}` : "not revealed yet";
   }
 
-  /** The likeliest tokens: those of the step that revealed the position, or those expected now. */
+  /** The most probable tokens: of the step that revealed the position, or of the next call. */
   choices(cell, i) {
     const masked = cell.token === undefined;
-    const step = masked ? this.trace.asked(this.n) : this.trace.steps[cell.step - 1];
+    const step = masked ? this.trace.called(this.n) : this.trace.steps[cell.step - 1];
     if (!step?.best) return [];
     const choices = this.trace.predicted(step, i);
     const listed = masked || choices.some(([token]) => token === cell.token);
@@ -350,7 +350,7 @@ class Player {
       item.append(name, bar, make("span", "", percent(p)));
       if (this.choose) this.offer(item, () => this.choose(i, token));
     }
-    const title = masked ? "the network expects now" : "the network expected then";
+    const title = masked ? "the network predicts now" : "the network predicted then";
     return [make("p", "faint", title), list];
   }
 

@@ -1,14 +1,14 @@
-"""sample.py: prompts with holes, files of prompts, windows, EOS, its output file, and watching."""
+"""sample.py as a user sees it: prompts and blanks, files of prompts, windows, EOS, output."""
 
 import json
 import re
-import sys
 
 import pytest
+import torch
 from conftest import TEXT
 
-import sample
-from nanomdm.tokenizers import ByteTokenizer, CharTokenizer
+from nanomdm import checkpoint, prompts
+from nanomdm.tokenizers import CharTokenizer
 
 CPU = "system.device=cpu"
 CONTEXT = 32  # of the tiny model
@@ -39,38 +39,66 @@ def prompt_file(tmp_path):
     return prompt_file
 
 
-# --- Holes --------------------------------------------------------------------------------------
+# --- Samples ------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    "prompt, pieces",
-    [
-        ("KING:", ["KING:"]),
-        ("", [""]),
-        ("a[MASK]b", ["a", 1, "b"]),
-        ("[MASK*12]", ["", 12, ""]),
-        ("[MASK][MASK*2] c", ["", 1, "", 2, " c"]),
-        (r"a \[MASK] b", ["a [MASK] b"]),
-        (r"a \[MASK*3] b[MASK]", ["a [MASK*3] b", 1, ""]),
-        (r"a \\[MASK] b", ["a \\", 1, " b"]),
-        (r"\\\[MASK]", [r"\[MASK]"]),
-        (r"C:\new \\ [mask] [MASK *2] [MASK*]", [r"C:\new \\ [mask] [MASK *2] [MASK*]"]),
-    ],
-)
-def test_a_prompt_is_read_as_texts_and_holes(prompt, pieces):
-    assert sample.parse(prompt) == pieces
+def test_the_same_seed_gives_the_same_text(texts):
+    assert texts("system.seed=3") == texts("system.seed=3")
 
 
-def test_holes_are_filled_and_what_is_around_them_stays(texts):
+def test_another_seed_gives_another_text(texts):
+    assert texts("system.seed=3") != texts("system.seed=4")
+
+
+def test_the_samples_of_one_call_differ_and_the_first_is_that_of_a_call_for_one(texts):
+    five = texts("num_samples=5")
+    assert len(set(five)) == 5 and five[:1] == texts()
+
+
+def test_one_sample_has_no_title_and_several_are_numbered(run, trained):
+    words = ("sample.py", f"checkpoint={trained}/ckpt.pt", "sampling.steps=2", CPU)
+    assert "--- sample" not in run(*words).out
+    numbered = re.findall("^--- sample (.) ---$", run(*words, "num_samples=3").out, flags=re.M)
+    assert numbered == ["1", "2", "3"]
+
+
+@pytest.mark.parametrize("strategy", ["stochastic", "confidence"])
+def test_a_sample_begins_with_its_prompt_and_has_the_length_that_was_asked_for(texts, strategy):
+    (text,) = texts("prompt=KING 3:", "sampling.length=20", f"sampling.strategy={strategy}")
+    assert text.startswith("KING 3:") and len(text) == 20
+
+
+def test_a_prompt_of_the_whole_length_is_printed_as_it_is(texts):
+    assert texts("prompt=KING 3:", "sampling.length=7") == ["KING 3:"]
+
+
+def test_samples_come_from_the_averaged_weights(texts, trained, tmp_path):
+    state = checkpoint.load(trained / "ckpt.pt")
+    state["model"] = {k: torch.zeros_like(v) for k, v in state["model"].items()}
+    checkpoint.save(tmp_path / "ckpt.pt", state)
+    assert texts(f"checkpoint={tmp_path}/ckpt.pt") == texts()
+
+
+def test_the_checkpoint_and_what_is_known_of_the_likelihood_are_said_on_stderr(run, trained):
+    words = (f"checkpoint={trained}/ckpt.pt", "sampling.strategy=first_hitting", CPU)
+    line = run("sample.py", *words, "sampling.steps=6").err
+    assert "ckpt.pt: EMA weights after 12 steps, on cpu; first_hitting" in line
+    assert "(upper bound on the likelihood)" in line
+
+
+# --- Blanks -------------------------------------------------------------------------------------
+
+
+def test_blanks_are_filled_and_what_is_around_them_stays(texts):
     (text,) = texts("prompt=KING [MASK]:\nThe [MASK*6] and")
     assert re.fullmatch(r"KING .:\nThe .{6} and", text, flags=re.S)
 
 
-def test_a_hole_may_be_the_whole_prompt(texts):
+def test_a_blank_may_be_the_whole_prompt(texts):
     assert len(texts("prompt=[MASK*9]")[0]) == 9
 
 
-def test_a_prompt_without_holes_is_a_beginning_as_before(texts):
+def test_a_prompt_without_blanks_is_a_beginning_as_before(texts):
     (text,) = texts("prompt=KING 3:")
     assert text.startswith("KING 3:") and len(text) == CONTEXT
 
@@ -79,10 +107,10 @@ def test_a_prompt_without_holes_is_a_beginning_as_before(texts):
 
 
 def test_every_line_of_a_prompt_file_is_a_prompt(texts, prompt_file):
-    prompts = ["KING", "The rose of roses, and", "", "s"]
-    found = texts(prompt_file(*prompts))
+    lines = ["KING", "The rose of roses, and", "", "s"]
+    found = texts(prompt_file(*lines))
     assert [len(text) for text in found] == [CONTEXT] * 3  # a blank line is none
-    assert all(text.startswith(p) for text, p in zip(found, filter(None, prompts), strict=True))
+    assert all(text.startswith(p) for text, p in zip(found, filter(None, lines), strict=True))
 
 
 def test_every_prompt_gets_as_many_samples_as_asked_for(texts, prompt_file):
@@ -101,21 +129,23 @@ def test_a_text_of_a_batch_does_not_depend_on_the_others(texts, prompt_file, str
 
 
 def test_texts_of_different_lengths_come_in_the_order_of_their_prompts(texts, prompt_file):
-    prompts = ["K[MASK*3]", "Th[MASK*9]", "s[MASK*3]", "K[MASK*20]", "T[MASK*10]"]
-    found = texts(prompt_file(*prompts))
+    lines = ["K[MASK*3]", "Th[MASK*9]", "s[MASK*3]", "K[MASK*20]", "T[MASK*10]"]
+    found = texts(prompt_file(*lines))
     assert [(text[0], len(text)) for text in found] == [
         ("K", 4), ("T", 11), ("s", 4), ("K", 21), ("T", 11),
     ]  # fmt: skip
 
 
-def test_a_hole_is_filled_alone_as_it_is_beside_a_longer_text(texts, prompt_file):
+def test_a_blank_is_filled_alone_as_it_is_beside_a_longer_text(texts, prompt_file):
     alone = texts(prompt_file("KING", "The [MASK*9] of"))
     beside = texts(prompt_file("KING[MASK*5]", "The [MASK*9] of", "s[MASK*11]"))
     assert alone[1] == beside[1]
 
 
-def test_the_batch_size_changes_no_text(texts):
-    assert texts("num_samples=5", "sampling.batch_size=2") == texts("num_samples=5")
+def test_the_batch_size_changes_no_text(texts, monkeypatch):
+    together = texts("num_samples=5")
+    monkeypatch.setattr(prompts.batches, "__defaults__", (2,))
+    assert texts("num_samples=5") == together
 
 
 # --- Beyond the context -------------------------------------------------------------------------
@@ -136,20 +166,9 @@ def test_a_prompt_may_be_longer_than_the_context_of_a_longer_text(texts):
     assert text.startswith(TEXT[:70]) and len(text) == 80
 
 
-def test_a_prompt_with_holes_may_be_longer_than_the_context(texts):
+def test_a_prompt_with_blanks_may_be_longer_than_the_context(texts):
     (text,) = texts(f"prompt={TEXT[:50]}[MASK*8]{TEXT[58:90]}")
     assert (text[:50], text[58:]) == (TEXT[:50], TEXT[58:90])
-
-
-@pytest.mark.parametrize("length", [1, 31, 32, 33, 48, 49, 100])
-@pytest.mark.parametrize("context", [1, 2, 3, 32])
-def test_windows_cover_the_text_and_each_keeps_half_of_the_one_before(length, context):
-    windows = sample.windows(length, context)
-    ends = [min(window.stop, length) for window in windows]
-    assert windows[0].start == 0 and ends[-1] == length
-    assert all(window.stop - window.start == context for window in windows)
-    for before, after in zip(windows, windows[1:], strict=False):
-        assert before.stop - after.start >= context // 2 and before.stop < after.stop
 
 
 # --- EOS ----------------------------------------------------------------------------------------
@@ -177,7 +196,7 @@ def test_eos_in_the_prompt_ends_nothing(texts, newline_ends):
 
 
 def test_texts_that_have_ended_cost_no_more_calls(texts, newline_ends, tmp_path):
-    texts("prompt=KING", "sampling.length=2000", f"sampling.output={tmp_path}/o.jsonl")
+    texts("prompt=KING", "sampling.length=2000", f"output={tmp_path}/o.jsonl")
     record = json.loads((tmp_path / "o.jsonl").read_text())
     assert len(record["tokens"]) < 1000 and record["calls"] < 6 * len(record["tokens"])
 
@@ -188,7 +207,7 @@ def test_texts_that_have_ended_cost_no_more_calls(texts, newline_ends, tmp_path)
 def test_the_output_holds_one_object_a_sample(texts, prompt_file, tmp_path):
     printed = texts(
         prompt_file("KING", "The [MASK*7]"), "num_samples=2", "sampling.strategy=confidence",
-        f"sampling.output={tmp_path}/deep/o.jsonl", "system.seed=5",
+        f"output={tmp_path}/deep/o.jsonl", "system.seed=5",
     )  # fmt: skip
     records = [json.loads(line) for line in (tmp_path / "deep/o.jsonl").read_text().splitlines()]
     assert [record["text"] for record in records] == printed
@@ -197,95 +216,19 @@ def test_the_output_holds_one_object_a_sample(texts, prompt_file, tmp_path):
         assert record["sample"] == number and record["prompt"] in ("KING", "The [MASK*7]")
         assert tokenizer.decode(record["tokens"]) == record["text"]
         assert (record["seed"], record["strategy"]) == (5, "confidence")
-        assert record["label"] == "heuristic" and record["calls"] == 6 and record["seconds"] > 0
+        assert (
+            record["label"] == "exact likelihood" and record["calls"] == 6 and record["seconds"] > 0
+        )
 
 
 def test_an_earlier_output_is_kept(texts, tmp_path):
     (tmp_path / "o.jsonl").write_text("precious")
-    texts(f"sampling.output={tmp_path}/o.jsonl")
+    texts(f"output={tmp_path}/o.jsonl")
     assert (tmp_path / "o-1.jsonl").read_text() == "precious"
 
 
-# --- Watching -----------------------------------------------------------------------------------
-
-
-def screen(written: str) -> str:
-    """What a terminal shows in the end, of text that moves up, clears and has colours."""
-    lines, row = [""], 0
-    for part in re.findall(r"\x1b\[\d*(?:;\d+)*[A-Za-z]|\n|\r|[^\x1b\n\r]+", written):
-        if part == "\n":
-            row += 1
-            lines[row:] = lines[row:] or [""]
-        elif up := re.fullmatch(r"\x1b\[(\d+)A", part):
-            row -= int(up[1])
-        elif part == "\x1b[J":
-            del lines[row + 1 :]
-            lines[row] = ""
-        elif part[0] not in "\x1b\r":
-            lines[row] += part
-    return "\n".join(lines)
-
-
-@pytest.fixture
-def watched(texts, monkeypatch, capfd):
-    """watched("key=value", ...): all that is written to a terminal of 20 columns and 9 lines."""
-
-    def watched(*words: str) -> str:
-        monkeypatch.setattr(sample, "FRAME", 0.0)
-        monkeypatch.setenv("COLUMNS", "20")
-        monkeypatch.setenv("LINES", "9")
-        monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
-        return "\n".join(texts("sampling.watch=true", *words))
-
-    return watched
-
-
-def test_a_watched_text_is_on_the_screen_once_in_the_end(watched, texts):
-    assert screen(watched("prompt=KING").lstrip("\n")).strip("\n") == texts("prompt=KING")[0].strip(
-        "\n"
-    )
-
-
-def test_a_watched_text_shows_its_masks_and_what_is_new(watched):
-    written = watched("prompt=KING 1", "sampling.strategy=confidence")
-    frames = written.split("\x1b[J")
-    masks = [frame.count("░") for frame in frames[:-1]]
-    assert masks[0] > 0 and masks[-1] == 0 and masks == sorted(masks, reverse=True)
-    assert all(sample.NEW in frame for frame in frames[:-1])
-
-
-def test_a_tall_text_stays_within_the_screen(watched):
-    frames = watched("sampling.length=400").split("\x1b[J")[:-1]
-    assert max(frame.count("\n") for frame in frames) <= 9
-
-
-def test_nothing_is_shown_when_piped(run, trained):
-    words = (f"checkpoint={trained}/ckpt.pt", "sampling.steps=6", CPU)
-    plain, piped = run("sample.py", *words), run("sample.py", *words, "sampling.watch=true")
-    assert piped.out == plain.out and "no terminal" in piped.err
-
-
-def test_control_characters_never_reach_the_terminal():
-    tokenizer = ByteTokenizer()
-    shown = sample.styled(tokenizer, list(b"a\x1b[2Jb\x07\nc"), set(), mask_id=256)
-    assert "".join(character for character, _ in shown) == "a·[2Jb·\nc"
-
-
-def test_a_frame_has_no_line_longer_than_the_terminal():
-    characters = [(c, sample.PLAIN) for c in "abcdefgh\nij"]
-    plain = [re.sub(r"\x1b\[[\d;]*m", "", line) for line in sample.wrap(iter(characters), 3)]
-    assert plain == ["abc", "def", "gh", "ij"]
-
-
 def test_canvases_of_one_length_share_a_batch_whatever_their_prompts(texts, prompt_file, tmp_path):
-    words = ("sampling.strategy=first_hitting", f"sampling.output={tmp_path}/o.jsonl")
+    words = ("sampling.strategy=first_hitting", f"output={tmp_path}/o.jsonl")
     texts(prompt_file("KING", "The rose of roses", "s"), *words)
     calls = [json.loads(line)["calls"] for line in (tmp_path / "o.jsonl").read_text().splitlines()]
-    assert calls == [CONTEXT - 1] * 3  # those of the row with the most holes
-
-
-def test_the_label_is_told_on_stderr(run, trained):
-    words = (f"checkpoint={trained}/ckpt.pt", "sampling.steps=6", CPU)
-    assert "first_hitting (any-order exact)" in run(
-        "sample.py", *words, "sampling.strategy=first_hitting"
-    ).err  # fmt: skip
+    assert calls == [CONTEXT - 1] * 3  # those of the row with the most masks

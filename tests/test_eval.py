@@ -1,12 +1,15 @@
-"""eval.py as a user sees it: bounds side by side, comparison, curve, windows, JSON."""
+"""eval.py as a user sees it: loss, bounds side by side, comparison, curve, documents, JSON."""
 
 import json
+import math
 import re
 import sys
 import types
 
 import pytest
 from conftest import TEXT, TINY
+
+from nanomdm import runlog
 
 CPU = "system.device=cpu"
 
@@ -16,7 +19,7 @@ def evaluated(run, trained, tmp_path):
     """evaluated("key=value", ...): what eval.py prints for the tiny model, and its JSON."""
 
     def evaluated(*words: str) -> tuple[str, dict]:
-        settings = (f"checkpoint={trained}/ckpt.pt", CPU, "eval.output=o.json")
+        settings = (f"checkpoint={trained}/ckpt.pt", CPU, "output=o.json")
         result = run("eval.py", *settings, *words)
         assert result.code == 0, result.err
         return result.out, json.loads((tmp_path / "o.json").read_text())
@@ -26,6 +29,37 @@ def evaluated(run, trained, tmp_path):
 
 def number(text: str, pattern: str) -> float:
     return float(re.search(pattern, text, flags=re.M)[1])
+
+
+# --- Likelihood ----------------------------------------------------------------------------------
+
+
+def test_the_bound_is_that_of_the_whole_validation_split(evaluated):
+    split = TEXT[int(0.9 * len(TEXT)) :]
+    assert f"kings.txt: {len(split):,} tokens" in evaluated()[0]
+
+
+def test_perplexity_and_bits_per_byte_follow_from_the_loss(evaluated, tmp_path):
+    (tmp_path / "other.txt").write_text(TEXT[:500])
+    _, figures = evaluated("data.path=other.txt", "eval.draws=2")
+    loss, bits = figures["loss"]["value"], figures["bits_per_byte"]["value"]
+    assert figures["perplexity"] == pytest.approx(math.exp(loss))
+    assert bits == pytest.approx(loss / math.log(2))  # one byte a character here
+
+
+def test_bits_are_per_byte_where_a_character_has_two(run, tmp_path):
+    """Every é is two bytes: the same nats are spread over twice the bytes."""
+    (tmp_path / "accents.txt").write_text("éèêë" * 200)
+    assert run("train.py", *TINY, "data.path=accents.txt").code == 0
+    assert run("eval.py", CPU, "output=o.json").code == 0
+    figures = json.loads((tmp_path / "o.json").read_text())
+    loss, bits = figures["loss"]["value"], figures["bits_per_byte"]["value"]
+    assert bits == pytest.approx(loss / math.log(2) / 2)
+
+
+def test_an_evaluation_repeats_to_the_last_digit(evaluated):
+    (first, _), (second, _) = evaluated(), evaluated()
+    assert first.splitlines()[:-1] == second.splitlines()[:-1]  # the last line is the time
 
 
 # --- JSON ----------------------------------------------------------------------------------------
@@ -89,7 +123,7 @@ def test_the_better_of_two_is_named_whichever_comes_first(run, text_file, tmp_pa
     verdicts = []
     for one, other in ((3, 40), (40, 3)):
         settings = (f"checkpoint={one}/ckpt.pt", f"eval.against={other}/ckpt.pt", CPU)
-        verdicts.append(run("eval.py", *settings, "eval.output=o.json").out)
+        verdicts.append(run("eval.py", *settings, "output=o.json").out)
         figures = json.loads((tmp_path / "o.json").read_text())
         assert figures["against"]["better"] == "40/ckpt.pt"
         paired = figures["loss"]["value"] - figures["against"]["loss"]["value"]
@@ -138,6 +172,20 @@ def test_a_folder_gives_a_row_for_each_file_and_they_add_up(evaluated, tmp_path)
     assert re.search(r"^a\.txt +100 ", out, flags=re.M)
 
 
+# --- Progress ------------------------------------------------------------------------------------
+
+
+def test_without_a_terminal_lines_on_stderr_show_the_progress(run, trained, monkeypatch):
+    monkeypatch.setattr(runlog.progress.__wrapped__, "__defaults__", (0, 0))  # no seconds between
+    words = (f"checkpoint={trained}/ckpt.pt", "eval.draws=2", "eval.tokens=64", CPU)
+    result = run("eval.py", *words)
+    assert result.code == 0
+    assert [line[:16] for line in result.err.splitlines()] == [
+        "token    64/128 ",
+        "token   128/128 ",
+    ]
+
+
 # --- Weights & Biases ----------------------------------------------------------------------------
 
 
@@ -157,22 +205,7 @@ def test_figures_and_curve_go_to_wandb_if_asked(evaluated, monkeypatch):
     assert (x, y) == ("share masked", "nats per masked token")
 
 
-# --- Bad input -----------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    "word, said",
-    [
-        ("eval.bounds=[uniform,exact]", "choose some of uniform"),
-        ("eval.output=nowhere/o.json", "make it first"),
-        ("eval.tokens=-1", "must be at least 0"),
-        ("eval.stride=99", "must lie in 1 ... 32"),
-        ("eval.against=none.pt", "no checkpoint at none.pt"),
-    ],
-)
-def test_a_mistake_is_one_line(run, trained, word, said):
-    result = run("eval.py", f"checkpoint={trained}/ckpt.pt", CPU, word)
-    assert result.code == 2 and said in result.err and result.err.count("\n") == 1
+# --- What does not go together -----------------------------------------------------------------
 
 
 @pytest.mark.parametrize("word", ["eval.bounds=[chain]", "eval.curve=true"])

@@ -1,0 +1,80 @@
+"""nanomdm/prompts.py: templates with blanks, batches of canvases, windows of long texts."""
+
+import pytest
+import torch
+
+from nanomdm import prompts
+from nanomdm.tokenizers import ByteTokenizer
+
+# --- Templates ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "prompt, pieces",
+    [
+        ("KING:", ["KING:"]),
+        ("", [""]),
+        ("a[MASK]b", ["a", 1, "b"]),
+        ("[MASK*12]", ["", 12, ""]),
+        ("[MASK][MASK*2] c", ["", 1, "", 2, " c"]),
+        (r"a \[MASK] b", ["a [MASK] b"]),
+        (r"a \[MASK*3] b[MASK]", ["a [MASK*3] b", 1, ""]),
+        (r"a \\[MASK] b", ["a \\", 1, " b"]),
+        (r"\\\[MASK]", [r"\[MASK]"]),
+        (r"C:\new \\ [mask] [MASK *2] [MASK*]", [r"C:\new \\ [mask] [MASK *2] [MASK*]"]),
+    ],
+)
+def test_a_prompt_is_read_as_texts_and_blanks(prompt, pieces):
+    assert prompts.parse(prompt) == pieces
+
+
+def test_a_canvas_is_masked_where_its_template_is_blank():
+    ids, is_masked = prompts.make_canvas("a[MASK*2]b", 0, ByteTokenizer(), context=8)
+    assert is_masked.tolist() == [False, True, True, False]
+    assert ids[~is_masked].tolist() == [97, 98]
+
+
+@pytest.mark.parametrize(("length", "expected"), [(0, 8), (5, 5), (20, 20)])
+def test_a_prompt_without_blanks_is_continued_to_the_length_or_the_context(length, expected):
+    ids, is_masked = prompts.make_canvas("ab", length, ByteTokenizer(), context=8)
+    assert ids[:2].tolist() == [97, 98] and not is_masked[:2].any()
+    assert len(ids) == expected and is_masked[2:].all()
+
+
+# --- Batches ------------------------------------------------------------------------------------
+
+
+def canvases(*lengths: int) -> list[prompts.Canvas]:
+    """Canvases of these lengths, each of ids of its own."""
+    return [prompts.Canvas(torch.full((n,), i), torch.arange(n) > i) for i, n in enumerate(lengths)]
+
+
+@pytest.mark.parametrize("size", [1, 2, 64])
+def test_each_canvas_is_in_one_batch_of_canvases_of_its_length(size):
+    given, found = canvases(5, 9, 5, 5, 9, 7), {}
+    for rows, ids, is_masked in prompts.batches(given, size):
+        assert 0 < len(rows) <= size
+        found |= dict(zip(rows, zip(ids, is_masked, strict=True), strict=True))
+    assert sorted(found) == list(range(6))
+    for number, (ids, is_masked) in found.items():
+        assert torch.equal(ids, given[number].ids)
+        assert torch.equal(is_masked, given[number].is_masked)
+
+
+def test_canvases_of_one_length_share_a_batch():
+    batches = [rows for rows, _, _ in prompts.batches(canvases(5, 9, 5, 5, 9))]
+    assert batches == [[0, 2, 3], [1, 4]]
+
+
+# --- Windows ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("length", [1, 31, 32, 33, 48, 49, 100])
+@pytest.mark.parametrize("context", [1, 2, 3, 32])
+def test_windows_cover_the_text_and_each_keeps_half_of_the_one_before(length, context):
+    windows = prompts.windows(length, context)
+    ends = [min(window.stop, length) for window in windows]
+    assert windows[0].start == 0 and ends[-1] == length
+    assert all(window.stop - window.start == context for window in windows)
+    for before, after in zip(windows, windows[1:], strict=False):
+        assert before.stop - after.start >= context // 2 and before.stop < after.stop
