@@ -2,7 +2,7 @@
 
 A corpus is two memory-mapped splits of token ids in nanoGPT's format: train.bin and val.bin, or any
 number of shards train_*.bin and val_*.bin. nanomdm/text.py finds the text, nanomdm/tokenizers.py
-turns it into tokens, nanomdm/meta.py reads what a meta file says of .bin files.
+turns it into tokens, nanomdm/bins.py opens and checks .bin files and what a meta file says of them.
 """
 
 import hashlib
@@ -15,9 +15,8 @@ import numpy as np
 import torch
 from torch import Generator, Tensor
 
-from nanomdm.bins import Shards, check_ids, open_split
+from nanomdm.bins import Shards, check_ids, digest, open_split, read_meta
 from nanomdm.errors import UserError, write_atomically
-from nanomdm.meta import digest, read_meta
 from nanomdm.text import find_text
 from nanomdm.tokenizers import load_tokenizer, train_tokenizer
 
@@ -150,8 +149,8 @@ def open_bins(folder: Path, kind: str = "char", tokenizer: object | None = None)
     if tokenizer is not None and own.state() != tokenizer.state():
         raise UserError(f"{folder} was made with another tokenizer than the checkpoint has")
     train, val = (open_split(folder, split, meta, own.vocab_size) for split in SPLITS)
-    sha256 = meta.get("sha256") or sha256_of(val[:].tobytes())
-    return Corpus(meta.get("corpus", folder.name), sha256, own, train, val)
+    sha256 = meta["sha256"] or sha256_of(val[:].tobytes())
+    return Corpus(meta["corpus"] or folder.name, sha256, own, train, val)
 
 
 def sha256_of(content: bytes | np.ndarray) -> str:

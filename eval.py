@@ -10,12 +10,6 @@ from nanomdm import bounds, checkpoint, cli, devices, report, runlog, texts, tra
 from nanomdm.errors import UserError, visible
 from nanomdm.random import generator
 
-# The settings, or sections of them, that this script reads.
-READS = tuple(
-    "checkpoint output out_dir data.path data.dir data.dataset sampling.steps sampling.strategy "
-    "eval system logging".split()
-)
-
 
 def main(config: cli.Section) -> None:
     report.check_output(config.output)
@@ -121,4 +115,4 @@ def choose_texts(config: cli.Section, models: list[checkpoint.Loaded]) -> texts.
 
 
 if __name__ == "__main__":
-    cli.main(main, reads=READS)
+    cli.main(main)

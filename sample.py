@@ -15,9 +15,6 @@ from nanomdm.errors import as_user_error, visible
 from nanomdm.random import generator
 from nanomdm.watch import Watch
 
-# The settings, or sections of them, that this script reads.
-READS = tuple("checkpoint prompt prompt_file num_samples output sampling system".split())
-
 
 def main(config: cli.Section) -> None:
     device = devices.pick_device(config.system.device)
@@ -91,4 +88,4 @@ def fill(
 
 
 if __name__ == "__main__":
-    cli.main(main, reads=READS)
+    cli.main(main)

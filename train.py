@@ -15,9 +15,6 @@ from nanomdm import bounds, cli, devices, folders, optim, parallel, runlog, runs
 from nanomdm.errors import as_user_error
 from nanomdm.random import generator
 
-# The settings, or sections of them, that this script reads.
-READS = tuple("out_dir model diffusion data training sampling eval.tokens system logging".split())
-
 
 def main(config: cli.Section) -> None:
     device = devices.pick_device(config.system.device, parallel.world().local_rank)
@@ -240,4 +237,4 @@ def build_model(config: cli.Section, corpus: data.Corpus, loaded) -> Transformer
 
 
 if __name__ == "__main__":
-    cli.main(main, reads=READS)
+    cli.main(main)

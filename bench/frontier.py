@@ -93,9 +93,7 @@ def settings_of(config: Section, context: int) -> list[Section]:
 
 def sampling(strategy: str, steps: int = 1, options=None, temperature: float = 1.0) -> Section:
     """A section `sampling` of config.yaml."""
-    return Section(
-        strategy=strategy, steps=steps, options=options or {}, temperature=temperature, top_p=1.0
-    )
+    return Section(strategy=strategy, steps=steps, options=options or {}, temperature=temperature)
 
 
 def is_adaptive(strategy: str) -> bool:

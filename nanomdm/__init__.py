@@ -13,31 +13,30 @@ from . import bounds, checkpoint, optim, strategies, text, tokenizers
 from .tokenizers import load_tokenizer
 
 
-def _root_module(name: str):
-    """The module of the root's `name`.py: the same one that `import name` gives, now or later.
+def _load_root_module(name: str) -> None:
+    """Make the root's `name`.py also nanomdm.`name`: the module that `import name` gives.
 
     A file of that name that belongs to somebody else, and goes before ours, keeps the name.
     """
     path, found = Path(__file__).resolve().parents[1] / f"{name}.py", find_spec(name)
+    ours = f"{__name__}.{name}"
     if found and Path(found.origin or "").resolve() == path:
-        module = sys.modules[f"{__name__}.{name}"] = import_module(name)
-    else:
-        spec = spec_from_file_location(f"{__name__}.{name}", path)
-        module = sys.modules[spec.name] = module_from_spec(spec)
-        if not found:
-            sys.modules[name] = module
-        spec.loader.exec_module(module)
-    return module
+        sys.modules[ours] = import_module(name)
+        return
+    spec = spec_from_file_location(ours, path)
+    sys.modules[ours] = module = module_from_spec(spec)
+    if not found:
+        sys.modules[name] = module
+    spec.loader.exec_module(module)
 
 
-if Path(__file__).with_name("model.py").exists():  # a wheel
-    from . import diffusion, model
-else:
-    model, diffusion = _root_module("model"), _root_module("diffusion")
+if not Path(__file__).with_name("model.py").exists():  # a checkout, not a wheel
+    _load_root_module("model")
+    _load_root_module("diffusion")
 
-ModelConfig, Transformer = model.ModelConfig, model.Transformer
-masked_diffusion_loss, sample = diffusion.masked_diffusion_loss, diffusion.sample
-nelbo = diffusion.nelbo
+from . import diffusion, model  # noqa: E402
+from .diffusion import masked_diffusion_loss, nelbo, sample  # noqa: E402
+from .model import ModelConfig, Transformer  # noqa: E402
 
 __all__ = [
     "ModelConfig",

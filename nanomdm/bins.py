@@ -1,69 +1,148 @@
-""".bin files of token ids, and shards of them, opened and checked."""
+"""What a folder of .bin files holds, opened and checked: its meta file, and the ids of a split."""
 
 import hashlib
+import io
+import json
+import pickle
+import pickletools
+from bisect import bisect
+from itertools import accumulate
 from pathlib import Path
 
 import numpy as np
 
 from .errors import UserError
 
+META = {  # the keys of a meta.json, each with what it is where it is left out
+    "dtype": "",  # uint16 or uint32; required
+    "tokenizer": {},  # its state(); required
+    "tokens": {},  # of each split
+    "corpus": "",  # name of the text
+    "sha256": "",  # of the text
+    "shards": {},  # file name: its SHA-256
+    "check": "",  # `digest` of the rest
+}
 SCANNED = 2**27  # tokens of train that are checked when it is opened; batches are, when drawn
+
+
+# --- The meta file: our meta.json, or nanoGPT's meta.pkl -----------------------------------------
+
+
+def digest(meta: dict) -> str:
+    """A hash of a meta.json but for its own `check`, whatever the order of the keys."""
+    rest = {key: value for key, value in meta.items() if key != "check"}
+    return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
+
+
+def read_meta(folder: Path, tokenizer_kind: str) -> dict:
+    """What the folder's meta file says, with all keys of `META`.
+
+    Without a meta file the bins are uint16, of the tokenizer gpt2 or byte, whose tokens have the
+    same ids everywhere. Raises `UserError`.
+    """
+    if not folder.is_dir():
+        raise UserError(f"no folder {folder}: check data.dir")
+    ours, nanogpts = folder / "meta.json", folder / "meta.pkl"
+    tokenizer = {"kind": tokenizer_kind}
+    try:
+        if ours.is_file():
+            return _checked(json.loads(ours.read_bytes()))
+        if nanogpts.is_file():
+            itos = read_plain_pickle(nanogpts.read_bytes())["itos"]
+            characters = "".join(itos[i] for i in range(len(itos)))
+            tokenizer = {"kind": "char", "characters": characters}
+    except Exception as error:  # a damaged pickle or JSON can fail in any way
+        raise UserError(f"the meta file in {folder} is damaged ({error}): prepare again") from error
+    if not nanogpts.is_file() and tokenizer_kind not in ("gpt2", "byte"):
+        raise UserError(
+            f"{folder} has no meta.json or meta.pkl, and data.tokenizer={tokenizer_kind}: say "
+            "data.tokenizer=gpt2 or data.tokenizer=byte"
+        )
+    return META | {"dtype": "uint16", "tokenizer": tokenizer}
+
+
+def _checked(found: dict) -> dict:
+    meta = META | found
+    for key, empty in META.items():
+        if type(meta[key]) is not type(empty):
+            raise UserError(f"expected {key} to be a {type(empty).__name__}")
+    if meta["dtype"] not in ("uint16", "uint32") or not meta["tokenizer"]:
+        raise UserError("expected a tokenizer, and dtype to be uint16 or uint32")
+    if meta["check"] not in ("", digest(found)):
+        raise UserError("its checksum is wrong")
+    if not (meta["corpus"] + meta["sha256"]).isprintable():
+        raise UserError("its names hold control characters")
+    return meta
+
+
+def read_plain_pickle(content: bytes):
+    """What nanoGPT's meta.pkl holds: dicts, strings and numbers. Raises for anything else."""
+    for opcode, value, _ in pickletools.genops(content):
+        if "PUT" in opcode.name and value > len(content):  # pickle makes a table of this size
+            raise pickle.UnpicklingError("it counts more values than it has")
+    return PlainUnpickler(io.BytesIO(content)).load()
+
+
+class PlainUnpickler(pickle.Unpickler):
+    """Refuses whatever could run code."""
+
+    def find_class(self, module: str, name: str):
+        raise pickle.UnpicklingError(f"it wants to load {module}.{name}")
+
+
+# --- The ids of a split --------------------------------------------------------------------------
 
 
 def open_split(folder: Path, split: str, meta: dict, vocab_size: int) -> "np.ndarray | Shards":
     """The ids of SPLIT.bin or of the shards SPLIT_*.bin, memory-mapped and checked.
 
-    `meta` is what the meta file says. Raises `UserError` for what is missing, cut or damaged.
+    `meta` is what `read_meta` returns. Raises `UserError` for what is missing, cut or damaged.
     """
     whole, shards = folder / f"{split}.bin", sorted(folder.glob(f"{split}_*.bin"))
     if whole.is_file() and shards:
         raise UserError(f"{folder} has both {whole.name} and {shards[0].name}: remove one of them")
     paths = shards or [whole]
     parts = [_open_bin(path, meta["dtype"]) for path in paths]
-    tokens = Shards(parts) if shards else parts[0]
-    expected = meta.get("tokens", {}).get(split, len(tokens))
-    if len(tokens) != expected:
+    total = sum(map(len, parts))
+    expected = meta["tokens"].get(split, total)
+    if total != expected:
         raise UserError(
-            f"{folder / split}{'_*' if shards else ''}.bin has {len(tokens)} tokens, the meta file "
-            f"says {expected}: it is cut, prepare the data again"
+            f"{whole} (or all shards of it) has {total} tokens, the meta file says {expected}: "
+            "it is cut, prepare the data again"
         )
-    hashes = meta.get("shards", {}) if len(tokens) <= SCANNED else {}
+    hashes = meta["shards"] if total <= SCANNED else {}
     scanned = SCANNED // len(paths) if split == "train" else None  # val is read as a whole anyway
     for path, part in zip(paths, parts, strict=True):
         check_ids(part[:scanned], vocab_size, str(path))
         if path.name in hashes and hashes[path.name] != hashlib.sha256(part).hexdigest():
             raise UserError(f"the checksum of {path} is wrong: prepare the data again")
-    return tokens
+    return Shards(parts) if shards else parts[0]
 
 
 def _open_bin(path: Path, dtype: str) -> np.ndarray:
-    if not path.is_file():
-        raise UserError(f"{path} is missing: prepare the data again, or check data.dir")
-    tokens, rest = divmod(path.stat().st_size, np.dtype(dtype).itemsize)
-    if not tokens or rest:
-        raise UserError(f"{path} is empty or cut ({tokens} tokens): prepare the data again")
-    return np.memmap(path, dtype=dtype, mode="r")
+    try:
+        return np.memmap(path, dtype=dtype, mode="r")
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"{path} is missing, empty or cut ({error}): prepare the data again, or check data.dir"
+        ) from error
 
 
 class Shards:
     """Arrays of token ids, one after the other, behind the interface of one: length and slices."""
 
     def __init__(self, parts: list[np.ndarray]):
-        self.parts, self.ends = parts, np.cumsum([len(part) for part in parts])
+        self.parts = parts
+        *self.starts, self.length = accumulate(map(len, parts), initial=0)
 
     def __len__(self) -> int:
-        return int(self.ends[-1])
+        return self.length
 
     def __getitem__(self, piece: slice) -> np.ndarray:
-        start, stop, _ = piece.indices(len(self))
-        first = min(int(np.searchsorted(self.ends, start, side="right")), len(self.parts) - 1)
-        found = []
-        for part, end in zip(self.parts[first:], self.ends[first:].tolist(), strict=True):
-            offset = end - len(part)
-            found.append(part[max(0, start - offset) : max(0, stop - offset)])
-            if stop <= end:
-                break
-        return found[0] if len(found) == 1 else np.concatenate(found)
+        start, stop, _ = piece.indices(self.length)
+        first, last = bisect(self.starts, start) - 1, bisect(self.starts, stop)
+        parts = zip(self.parts[first:last], self.starts[first:last], strict=True)
+        return np.concatenate([part[max(0, start - i) : stop - i] for part, i in parts])
 
 
 def check_ids(tokens: np.ndarray, vocab_size: int, source: str) -> None:

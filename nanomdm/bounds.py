@@ -20,7 +20,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .errors import UserError
+from .errors import check_choice
 
 MaskedQuery = tuple[Tensor, Tensor, Tensor]
 Estimate = tuple[float, float]  # a value and its standard error (nan from one draw)
@@ -35,34 +35,32 @@ def continuous(u: Tensor, noise: Tensor, eps: float = 1e-3) -> Iterator[MaskedQu
     The bound of the process that stops at masking probability `eps` and fills the rest in one step.
     Without F(eps) the value would be no bound.
     """
-    p = eps + (1 - eps) * u
-    for p_mask, weight in ((p, (1 - eps) / p), (torch.full_like(p, eps), torch.ones_like(p))):
-        hidden = noise < p_mask[:, None]
-        yield hidden, hidden, weight
+    p_mask = eps + (1 - eps) * u
+    hidden = noise < p_mask[:, None]
+    yield hidden, hidden, (1 - eps) / p_mask
+    hidden = noise < eps
+    yield hidden, hidden, torch.ones(len(u))
 
 
 def discrete(u: Tensor, noise: Tensor, steps: int) -> Iterator[MaskedQuery]:
     """NELBO_K of the ancestral sampler with K = `steps`: sum over j of F(j / K) / j (D3PM)."""
-    j = (u * steps).long() + 1  # each with probability 1 / K
-    hidden = noise < (j.double() / steps)[:, None]
-    yield hidden, hidden, steps / j.double()
+    j = (u * steps).floor() + 1  # 1, 2, ... K, each with probability 1 / K
+    hidden = noise < (j / steps)[:, None]
+    yield hidden, hidden, steps / j
 
 
 def chain(u: Tensor, noise: Tensor) -> Iterator[MaskedQuery]:
-    """The chain rule in a random order: one call for each token, of which one prediction counts."""
-    return _one_by_one(noise.argsort(dim=1).argsort(dim=1), noise < 1)
+    """The chain rule in the order of the noise: one call for each token, which it predicts."""
+    place = noise.argsort(dim=1, stable=True).argsort(dim=1)  # 0, 1, ..., and context comes last
+    predicted = noise < 1
+    for i in range(int(predicted.sum(dim=1).max())):
+        hidden = predicted & (place >= i)
+        yield hidden, hidden & (place == i), torch.ones(len(u))
 
 
 def left_to_right(u: Tensor, noise: Tensor) -> Iterator[MaskedQuery]:
     """The chain rule from left to right: the exact likelihood of the left-to-right sampler."""
-    return _one_by_one((noise < 1).cumsum(dim=1) - 1, noise < 1)
-
-
-def _one_by_one(place: Tensor, predicted: Tensor) -> Iterator[MaskedQuery]:
-    """Predict the tokens `predicted` (B, L) in the order of their `place` (B, L): 0, 1, ..."""
-    for i in range(int(predicted.sum(dim=1).max())):
-        hidden = predicted & (place >= i)
-        yield hidden, hidden & (place == i), torch.ones(len(place))
+    return chain(u, noise.floor())  # equal noise keeps the order of the text
 
 
 def everything(u: Tensor, noise: Tensor) -> Iterator[MaskedQuery]:
@@ -115,17 +113,14 @@ def choose(names: Sequence[str], steps: int, strategy: str = "stochastic") -> di
     """
     chosen = {}
     for name in ("uniform", *names):
-        if name not in BOUNDS:
-            raise UserError(f"eval.bounds={name} is unknown: choose some of {', '.join(BOUNDS)}")
-        chosen[name] = bound = BOUNDS[name]
+        check_choice("eval.bounds", name, BOUNDS)
+        bound = BOUNDS[name]
         if bound.takes_steps:
-            if steps < 1:
-                raise UserError(f"sampling.steps={steps} must be at least 1")
             words = bound.sampler.format(steps=steps)
             if strategy != "stochastic":
                 words += f"; sampling.strategy={strategy} has no bound"
-            estimator = partial(bound.estimator, steps=steps)
-            chosen[name] = bound._replace(estimator=estimator, sampler=words)
+            bound = bound._replace(estimator=partial(bound.estimator, steps=steps), sampler=words)
+        chosen[name] = bound
     return chosen
 
 
@@ -162,8 +157,7 @@ class NLLSamples(NamedTuple):
 
 def mean_and_error(values: Tensor) -> Estimate:
     """The mean of independent values (n,) and its standard error (nan for one value)."""
-    n = len(values)
-    return float(values.mean()), float(values.std()) / math.sqrt(n) if n > 1 else math.nan
+    return ratio(values, torch.ones_like(values))
 
 
 # --- Standard errors -----------------------------------------------------------------------------
@@ -176,10 +170,11 @@ def error_within(samples: NLLSamples) -> float:
     the text. The latter makes the error too wide: by 7% on the shipped plays, where an error from
     the deviation of all rows would be 2.6 times the right one.
     """
-    rest = samples.nats - samples.bound()[0] * samples.counts  # (draws, N)
-    steps = rest.gather(1, samples.u.argsort(dim=1)).diff(dim=1)
-    deviation = math.sqrt(float(steps.square().mean()) / 2 / rest.numel())
-    return deviation / float(samples.counts.double().mean())
+    nats, u, counts = samples
+    rest = nats - samples.bound()[0] * counts  # (draws, N)
+    steps = rest.gather(1, u.argsort(dim=1)).diff(dim=1)
+    variance = float(steps.square().mean()) / 2
+    return math.sqrt(variance / rest.numel()) / float(counts.double().mean())
 
 
 def student_t(df: int, coverage: float = 0.95) -> float:
@@ -191,9 +186,10 @@ def student_t(df: int, coverage: float = 0.95) -> float:
     def share(t: float) -> float:
         """In proportion to P(|T| < t): the integral of cos^(df - 1), by parts."""
         angle = math.atan(t / math.sqrt(df))
-        total = angle if df % 2 else math.sin(angle)
-        for n in range(3 - df % 2, df, 2):
-            total = (math.cos(angle) ** (n - 1) * math.sin(angle) + (n - 1) * total) / n
+        sine, cosine = math.sin(angle), math.cos(angle)
+        total = angle if df % 2 else sine
+        for k in range(2 - df % 2, df - 1, 2):
+            total = (cosine**k * sine + k * total) / (k + 1)
         return total
 
     wanted = coverage * share(math.inf)
@@ -205,9 +201,10 @@ def ratio(values: Tensor, sizes: Tensor) -> Estimate:
 
     By linearisation (the delta method); nan for one pair.
     """
-    n, rate = len(values), float(values.sum() / sizes.sum())
-    variance = (values - rate * sizes).square().sum() / (n - 1) / n if n > 1 else math.nan
-    return rate, math.sqrt(variance) / float(sizes.double().mean())
+    n, total = len(values), sizes.sum()
+    rate = values.sum() / total
+    deviation = (values - rate * sizes).std() if n > 1 else math.nan
+    return float(rate), float(math.sqrt(n) * deviation / total)
 
 
 def difference(one: NLLSamples, other: NLLSamples) -> tuple[Estimate, Estimate]:
@@ -233,32 +230,26 @@ def curve(samples: NLLSamples, bins: int = 20) -> list[Estimate]:
     the bound `uniform`, without further network calls; the bins, weighted by their rows, average to
     that bound. The error is over the passes, and includes which texts were masked how much.
     """
-    costs = _cost_by_rate(samples, bins)
-    return [mean_and_error(cost[~cost.isnan()]) for cost in costs]
+    return [mean_and_error(cost[~cost.isnan()]) for cost in _cost_by_rate(samples, bins)]
 
 
-def decreases(
-    samples: NLLSamples, bins: int = 20, coverage: float = 0.95
-) -> list[tuple[int, Estimate]]:
+def decreases(samples: NLLSamples, bins: int = 20) -> list[tuple[int, Estimate]]:
     """The bins whose cost is below that of the bin before, beyond chance, with the difference.
 
     Which bounds must be ordered depends on whether c_l, the cost of a masked token when l are
-    masked, ever decreases with l. `coverage` is that of all comparisons together (Bonferroni).
+    masked, ever decreases with l. All comparisons together cover 95% (Bonferroni).
     """
-    costs, found, df = _cost_by_rate(samples, bins), [], len(samples.nats) - 1
+    df = len(samples.nats) - 1
     if not df:
-        return found
-    limit = student_t(df, 1 - (1 - coverage) / (bins - 1))
-    for b in range(1, bins):
-        value, error = mean_and_error(costs[b] - costs[b - 1])
-        if value < -limit * error:
-            found.append((b, (value, error)))
-    return found
+        return []
+    limit = student_t(df, 1 - 0.05 / (bins - 1))
+    steps = [mean_and_error(step) for step in _cost_by_rate(samples, bins).diff(dim=0)]
+    return [(b, step) for b, step in enumerate(steps, start=1) if step[0] < -limit * step[1]]
 
 
 def _cost_by_rate(samples: NLLSamples, bins: int) -> Tensor:
     """The mean cost of a masked token (bins, draws); nan where no row has such a masking rate."""
-    counts = samples.counts.expand_as(samples.u)  # (draws, N)
-    masked = (samples.u * counts).long() + 1  # as diffusion.any_order draws them
+    nats, u, counts = samples
+    masked = (u * counts).long() + 1  # (draws, N), as diffusion.any_order draws them
     inside = (masked * bins - 1) // counts == torch.arange(bins)[:, None, None]  # (bins, draws, N)
-    return (inside * samples.nats).sum(dim=-1) / (inside * counts).sum(dim=-1)
+    return (inside * nats).sum(dim=-1) / (inside * counts).sum(dim=-1)

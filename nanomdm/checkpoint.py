@@ -1,8 +1,7 @@
 """Checkpoints: one file that holds everything, written atomically, read without executing it.
 
 A checkpoint is a dict with `PARTS`. To those train.py's ckpt.pt adds what a run needs to go on:
-"model" (the weights that are trained, where "ema" is their average), "optimizer", "scaler",
-"stats" (of the steps; "meter" in older ones) and "best" (the lowest bound so far).
+`RUN_PARTS`, "optimizer" and "scaler".
 """
 
 import math
@@ -31,6 +30,11 @@ PARTS = {
     "corpus": dict,  # name and sha256 of its text
     "step": int,  # optimizer steps so far
     "origin": str,  # where imported weights come from
+}
+RUN_PARTS = {  # what a run needs besides to go on; its optimizer looks at its own state
+    "model": dict,  # the weights that are trained
+    "stats": dict,  # of the steps
+    "best": float,  # the lowest bound so far
 }
 UNKNOWN = {  # what a part means that is missing: the library saves none of these
     "config": {},
@@ -61,9 +65,10 @@ def save(path: str | Path, state: dict) -> None:
         cause = error.__context__ if isinstance(error.__context__, OSError) else error
         reason = getattr(cause, "strerror", None) or _one_line(cause)
         size = sum(tensor.nbytes for tensor in tensors(state))
+        free = shutil.disk_usage(path.parent).free  # raises OSError for a folder that is missing
         raise OSError(
-            f"cannot write {path} ({reason}): it takes about {size:,} bytes, and "
-            f"{_free_bytes(path.parent)} are free there: free some space, or make it writable"
+            f"cannot write {path} ({reason}): it takes about {size:,} bytes, and {free:,} are "
+            "free there: free some space, or make it writable"
         ) from error
 
 
@@ -74,13 +79,6 @@ def tensors(state):
     elif isinstance(state, dict | list | tuple):
         for value in state.values() if isinstance(state, dict) else state:
             yield from tensors(value)
-
-
-def _free_bytes(folder: Path) -> str:
-    try:
-        return f"{shutil.disk_usage(folder).free:,}"
-    except OSError:
-        return "an unknown number"
 
 
 def _one_line(error: BaseException) -> str:
@@ -118,6 +116,7 @@ def load_model(
     other.
     """
     state = UNKNOWN | load(path)
+    state.setdefault("stats", state.get("meter", {}))  # as older checkpoints call them
     if resume and "optimizer" not in state:
         raise UserError(
             f"{path} holds averaged weights only and cannot be resumed: start from them by "
@@ -125,9 +124,11 @@ def load_model(
         )
     with as_user_error(f"{path} holds no model of this version, train again: "):
         validate(state)
-        if resume:
-            validate_run(state)
         model = build(state["model_config"], state["ema"], Transformer, ModelConfig)
+        if resume:
+            check_types(state, RUN_PARTS)
+            check_types(state["stats"], dict.fromkeys(state["stats"], float))
+            build(state["model_config"], state["model"], Transformer, ModelConfig)
     with as_user_error(f"{path} cannot be used: "):
         tokenizer = load_tokenizer(state["tokenizer"])
         if tokenizer.vocab_size != (size := model.config.vocab_size):
@@ -140,11 +141,7 @@ def validate(state: dict) -> None:
 
     What is inside of model_config, tokenizer and ema shows when they are built.
     """
-    for name, kind in PARTS.items():
-        part = state.get(name)
-        if type(part) is not kind:
-            found = type(part).__name__
-            raise UserError(f"expected {name} to be of type {kind.__name__}, not {found}")
+    check_types(state, PARTS)
     for text in (state["origin"], state["corpus"].get("name"), state["corpus"].get("sha256")):
         if type(text) is not str or not text.isprintable():
             raise UserError("expected its origin, corpus.name and corpus.sha256 to be printable")
@@ -152,20 +149,11 @@ def validate(state: dict) -> None:
         raise UserError("expected config.data to be of type dict")
 
 
-def validate_run(state: dict) -> None:
-    """Raise `UserError` for what a run cannot go on from; the optimizer looks at its own state."""
-    model, numbers = state.get("model"), state.get("stats", state.get("meter", {}))
-    if type(model) is not dict or type(numbers) is not dict:
-        raise UserError("expected model and stats to be dicts")
-    if _shapes(model) != _shapes(state["ema"]):
-        raise UserError("its weights differ from their averages in names or shapes")
-    for name, value in {**numbers, "best": state.get("best")}.items():
-        if type(value) not in (int, float):
-            raise UserError(f"expected {name} to be a number, not {type(value).__name__}")
-
-
-def _shapes(weights: dict) -> dict:
-    return {name: getattr(weight, "shape", None) for name, weight in weights.items()}
+def check_types(values: dict, kinds: dict[str, type]) -> None:
+    for name, kind in kinds.items():
+        found = type(values.get(name))
+        if found is not kind:
+            raise UserError(f"expected {name} to be of type {kind.__name__}, not {found.__name__}")
 
 
 def build(fields: dict, weights: dict[str, Tensor], Transformer, ModelConfig) -> torch.nn.Module:

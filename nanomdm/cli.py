@@ -57,7 +57,7 @@ RANGES = {  # what a number must be: the condition, and the keys that it holds f
         ),
     ),
     "0 or more and less than 1": (lambda x: 0 <= x < 1, ("training.ema_decay",)),
-    "in (0, 1]": (lambda x: 0 < x <= 1, ("sampling.top_p",)),
+    "in (0, 1]": (lambda x: 0 < x <= 1, ("sampling.options.top_p",)),
     "in [0, 1]": (
         lambda x: 0 <= x <= 1,
         ("diffusion.weighting", "sampling.options.threshold", "sampling.options.remask_rate"),
@@ -100,6 +100,7 @@ NOW_OPTIONS = {
     "gamma": 0.1,
     "remask_rate": 0.05,
     "top_k": 0,
+    "top_p": 1.0,
     "guidance": 0.0,
     "block_length": 0,
 }
@@ -127,6 +128,34 @@ RETIRED = {
     "eval.plot": "",
     "eval.stride": 0,
     "system.timeout": 30.0,
+}
+# The settings, or sections of them, that each script reads: others have no effect on it.
+READS = {
+    "train.py": (
+        "out_dir",
+        "model",
+        "diffusion",
+        "data",
+        "training",
+        "sampling",
+        "eval.tokens",
+        "system",
+        "logging",
+    ),
+    "sample.py": ("checkpoint", "prompt", "num_samples", "output", "sampling", "system"),
+    "eval.py": (
+        "checkpoint",
+        "output",
+        "out_dir",
+        "data.path",
+        "data.dir",
+        "data.dataset",
+        "sampling.steps",
+        "sampling.strategy",
+        "eval",
+        "system",
+        "logging",
+    ),
 }
 DECIDED = ("model.", "data.tokenizer", "data.vocab_size")  # by a checkpoint
 DECISIVE = ("diffusion.eps", "diffusion.masking", "training.min_lr_ratio")  # of a resumed run
@@ -164,11 +193,10 @@ def flat(values, prefix=""):
     return result
 
 
-def main(script: Callable, name: str = "config", reads: Sequence[str] = ()) -> None:
+def main(script: Callable, name: str = "config") -> None:
     """Run `script(config)`; with -m, once for each combination of the values that are listed.
 
-    configs/NAME.yaml holds the settings: a tool or a bench has its own. `reads` are the keys that
-    the script reads, or their beginnings, if not all: naming another is answered on stderr.
+    configs/NAME.yaml holds the settings: a tool or a bench has its own.
 
     What is no bug ends in one line on stderr; a bug keeps its traceback. The exit code is 2 for a
     mistake of the user's, 1 for what fails at run time (`OSError`, and `FloatingPointError` for
@@ -176,7 +204,7 @@ def main(script: Callable, name: str = "config", reads: Sequence[str] = ()) -> N
     """
     sys.stdout.reconfigure(errors="backslashreplace")  # for terminals that lack a letter
     try:
-        for config in jobs(sys.argv[1:], name, reads):
+        for config in jobs(sys.argv[1:], name):
             script(config)
         return
     except OverrideParseException as error:
@@ -194,7 +222,7 @@ def main(script: Callable, name: str = "config", reads: Sequence[str] = ()) -> N
     sys.exit(code)
 
 
-def jobs(words, name="config", reads=()):
+def jobs(words, name="config"):
     """Yield the configuration that the words describe; in a sweep, that of each job."""
     options = {word for word in words if word.startswith("-")}
     if options & {"-h", "--help"}:
@@ -204,6 +232,8 @@ def jobs(words, name="config", reads=()):
         raise UserError(f"no option {min(unknown)} here: a setting is key=value, without dashes")
     defaults = flat(load_defaults(name))
     choices = read([word for word in words if word not in options], defaults, options)
+    script = Path(sys.argv[0]).name
+    reads = READS.get(script, ()) if name == "config" else ()
     for key, _ in itertools.chain(*choices):
         if reads and key.startswith(DECIDED) and not key.startswith(reads):
             raise UserError(f"{key}: the checkpoint decides it: leave it out")
@@ -213,7 +243,7 @@ def jobs(words, name="config", reads=()):
             config.out_dir = str(Path(config.out_dir, str(number)))
         for key, _ in settings:
             if reads and not (number or RANK or key.startswith((*reads, "experiment"))):
-                print(f"{key} has no effect on {Path(sys.argv[0]).name}", file=sys.stderr)
+                print(f"{key} has no effect on {script}", file=sys.stderr)
         yield config
 
 

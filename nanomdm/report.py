@@ -23,9 +23,11 @@ def figure(estimate: Estimate, df: int, factor: float = 1.0) -> dict:
     """A value, its standard error and its 95% interval (Student's t), all times `factor`."""
     value, error = (factor * number for number in estimate)
     if math.isnan(error):
-        return {"value": value, "standard_error": None, "interval": None}
-    half = bounds.student_t(df) * error
-    return {"value": value, "standard_error": error, "interval": [value - half, value + half]}
+        error = interval = None
+    else:
+        half = bounds.student_t(df) * error
+        interval = [value - half, value + half]
+    return {"value": value, "standard_error": error, "interval": interval}
 
 
 def loss_of(samples, factor: float = 1.0) -> dict:
@@ -36,15 +38,13 @@ def loss_of(samples, factor: float = 1.0) -> dict:
 def likelihood(samples, texts: Texts) -> dict:
     """Loss, perplexity and bits per byte of all texts and, if there are several, of each."""
     figures = _likelihood(samples, texts.sizes)
-    if len(texts.names) == 1:
-        return figures
-    documents = []
-    for number, name in enumerate(texts.names):
-        rows = texts.document == number
-        if rows.any():  # eval.tokens may have left it out
+    if len(texts.names) > 1:
+        figures["documents"] = []
+        for number in texts.document.unique().tolist():  # eval.tokens may leave some out
+            rows = texts.document == number
             found = _likelihood(samples.part(rows), texts.sizes[rows])
-            documents.append({"name": name} | found)
-    return figures | {"documents": documents}
+            figures["documents"].append({"name": texts.names[number]} | found)
+    return figures
 
 
 def _likelihood(samples, sizes: Tensor) -> dict:
@@ -60,12 +60,14 @@ def _likelihood(samples, sizes: Tensor) -> dict:
 
 def cost_by_rate(samples, bins: int = 20) -> dict:
     """The cost of a masked token by masking rate, and where it decreases (None: one pass)."""
-    df, curve = len(samples.nats) - 1, []
-    for b, cost in enumerate(bounds.curve(samples, bins)):
-        if not math.isnan(cost[0]):
-            curve.append({"low": b / bins, "high": (b + 1) / bins, **figure(cost, df)})
+    df = len(samples.nats) - 1
+    curve = [
+        {"low": b / bins, "high": (b + 1) / bins} | figure(cost, df)
+        for b, cost in enumerate(bounds.curve(samples, bins))
+        if not math.isnan(cost[0])
+    ]
     decreases = [
-        {"from": (b - 1) / bins, "to": (b + 1) / bins, **figure(step, df)}
+        {"from": (b - 1) / bins, "to": (b + 1) / bins} | figure(step, df)
         for b, step in bounds.decreases(samples, bins)
     ]
     return {"curve": curve, "decreases": decreases if df else None}
@@ -76,16 +78,17 @@ def side_by_side(measured: dict[str, tuple]) -> dict:
 
     `uniform` comes first.
     """
-    rows = []
-    for name, (bound, samples, seconds) in measured.items():
-        about = {
+    rows = [
+        {
             "name": name,
             "draws": len(samples.nats),
             "calls": bound.calls or int(samples.counts.max()),
             "seconds": seconds,
             "sampler": bound.sampler,
         }
-        rows.append(about | loss_of(samples))
+        | loss_of(samples)
+        for name, (bound, samples, seconds) in measured.items()
+    ]
     decreases = bounds.decreases(measured["uniform"][1])
     return {"bounds": rows} | relations(rows, bool(decreases))
 
@@ -97,26 +100,25 @@ def relations(rows: Sequence[dict], decreases: bool) -> dict:
     token `decreases` with the share masked, a bound that is otherwise above may be below.
     """
     base, *others = rows
-    found = {"violations": [], "remarks": []}
-    if base["standard_error"] is None:  # one pass
-        return found
+    violations, remarks = [], []
+    if base["standard_error"] is None:  # one pass says nothing
+        others = []
+    why = "a bug, or a network untrained where few tokens are masked"
+    if decreases:
+        why = "the cost of a masked token decreases somewhere, and then it may"
     for row in others:
         name, gap = row["name"], row["value"] - base["value"]
         error = math.hypot(base["standard_error"], row["standard_error"] or 0.0)
         limit = bounds.student_t(base["draws"] - 1, 0.999) * error
-        if BOUNDS[name].relation == "equal" and abs(gap) > limit:
-            found["violations"].append(
+        relation = BOUNDS[name].relation
+        if relation == "equal" and abs(gap) > limit:
+            violations.append(
                 f"{name} and uniform differ by {gap:+.4f}, more than chance allows "
                 f"(± {limit:.4f}): they are one number, so this is a bug"
             )
-        elif BOUNDS[name].relation == "above" and gap < -limit:
-            why = (
-                "the cost of a masked token decreases somewhere, and then it may"
-                if decreases
-                else "a bug, or a network untrained where few tokens are masked"
-            )
-            found["remarks"].append(f"{name} lies {-gap:.4f} below uniform: {why}")
-    return found
+        if relation == "above" and gap < -limit:
+            remarks.append(f"{name} lies {-gap:.4f} below uniform: {why}")
+    return {"violations": violations, "remarks": remarks}
 
 
 def comparison(one, other, names: Sequence[str], exact: Sequence[bool]) -> dict:
@@ -128,8 +130,9 @@ def comparison(one, other, names: Sequence[str], exact: Sequence[bool]) -> dict:
     over_masks, over_rows = bounds.difference(one, other)
     masks = figure(over_masks, max(len(one.nats), len(other.nats)) - 1)
     rows = figure(over_rows, len(one.counts) - 1)
-    interval = rows["interval"] or masks["interval"]
-    decided = interval and interval[0] * interval[1] > 0
+    interval, better = rows["interval"] or masks["interval"], None
+    if interval and interval[0] * interval[1] > 0:
+        better = names[int(over_masks[0] > 0)]
     return {
         "against": {
             "checkpoint": names[1],
@@ -138,7 +141,7 @@ def comparison(one, other, names: Sequence[str], exact: Sequence[bool]) -> dict:
             "rows": len(one.counts),
             "error_over_rows": rows["standard_error"],
             "interval": interval,
-            "better": names[int(over_masks[0] > 0)] if decided else None,
+            "better": better,
             "remark": bounded_remark(over_masks[0], exact),
         }
     }
@@ -178,15 +181,26 @@ def write_json(figures: dict, path: str) -> None:
 def lines(figures: dict, show_curve: bool = False) -> list[str]:
     """The figures of an evaluation, or some of them, as they are printed."""
     found = []
-    for key, render in SECTIONS.items():
-        if figures.get(key) is not None and (key != "curve" or show_curve):
-            found += render(figures)
+    if "loss" in figures:
+        found += likelihood_lines(figures)
+    if "documents" in figures:
+        found += document_lines(figures["documents"])
+    if "curve" in figures and show_curve:
+        found += curve_lines(figures["curve"])
+    if figures.get("decreases") is not None:
+        found.append(decreases_line(figures["decreases"]))
+    if len(figures.get("bounds", [])) > 1:
+        found += bound_lines(figures)
+    if "against" in figures:
+        found += comparison_lines(figures["against"])
+    if "seconds" in figures:
+        found.append(f"{figures['seconds']:.1f} s, {figures['tokens_per_second']:,.0f} tokens/s")
     return found
 
 
-def text_of(figure: dict, sign: str = "") -> str:
-    error = figure["standard_error"]
-    return f"{figure['value']:{sign}.4f}" + ("" if error is None else f" ± {error:.4f}")
+def text_of(figure: dict, sign: str = "", over: str = "") -> str:
+    value, error = f"{figure['value']:{sign}.4f}", figure["standard_error"]
+    return value if error is None else f"{value} ± {error:.4f}{over}"
 
 
 def likelihood_lines(figures: dict) -> list[str]:
@@ -200,48 +214,44 @@ def likelihood_lines(figures: dict) -> list[str]:
     return found
 
 
-def document_lines(figures: dict) -> list[str]:
-    width = max(len("document"), *(len(each["name"]) for each in figures["documents"]))
-    found = [f"{'document':<{width}} {'tokens':>10}  {'nats/token':<16}  bits/byte"]
-    for each in figures["documents"]:
-        loss, bits = text_of(each["loss"]), text_of(each["bits_per_byte"])
-        found.append(f"{each['name']:<{width}} {each['tokens']:>10,}  {loss:<16}  {bits}")
-    return found
-
-
-def curve_lines(figures: dict) -> list[str]:
+def document_lines(documents: list[dict]) -> list[str]:
+    width = max(len(name) for name in ("document", *(each["name"] for each in documents)))
     rows = [
-        f"{row['low']:>5.0%} to {row['high']:>4.0%}  {text_of(row)}" for row in figures["curve"]
+        f"{each['name']:<{width}} {each['tokens']:>10,}  {text_of(each['loss']):<16}  "
+        f"{text_of(each['bits_per_byte'])}"
+        for each in documents
     ]
+    return [f"{'document':<{width}} {'tokens':>10}  {'nats/token':<16}  bits/byte", *rows]
+
+
+def curve_lines(curve: list[dict]) -> list[str]:
+    rows = [f"{row['low']:>5.0%} to {row['high']:>4.0%}  {text_of(row)}" for row in curve]
     return [f"{'tokens masked':<14} nats per masked token", *rows]
 
 
-def decreases_lines(figures: dict) -> list[str]:
-    where = [
-        f"{step['from']:.0%} to {step['to']:.0%} ({text_of(step, '+')})"
-        for step in figures["decreases"]
-    ]
-    if where:
-        return [f"the cost of a masked token decreases with the share masked: {', '.join(where)}"]
-    return ["the cost of a masked token never decreases with the share masked, beyond chance"]
+def decreases_line(steps: list[dict]) -> str:
+    if not steps:
+        return "the cost of a masked token never decreases with the share masked, beyond chance"
+    where = (f"{step['from']:.0%} to {step['to']:.0%} ({text_of(step, '+')})" for step in steps)
+    return f"the cost of a masked token decreases with the share masked: {', '.join(where)}"
 
 
 def bound_lines(figures: dict) -> list[str]:
-    if len(figures["bounds"]) == 1:
-        return []
-    found = [f"{'bound':<14} {'nats/token':<16} {'calls':>6} {'seconds':>8}  of the sampler that"]
-    for row in figures["bounds"]:
-        about = f"{row['calls']:>6} {row['seconds']:>8.1f}  {row['sampler']}"
-        found.append(f"{row['name']:<14} {text_of(row):<16} {about}")
+    header = f"{'bound':<14} {'nats/token':<16} {'calls':>6} {'seconds':>8}  of the sampler that"
+    rows = [
+        f"{row['name']:<14} {text_of(row):<16} {row['calls']:>6} {row['seconds']:>8.1f}  "
+        f"{row['sampler']}"
+        for row in figures["bounds"]
+    ]
     broken = [f"VIOLATION: {line}" for line in figures["violations"]]
     broken += [f"remark: {line}" for line in figures["remarks"]]
-    return found + (broken or ["every relation that must hold between these bounds holds"])
+    broken = broken or ["every relation that must hold between these bounds holds"]
+    return [header, *rows, *broken]
 
 
-def comparison_lines(figures: dict) -> list[str]:
-    found = figures["against"]
-    difference, error = found["difference"], found["error_over_rows"]
-    over_masks = "" if difference["standard_error"] is None else " over the masks"
+def comparison_lines(found: dict) -> list[str]:
+    difference = text_of(found["difference"], "+", " over the masks")
+    error = found["error_over_rows"]
     over_rows = "" if error is None else f", ± {error:.4f} over {found['rows']:,} rows of text"
     if not found["interval"]:
         verdict = "no error is known: raise eval.draws"
@@ -254,21 +264,6 @@ def comparison_lines(figures: dict) -> list[str]:
     remark = f"; {found['remark']}" if found["remark"] else ""
     return [
         f"against {found['checkpoint']}: loss {text_of(found['loss'])} nats/token",
-        f"difference {text_of(difference, '+')}{over_masks}{over_rows}",
+        f"difference {difference}{over_rows}",
         f"verdict: {verdict}{remark}",
     ]
-
-
-def speed_lines(figures: dict) -> list[str]:
-    return [f"{figures['seconds']:.1f} s, {figures['tokens_per_second']:,.0f} tokens/s"]
-
-
-SECTIONS = {  # by the key of the figures that they print, in this order
-    "loss": likelihood_lines,
-    "documents": document_lines,
-    "curve": curve_lines,
-    "decreases": decreases_lines,
-    "bounds": bound_lines,
-    "against": comparison_lines,
-    "seconds": speed_lines,
-}

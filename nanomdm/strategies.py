@@ -215,7 +215,8 @@ def from_config(section, sample: Callable, causal: bool = False) -> Sampler:
     if name not in STRATEGIES:
         raise ValueError(f"sampling.strategy={name} is unknown: choose {', '.join(STRATEGIES)}")
     strategy = STRATEGIES[name]
-    general = {option: options.pop(option, 0) for option in ("top_k", "guidance", "block_length")}
+    general = {"top_k": 0, "top_p": 1.0, "guidance": 0.0, "block_length": 0}
+    general = {option: options.pop(option, default) for option, default in general.items()}
     taken = list(inspect.signature(strategy).parameters)[1:] if callable(strategy) else []
     for option in options:
         if option not in taken:
@@ -227,6 +228,8 @@ def from_config(section, sample: Callable, causal: bool = False) -> Sampler:
         strategy = update_wrapper(partial(strategy, **options), strategy)
     settings = {"strategy": strategy, "steps": section.steps, "temperature": section.temperature}
     settings["block_length"] = general["block_length"]
-    if general["top_k"] or section.top_p < 1:
-        settings["truncate"] = partial(keep_likeliest, top_k=general["top_k"], top_p=section.top_p)
+    if general["top_k"] or general["top_p"] < 1:
+        settings["truncate"] = partial(
+            keep_likeliest, top_k=general["top_k"], top_p=general["top_p"]
+        )
     return Sampler(sample, name, settings, general["guidance"])

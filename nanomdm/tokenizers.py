@@ -108,9 +108,8 @@ class GPT2Tokenizer(Tokenizer):
 
 def byte_of_character() -> dict[str, int]:
     """How byte-level BPEs write each byte as a printable character: GPT-2's table, inverted."""
-    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    others = [b for b in range(256) if b not in printable]
-    return {chr(b): b for b in printable} | {chr(256 + i): b for i, b in enumerate(others)}
+    others = [b for b in range(256) if not chr(b).isprintable() or chr(b) == " "]
+    return {chr(256 + others.index(b) if b in others else b): b for b in range(256)}
 
 
 class BPETokenizer(Tokenizer):
@@ -190,9 +189,7 @@ class HFTokenizer(Tokenizer):
 
     def _bytes(self, i: int) -> bytes:
         i = self.vocab_size if i == self.mask else i
-        token = self.tokenizer.id_to_token(i)
-        if token is None:  # rows that only fill the network up
-            return "\ufffd".encode()
+        token = self.tokenizer.id_to_token(i) or "\ufffd"  # for rows that only fill the network up
         if i not in self.special and self.bytes.keys() >= set(token):
             return bytes(self.bytes[c] for c in token)
         if re.fullmatch("<0x[0-9A-Fa-f]{2}>", token):
@@ -258,7 +255,8 @@ def train_tokenizer(kind: str, text: str, split: int, vocab_size: int):
 def load_tokenizer(state: dict):
     """The tokenizer whose `state()` this is. Raises `UserError` if it is none."""
     try:
-        return TOKENIZERS[state["kind"]](**{k: v for k, v in state.items() if k != "kind"})
+        arguments = dict(state)
+        return TOKENIZERS[arguments.pop("kind")](**arguments)
     except UserError:
         raise
     except Exception as error:  # the tokenizers library raises bare ones

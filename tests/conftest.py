@@ -25,11 +25,6 @@ SCRIPTS = {
     "sample.py": sample_script.main,
     "eval.py": eval_script.main,
 }
-READS = {
-    "train.py": train_script.READS,
-    "sample.py": sample_script.READS,
-    "eval.py": eval_script.READS,
-}
 TINY = (
     *("model.n_layer=2", "model.n_head=2", "model.n_embd=32", "model.block_size=32"),
     *("training.max_iters=12", "training.batch_size=8", "training.warmup_iters=2"),
@@ -61,7 +56,7 @@ def run(monkeypatch, capfd, tmp_path):
         code = 0
         try:
             if script in SCRIPTS:
-                cli.main(SCRIPTS[script], reads=READS[script])
+                cli.main(SCRIPTS[script])
             else:  # "bench.judge", as by python -m
                 name = script.removeprefix("tests.").replace(".", "/")
                 cli.main(importlib.import_module(script).main, name)
@@ -96,7 +91,7 @@ def trained(tmp_path_factory, text_file) -> Path:
         patch.chdir(folder)
         words = [f"data.path={text_file}", f"out_dir={folder}/out"]
         patch.setattr(sys, "argv", ["train.py", *TINY, *words])
-        cli.main(train_script.main, reads=train_script.READS)
+        cli.main(train_script.main)
     return folder / "out"
 
 

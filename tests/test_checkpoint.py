@@ -481,12 +481,15 @@ def test_a_tokenizer_that_does_not_go_with_the_network_is_refused(tokenizer, sai
 
 NO_RUN = {
     "averages alone": ({"optimizer": None}, "averaged weights only .* training.init_from="),
-    "no weights": ({"model": None}, "expected model and stats to be dicts"),
-    "weights of another size": ({"model": ZEROS}, "differ from their averages in names or shapes"),
-    "no best bound": ({"best": None}, "expected best to be a number, not NoneType"),
-    "a bound that is a text": ({"best": "low"}, "expected best to be a number, not str"),
-    "figures in a list": ({"stats": [1.0]}, "expected model and stats to be dicts"),
-    "a figure that is a text": ({"stats": {"skipped": "x"}}, "expected skipped to be a number"),
+    "no weights": ({"model": None}, "expected model to be of type dict, not NoneType"),
+    "weights of another size": ({"model": ZEROS}, "Missing key"),
+    "no best bound": ({"best": None}, "expected best to be of type float, not NoneType"),
+    "a bound that is a text": ({"best": "low"}, "expected best to be of type float, not str"),
+    "figures in a list": ({"meter": [1.0]}, "expected stats to be of type dict, not list"),
+    "a figure that is a text": (
+        {"meter": {"skipped": "x"}},
+        "expected skipped to be of type float",
+    ),
 }
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import READS, ROOT, SCRIPTS, TINY, environment
+from conftest import ROOT, SCRIPTS, TINY, environment
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from omegaconf import OmegaConf
@@ -61,7 +61,7 @@ def configure(run, monkeypatch):
         calls = []
         with monkeypatch.context() as patch:
             patch.setitem(SCRIPTS, "train.py", calls.append)
-            patch.setitem(READS, "train.py", ())
+            patch.setitem(cli.READS, "train.py", ())
             result = run("train.py", *words)
         assert result == (0, "", "")
         return [(config.as_dict(), config.explicit) for config in calls]
@@ -366,7 +366,7 @@ def test_a_setting_that_is_no_longer_one_is_answered_with_the_value_that_it_has_
 
 def test_a_setting_without_effect_is_said_in_one_line(run, monkeypatch):
     monkeypatch.setitem(SCRIPTS, "sample.py", lambda config: None)
-    monkeypatch.setitem(READS, "sample.py", ("prompt", "sampling."))
+    monkeypatch.setitem(cli.READS, "sample.py", ("prompt", "sampling."))
     words = ("prompt=x", "prompt_file=y", "sampling.steps=3", "experiment=small")
     assert run("sample.py", *words, "training.max_iters=3") == (
         0,

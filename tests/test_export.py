@@ -86,8 +86,8 @@ def test_padding_is_refused(exported):
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_masks_are_filled_as_our_own_sampler_fills_them(strategy, exported, ours):
     ids, V = drawn_ids(ours.model.config), ours.model.config.vocab_size
-    values = {"strategy": strategy, "steps": 4, "temperature": 0.8, "top_p": 0.9}
-    options = {"top_k": 9, "guidance": 1.0, "block_length": 16}
+    values = {"strategy": strategy, "steps": 4, "temperature": 0.8}
+    options = {"top_k": 9, "top_p": 0.9, "guidance": 1.0, "block_length": 16}
     sampler = from_config(cli.section(values | {"options": options}), sample)
     generator = torch.Generator().manual_seed(5)
     expected = sampler.fill(ours.model, ids, ids == V, generator=generator).ids

@@ -12,7 +12,7 @@ from conftest import load_model
 from hypothesis import HealthCheck, given, settings
 
 import data
-from nanomdm import bins, checkpoint, cli, meta
+from nanomdm import bins, checkpoint, cli
 from nanomdm.errors import UserError
 from tests.stress import fuzz
 
@@ -47,7 +47,7 @@ def test_damage_is_refused_in_one_line_or_does_no_harm(kind):
 
 def test_the_fuzzer_finds_a_reader_that_trusts(monkeypatch):
     """Its oracle works: without checksums, flipped bytes are silent corruption."""
-    monkeypatch.setattr(meta, "digest", lambda meta: meta.get("check", ""))
+    monkeypatch.setattr(bins, "digest", lambda meta: meta.get("check", ""))
     monkeypatch.setattr(bins, "SCANNED", 0)  # longer files are not hashed
     config = cli.section({"seed": 1, "first": 0, "limit": 5.0})
     whys = [outcome.why for outcome in fuzz.run_kind("bins bytes", 60, config)]
@@ -75,7 +75,7 @@ def test_the_fuzzer_ends_a_hang(tmp_path):
 
 
 @hurried
-@given(key=some.sampled_from(sorted(meta.META)), value=values)
+@given(key=some.sampled_from(sorted(bins.META)), value=values)
 def test_any_value_in_a_meta_file_is_refused_or_read(key, value):
     with TemporaryDirectory() as folder:
         for split in data.SPLITS:

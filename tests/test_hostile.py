@@ -18,7 +18,7 @@ import torch
 from conftest import ROOT
 
 import data
-from nanomdm import checkpoint, cli, meta
+from nanomdm import bins, checkpoint, cli
 from nanomdm.errors import visible
 
 SOURCES = sorted(
@@ -160,7 +160,7 @@ def test_a_payload_in_nanogpts_meta_file_is_not_executed(tmp_path):
 def test_a_pickle_that_counts_to_a_billion_takes_no_memory():
     start = time.perf_counter()
     with pytest.raises(pickle.UnpicklingError, match="counts more values"):
-        meta.read_plain_pickle(b"\x80\x04}r" + struct.pack("<I", 2**30) + b".")
+        bins.read_plain_pickle(b"\x80\x04}r" + struct.pack("<I", 2**30) + b".")
     assert time.perf_counter() - start < 1
 
 

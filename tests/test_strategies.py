@@ -450,7 +450,7 @@ def test_a_vocabulary_of_one_token_can_be_sampled_by_every_strategy():
 
 def section(**settings) -> SimpleNamespace:
     """The `sampling` section of a configuration."""
-    defaults = {"strategy": "stochastic", "steps": 4, "temperature": 1.0, "top_p": 1.0}
+    defaults = {"strategy": "stochastic", "steps": 4, "temperature": 1.0}
     return SimpleNamespace(**defaults | {"options": {}} | settings)
 
 
@@ -484,7 +484,7 @@ def filled(**settings) -> torch.Tensor:
         ({"strategy": "threshold"}, {"threshold": 0.5}),
         ({"strategy": "eb"}, {"gamma": 1.2}),
         ({"strategy": "remask"}, {"remask_rate": 0.4}),
-        ({"strategy": "margin", "top_p": 0.8}, {"top_k": 3}),
+        ({"strategy": "margin"}, {"top_k": 3, "top_p": 0.8}),
         ({"strategy": "entropy", "temperature": 0.5}, {"block_length": 3, "guidance": 0.5}),
     ],
 )

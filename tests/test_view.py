@@ -36,10 +36,8 @@ def loaded(trained) -> Loaded:
     return load_model(trained / "ckpt.pt")
 
 
-def sampler(
-    strategy: str, steps: int = 32, temperature: float = 1.0, top_p: float = 1.0, **options
-) -> Sampler:
-    section = {"strategy": strategy, "steps": steps, "temperature": temperature, "top_p": top_p}
+def sampler(strategy: str, steps: int = 32, temperature: float = 1.0, **options) -> Sampler:
+    section = {"strategy": strategy, "steps": steps, "temperature": temperature}
     return from_config(SimpleNamespace(**section, options=options), sample)
 
 

@@ -71,7 +71,7 @@ def generate(loaded: Loaded, prompt: str, wanted: dict, config: Section) -> str:
     known = torch.from_numpy(loaded.tokenizer.encode(prompt)[-(context - length) :])
     canvas = F.pad(known, (0, length))[None]  # (1, L)
     is_masked = torch.arange(canvas.size(1))[None] >= len(known)
-    sampling = {"strategy": config.strategy, "steps": config.steps, "top_p": 1.0, "options": {}}
+    sampling = {"strategy": config.strategy, "steps": config.steps, "options": {}}
     sampling["temperature"] = float(wanted.get("temperature", 0.0))
     with as_user_error():
         sampler = strategies.from_config(section(sampling), sample, model.config.causal)

@@ -75,16 +75,15 @@ class NanoMDMForMaskedLM(PreTrainedModel):
         strategy: str = "stochastic",
         steps: int = 32,
         temperature: float = 1.0,
-        top_p: float = 1.0,
         **options,
     ) -> torch.Tensor:
         """Ids (B, L) with every mask replaced by a token drawn from the model.
 
         `strategy` is a name in `strategies.STRATEGIES`; `options` are its arguments, and `top_k`,
-        `guidance`, `block_length`. Raises `ValueError`.
+        `top_p`, `guidance`, `block_length`. Raises `ValueError`.
         """
         section = SimpleNamespace(
-            strategy=strategy, steps=steps, temperature=temperature, top_p=top_p, options=options
+            strategy=strategy, steps=steps, temperature=temperature, options=options
         )
         is_masked = input_ids == self.transformer.config.mask_id
         generator = torch.Generator().manual_seed(seed)

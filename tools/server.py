@@ -122,7 +122,7 @@ class Demo:
             if not low <= values[name] <= high:
                 raise UserError(f"{name}={values[name]} must lie in {low} ... {high}")
         sampling = {name: values[name] for name in ("strategy", "steps", "temperature")}
-        sampling |= {"top_p": 1.0, "options": {"guidance": values["guidance"]}}
+        sampling |= {"options": {"guidance": values["guidance"]}}
         causal = self.loaded.model.config.causal
         sampler = strategies.from_config(section(sampling), sample, causal)
         if values["canvas"]:

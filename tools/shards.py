@@ -9,8 +9,8 @@ from pathlib import Path
 import numpy as np
 
 import data
+from nanomdm.bins import digest
 from nanomdm.errors import UserError, write_atomically
-from nanomdm.meta import digest
 
 AGAIN = "give the same command again to continue from here"
 
