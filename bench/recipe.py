@@ -53,10 +53,9 @@ CHILD = "import json, sys; from bench import recipe; recipe.run(**json.loads(sys
 
 def run(words: list[str], experiment: str, fields: dict) -> None:
     """Train in this process, a network with these fields of `ModelConfig`."""
-    with cli.one_line_errors():
-        config = cli.compose(words, experiment)
-        vars(config.model).update(fields)
-        train.main(config)
+    config = cli.compose(words, experiment)
+    vars(config.model).update(fields)
+    train.main(config)
 
 
 def run_of(config: Section, name: str, seed: int, corpus: Path) -> Path:

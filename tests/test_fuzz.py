@@ -58,7 +58,7 @@ def test_the_fuzzer_counts(run, monkeypatch, tmp_path):
     words = ("kinds=[texts bytes,nanogpt bytes]", "cases=8", f"output={tmp_path}/fuzz.json")
     assert run("tests.stress.fuzz", *words).code == 0
     assert json.loads((tmp_path / "fuzz.json").read_text())["kinds"][0]["cases"] == 4
-    monkeypatch.setattr(fuzz.prompts, "read_prompts", lambda *_: 1 / 0)
+    monkeypatch.setattr(fuzz.prompts, "read_lines", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):  # the valid file has to be readable
         run("tests.stress.fuzz", "kinds=[texts bytes]", "cases=2")
 

@@ -21,7 +21,7 @@ from diffusion import sample
 from model import ModelConfig, Transformer
 from nanomdm import cli, devices, strategies
 from nanomdm.checkpoint import Loaded, load_model
-from nanomdm.cli import Section, section
+from nanomdm.cli import Section
 from nanomdm.errors import UserError, as_user_error
 from nanomdm.random import generator
 
@@ -74,7 +74,7 @@ def generate(loaded: Loaded, prompt: str, wanted: dict, config: Section) -> str:
     sampling = {"strategy": config.strategy, "steps": config.steps, "options": {}}
     sampling["temperature"] = float(wanted.get("temperature", 0.0))
     with as_user_error():
-        sampler = strategies.from_config(section(sampling), sample, model.config.causal)
+        sampler = strategies.from_config(Section(**sampling), sample, model.config.causal)
         filled = sampler.fill(model, canvas, is_masked, generator=generator(config.seed, "sample"))
     text = loaded.tokenizer.decode(filled.ids[0, len(known) :].tolist())
     stops = wanted.get("until") or []

@@ -25,7 +25,7 @@ from starlette.routing import Route
 from diffusion import sample
 from nanomdm import strategies
 from nanomdm.checkpoint import Loaded
-from nanomdm.cli import section
+from nanomdm.cli import Section
 from nanomdm.errors import UserError
 from nanomdm.prompts import Canvas
 from tools import page
@@ -124,7 +124,7 @@ class Demo:
         sampling = {name: values[name] for name in ("strategy", "steps", "temperature")}
         sampling |= {"options": {"guidance": values["guidance"]}}
         causal = self.loaded.model.config.causal
-        sampler = strategies.from_config(section(sampling), sample, causal)
+        sampler = strategies.from_config(Section(**sampling), sample, causal)
         if values["canvas"]:
             canvas = self.edited(values["canvas"])
         else:

@@ -250,7 +250,7 @@ def use_metrics(folder: Path):
 
 
 def use_texts(folder: Path):
-    lines = prompts.read_prompts("", folder / "prompts.txt")
+    lines = prompts.read_lines(folder / "prompts.txt")
     return [prompts.parse(line) for line in lines], text.read_text(folder / "text.jsonl")
 
 
