@@ -1,9 +1,10 @@
 """nanomdm/watch.py: how a text is shown on a terminal while it appears."""
 
-import re
+import subprocess
 import sys
 
 import pytest
+from conftest import environment
 
 from nanomdm import watch
 from nanomdm.tokenizers import ByteTokenizer
@@ -23,31 +24,12 @@ def sampled(run, trained):
     return sampled
 
 
-def screen(written: str) -> str:
-    """What a terminal shows in the end, of text that moves up, clears and has colours."""
-    lines, row = [""], 0
-    for part in re.findall(r"\x1b\[\d*(?:;\d+)*[A-Za-z]|\n|\r|[^\x1b\n\r]+", written):
-        if part == "\n":
-            row += 1
-            lines[row:] = lines[row:] or [""]
-        elif up := re.fullmatch(r"\x1b\[(\d+)A", part):
-            row -= int(up[1])
-        elif part == "\x1b[J":
-            del lines[row + 1 :]
-            lines[row] = ""
-        elif part[0] not in "\x1b\r":
-            lines[row] += part
-    return "\n".join(lines)
-
-
 @pytest.fixture
 def watched(sampled, monkeypatch):
-    """watched("key=value", ...): all that is written to a terminal of 20 columns and 9 lines."""
+    """watched("key=value", ...): all that is written to a terminal."""
 
     def watched(*words: str) -> str:
         monkeypatch.setattr(watch, "FRAME", 0.0)
-        monkeypatch.setenv("COLUMNS", "20")
-        monkeypatch.setenv("LINES", "9")
         monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
         return sampled("sampling.watch=true", *words)
 
@@ -55,20 +37,37 @@ def watched(sampled, monkeypatch):
 
 
 def test_a_watched_text_is_on_the_screen_once_in_the_end(watched, sampled):
-    assert screen(watched("prompt=KING")) == sampled("prompt=KING")
+    """All else is on the alternate screen, which the terminal forgets."""
+    written = watched("prompt=KING", "num_samples=3")
+    assert written.count(watch.ENTER) == written.count(watch.LEAVE) == 1
+    before, rest = written.split(watch.ENTER)
+    _, after = rest.split(watch.LEAVE)
+    assert before + after == sampled("prompt=KING", "num_samples=3")
 
 
 def test_a_watched_text_shows_its_masks_and_what_is_new(watched):
     written = watched("prompt=KING 1", "sampling.strategy=confidence")
-    frames = written.split("\x1b[J")
-    masks = [frame.count("░") for frame in frames[:-1]]
+    frames = written.split(watch.LEAVE)[0].split(watch.CLEAR)[1:]
+    masks = [frame.count("░") for frame in frames]
     assert masks[0] > 0 and masks[-1] == 0 and masks == sorted(masks, reverse=True)
-    assert all(watch.NEW in frame for frame in frames[:-1])
+    assert len(frames) == 6 and all(watch.NEW in frame for frame in frames)
 
 
-def test_a_tall_text_stays_within_the_screen(watched):
-    frames = watched("sampling.length=400").split("\x1b[J")[:-1]
-    assert max(frame.count("\n") for frame in frames) <= 9
+def test_the_screen_of_before_comes_back_after_an_error(tmp_path):
+    """Also after Ctrl-C: when the process ends."""
+    code = (
+        "import sys, torch; sys.stdout.isatty = lambda: True\n"
+        "from nanomdm.tokenizers import ByteTokenizer\n"
+        "from nanomdm.watch import Watch\n"
+        "ids = torch.full((1, 3), 256)\n"
+        "Watch(ByteTokenizer(), 256, ids[0]).show(slice(0, 3), 1, 0.5, ids - 190)\n"
+        "raise KeyboardInterrupt\n"
+    )
+    python = [sys.executable, "-c", code]
+    result = subprocess.run(
+        python, cwd=tmp_path, env=environment(), capture_output=True, text=True, timeout=60
+    )
+    assert result.stdout.startswith(watch.ENTER) and result.stdout.endswith(watch.LEAVE)
 
 
 def test_nothing_is_shown_when_piped(run, trained):
@@ -78,12 +77,6 @@ def test_nothing_is_shown_when_piped(run, trained):
 
 
 def test_control_characters_never_reach_the_terminal():
-    tokenizer = ByteTokenizer()
-    shown = watch.styled(tokenizer, list(b"a\x1b[2Jb\x07\nc"), set(), mask_id=256)
-    assert "".join(character for character, _ in shown) == "a·[2Jb·\nc"
-
-
-def test_a_frame_has_no_line_longer_than_the_terminal():
-    characters = [(c, watch.PLAIN) for c in "abcdefgh\nij"]
-    plain = [re.sub(r"\x1b\[[\d;]*m", "", line) for line in watch.wrap(iter(characters), 3)]
-    assert plain == ["abc", "def", "gh", "ij"]
+    ids = list(b"a\x1b[2Jb\x07\nc")
+    shown = watch.styled(ByteTokenizer(), ids, [False] * len(ids), mask_id=256)
+    assert shown == f"{watch.PLAIN}a\\x1b[2Jb\\x07\nc{watch.PLAIN}"
