@@ -106,8 +106,9 @@ def open_split(folder: Path, split: str, meta: dict, vocab_size: int) -> "np.nda
     total = sum(map(len, parts))
     expected = meta["tokens"].get(split, total)
     if total != expected:
+        name = folder / f"{split}_*.bin" if shards else whole
         raise UserError(
-            f"{whole} (or all shards of it) has {total} tokens, the meta file says {expected}: "
+            f"{name} has {total} tokens, the meta file says {expected}: "
             "it is cut, prepare the data again"
         )
     hashes = meta["shards"] if total <= SCANNED else {}

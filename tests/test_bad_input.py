@@ -157,7 +157,7 @@ def test_a_setting_that_sample_cannot_use(refusal, words, named):
     ("word", "named"),
     [
         ("eval.draws=0", "eval.draws=0 | positive"),
-        ("eval.bounds=[uniform,exact]", "eval.bounds=exact | choose some of uniform"),
+        ("eval.bounds=[uniform,exact]", "eval.bounds=exact | choose one of uniform"),
         ("output=nowhere/o.json", "output=nowhere/o.json | make it first"),
         ("eval.against=none.pt", "no checkpoint at none.pt | check the name"),
         ("eval.tokens=-1", "eval.tokens=-1 | 0 or more"),
@@ -293,7 +293,7 @@ def bins(tmp_path):
     [
         ([0, 1, 2] * 50, AB, "train.bin | token 2 | vocabulary of 2 | another tokenizer"),
         ([0] * 31, AB, "31 tokens | model.block_size=32 | smaller block"),
-        ([], AB, "train.bin is empty | prepare"),
+        ([], AB, "train.bin | empty | prepare"),
         ([0] * 99, AB | {"dtype": "float16"}, "meta | uint16 or uint32 | prepare"),
         ([0] * 99, AB | {"tokenizer": {"kind": "word"}}, "bins | word | prepare"),
         ([0] * 99, {"dtype": "uint16"}, "meta | bins | prepare"),

@@ -318,7 +318,7 @@ def test_only_what_the_table_calls_exact_is_the_same_in_every_pass():
 
 
 def test_an_unknown_bound_is_refused_with_the_known_ones():
-    with pytest.raises(UserError, match="eval.bounds=exact is unknown: choose uniform, "):
+    with pytest.raises(UserError, match="eval.bounds=exact is unknown: choose one of uniform, "):
         bounds.choose(["exact"], steps=8)
 
 

@@ -485,9 +485,9 @@ NO_RUN = {
     "weights of another size": ({"model": ZEROS}, "Missing key"),
     "no best bound": ({"best": None}, "expected best to be of type float, not NoneType"),
     "a bound that is a text": ({"best": "low"}, "expected best to be of type float, not str"),
-    "figures in a list": ({"meter": [1.0]}, "expected stats to be of type dict, not list"),
+    "figures in a list": ({"stats": [1.0]}, "expected stats to be of type dict, not list"),
     "a figure that is a text": (
-        {"meter": {"skipped": "x"}},
+        {"stats": {"skipped": "x"}},
         "expected skipped to be of type float",
     ),
 }

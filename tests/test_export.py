@@ -7,6 +7,7 @@ import shlex
 import sys
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -88,7 +89,7 @@ def test_masks_are_filled_as_our_own_sampler_fills_them(strategy, exported, ours
     ids, V = drawn_ids(ours.model.config), ours.model.config.vocab_size
     values = {"strategy": strategy, "steps": 4, "temperature": 0.8}
     options = {"top_k": 9, "top_p": 0.9, "guidance": 1.0, "block_length": 16}
-    sampler = from_config(cli.section(values | {"options": options}), sample)
+    sampler = from_config(SimpleNamespace(**values, options=options), sample)
     generator = torch.Generator().manual_seed(5)
     expected = sampler.fill(ours.model, ids, ids == V, generator=generator).ids
     assert torch.equal(exported[2].fill(ids, seed=5, **values, **options), expected)

@@ -430,7 +430,7 @@ def test_ctrl_c_before_the_first_step_promises_no_checkpoint_that_is_not_there(
 def interrupted(tmp_path_factory, text_file, trained):
     """A run that Ctrl-C reached after its first line of progress: folder, exit code and output."""
     folder = tmp_path_factory.mktemp("interrupted")
-    data = (f"data.path={text_file}", f"data.cache_dir={trained.parent}/cache")
+    data = (f"data.path={text_file}",)
     words = (*TINY, *data, "training.max_iters=100000", "training.eval_interval=0")
     process = subprocess.Popen(
         [sys.executable, ROOT / "train.py", *words],

@@ -66,7 +66,7 @@ def wandb(monkeypatch) -> Stub:
 @pytest.fixture
 def train(run, text_file, trained):
     """train("key=value", ...): a tiny run with W&B switched on."""
-    data = (f"data.path={text_file}", f"data.cache_dir={trained.parent}/cache")
+    data = (f"data.path={text_file}",)
 
     def train(*words: str, code: int = 0):
         result = run("train.py", *TINY, *data, "logging.wandb=true", *words)
@@ -293,7 +293,7 @@ def offline(tmp_path_factory, text_file, trained):
     env = {name: value for name, value in env.items() if not name.startswith("WANDB_")}
     for name in ("CACHE", "CONFIG", "DATA"):
         env[f"WANDB_{name}_DIR"] = str(folder / "private")
-    data = (f"data.path={text_file}", f"data.cache_dir={trained.parent}/cache")
+    data = (f"data.path={text_file}",)
     command = [sys.executable, ROOT / "train.py", *TINY, *data, "logging.wandb=true"]
     (folder / "here").mkdir()
     result = subprocess.run(

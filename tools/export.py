@@ -178,10 +178,11 @@ def training_of(state: dict, config: dict) -> str:
 
 def command(config: dict) -> str:
     """The training command: every setting that is not its default, except those of the machine."""
-    words, defaults = ["python train.py"], cli.flat(cli.load_defaults())
+    words, trained = ["python train.py"], cli.flat(config)
+    defaults = cli.flat(cli.load_defaults())
     defaults |= {key: cli.RETIRED[key] for key in cli.DECISIVE}
     for key, default in defaults.items():
-        value = cli.find(config, key, default)
+        value = trained.get(key, default)
         if "." not in key or key.startswith(LEFT_OUT) or value == default:
             continue
         value = Path(value).name if key in ("data.path", "data.dir") else value
