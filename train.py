@@ -195,9 +195,7 @@ class Run:
             self.model, settings.optimizer, settings.learning_rate, settings.weight_decay
         )
         self.scaler = torch.amp.GradScaler(device.type, enabled=self.dtype == torch.float16)
-        self.stats = optim.StepStats(
-            device, state.get("stats", state.get("meter", {}))
-        )  # once meter
+        self.stats = optim.StepStats(device, state.get("stats", {}))
         if resumes:
             self.optimizer.load_state_dict(state["optimizer"])
             self.scaler.load_state_dict(state.get("scaler") or self.scaler.state_dict())

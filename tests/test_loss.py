@@ -64,11 +64,6 @@ def masks(B: int, L: int, seed: int, **settings) -> torch.Tensor:
     return seen[0]
 
 
-def masked_in_a_batch(B: int, L: int, seed: int, **settings) -> int:
-    """How many tokens the loss masks in one batch."""
-    return int(masks(B, L, seed, **settings).sum())
-
-
 # --- Forward process -----------------------------------------------------------------------------
 
 
