@@ -95,10 +95,13 @@ def nll_from_logits(model: Callable, xt: Tensor, x0: Tensor, where: Tensor) -> T
 
     In float32 at least, in float64 for a float64 model.
     """
-    logits = model(xt)[where]  # (N, V)
-    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    logits = _at_least_float32(model(xt)[where])  # (N, V)
     nll = F.cross_entropy(logits, x0[where], reduction="none")
     return nll.new_zeros(x0.shape).masked_scatter(where, nll)
+
+
+def _at_least_float32(logits: Tensor) -> Tensor:
+    return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
 
 # --- Likelihood bound ----------------------------------------------------------------------------
@@ -207,11 +210,13 @@ class Event(NamedTuple):
 
 
 class Sampled(NamedTuple):
-    """The filled canvas (B, L), the number of network calls and, if asked for, the history."""
+    """The filled canvas, and what its filling took."""
 
-    ids: Tensor
-    calls: int
-    history: list[Event] | None = None
+    ids: Tensor  # (B, L)
+    calls: int  # of the network
+    costs: Tensor  # (B, L) float64: -log p of each token as it was revealed; 0 for a given one
+    order: Tensor  # (B, L): the step that revealed each token, 1, 2, ...; 0 for a given one
+    history: list[Event] | None = None  # if asked for
 
 
 @dataclass
@@ -243,9 +248,9 @@ class State:
 
     @cached_property
     def logits(self) -> Tensor:
-        """(B, L, V) float32. A step that neither reads them nor reveals anything costs no call."""
+        """(B, L, V). A step that neither reads them nor reveals anything costs no call."""
         self.calls += 1
-        return self.model(self.xt).float()
+        return _at_least_float32(self.model(self.xt))
 
     def best(self, score: Tensor, count: Tensor | int) -> Tensor:
         """The `count` (B, 1) masked positions of the highest `score`; of equals, the leftmost."""
@@ -288,6 +293,7 @@ def sample(
     rows: Tensor | None = None,
     callback: Callable | None = None,
     history: list[Event] | None = None,
+    x0: Tensor | None = None,
 ) -> Sampled:
     """Fill the positions `is_masked` of `canvas` (B, L) in `steps` steps, and change no other.
 
@@ -302,8 +308,9 @@ def sample(
 
     Row i draws from (seed, rows[i]) alone (default 0 ... B - 1). `callback(j, s, xt)` sees the
     state after step j = 1, 2, ... at time s, and copies what it keeps. A list given as `history`
-    gets an `Event` for each step, logits included. Raises `ValueError` for a setting out of its
-    range.
+    gets an `Event` for each step, logits included. With `x0` (B, L) its tokens are revealed instead
+    of drawn ones: see `score`. Raises `ValueError` for a setting out of its range, and for a
+    strategy that leaves a mask.
     """
     strategy = {"stochastic": stochastic, "confidence": confidence}.get(strategy, strategy)
     if not callable(strategy) or steps < 1 or temperature < 0:
@@ -313,6 +320,7 @@ def sample(
         )
     adaptive = getattr(strategy, "adaptive", False)
     xt = canvas.masked_fill(is_masked, mask_id)
+    order, costs = torch.zeros_like(xt), torch.zeros_like(xt, dtype=torch.float64)
     L = canvas.size(1)
     uniform = partial(hash_noise, draw_seed(generator), _rows(canvas, rows))
     noise = uniform(L, 0)  # (B, L): when to reveal
@@ -328,10 +336,14 @@ def sample(
             tokens = logits = None
             if revealed.any():
                 logits = state.logits[revealed]  # (N, V)
-                tokens = draw_tokens(logits, token_noise[revealed], temperature, truncate)
-                xt[revealed] = tokens
+                log_p = log_probabilities(logits, temperature, truncate)
+                tokens = draw_tokens(log_p, token_noise[revealed]) if x0 is None else x0[revealed]
+                costs[revealed] = -log_p.gather(1, tokens[:, None]).squeeze(1)
+                order[revealed], xt[revealed] = step + 1, tokens
                 left = left & ~revealed
             if state.again is not None:
+                if x0 is not None:
+                    raise ValueError("no score: tokens are masked again, many paths lead to a text")
                 xt[state.again] = mask_id
                 left = left | state.again
             step += 1
@@ -342,22 +354,46 @@ def sample(
                 callback(step, state.s, xt)
             if adaptive and not left.any():
                 break
-    return Sampled(xt, calls, history)
+        if left.any():
+            raise ValueError("the strategy left masks: it has to reveal all in its last step")
+    return Sampled(xt, calls, costs, order, history)
 
 
-def draw_tokens(
-    logits: Tensor, u: Tensor, temperature: float = 1.0, truncate: Callable | None = None
+def score(model: Callable, x0: Tensor, *, is_masked: Tensor | None = None, **options) -> Tensor:
+    """-log p (B,) in nats of the tokens `is_masked` (default: all) of x0 (B, L) under a sampler.
+
+    Sampling, with the text in the place of the draws: `options` are those of `sample`, mask_id,
+    strategy, steps and so on, and the cost is that of the same path in as many calls (DUEL, arXiv
+    2603.01367). A strategy that looks at the state alone gives each text one path, and -log p
+    exactly. One that looks at `State.noise`, too, gives -log p(x0 | noise), whose mean over seeds
+    is an upper bound on -log p(x0). A text with a token that `truncate` cuts costs inf. Raises
+    `ValueError` for a strategy that masks tokens again: many paths lead to a text.
+    """
+    is_masked = torch.ones_like(x0, dtype=torch.bool) if is_masked is None else is_masked
+    return sample(model, x0, is_masked=is_masked, x0=x0, **options).costs.sum(dim=1)
+
+
+def log_probabilities(
+    logits: Tensor, temperature: float = 1.0, truncate: Callable | None = None
 ) -> Tensor:
-    """Tokens (N,) from logits (N, V) by inverting the distribution function at u (N,) in [0, 1).
+    """(N, V) float64: the logarithms of what tokens are drawn from; -inf for one that never is."""
+    if temperature == 0:
+        return F.one_hot(logits.argmax(dim=-1), logits.size(-1)).double().log()
+    logits = logits.double() - logits.amax(dim=-1, keepdim=True)  # no overflow if divided
+    log_p = (logits / temperature).log_softmax(dim=-1)
+    if truncate:
+        p = truncate(log_p.exp())
+        log_p = (p / p.sum(dim=-1, keepdim=True)).log()
+    return log_p
+
+
+def draw_tokens(log_p: Tensor, u: Tensor) -> Tensor:
+    """Tokens (N,) by inverting the distribution functions of log p (N, V) at u (N,) in [0, 1).
 
     In float64: Gumbel noise from float32 uniforms cuts off the tail and so lowers the effective
     temperature (Zheng et al., arXiv 2409.02908).
     """
-    if temperature == 0:
-        return logits.argmax(dim=-1)
-    logits = logits.double() - logits.amax(dim=-1, keepdim=True)  # no overflow if divided
-    probabilities = (logits / temperature).softmax(dim=-1)
-    cdf = (truncate(probabilities) if truncate else probabilities).cumsum(dim=-1)
+    cdf = log_p.exp().cumsum(dim=-1)
     return torch.searchsorted(cdf, u[:, None] * cdf[:, -1:], right=True).squeeze(1)
 
 

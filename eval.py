@@ -4,6 +4,7 @@ import sys
 import time
 
 import data
+import diffusion
 from diffusion import any_order, estimate
 from model import ModelConfig, Transformer
 from nanomdm import bounds, checkpoint, cli, devices, report, runlog, texts, tracking
@@ -17,12 +18,14 @@ def main(config: cli.Section) -> None:
     names = [name for name in (config.checkpoint, config.eval.against) if name]
     models = [checkpoint.load_model(name, device, Transformer, ModelConfig) for name in names]
     exact = [loaded.model.config.causal for loaded in models]
-    if exact[0] and (about_masks := config.explicit & {"eval.bounds", "eval.curve"}):
+    masked = {"eval.bounds", "eval.samplers", "eval.curve"}
+    if exact[0] and (about_masks := config.explicit & masked):
         raise UserError(
             f"{min(about_masks)} is about masks, and {names[0]} is autoregressive, scored exactly: "
             "leave it out"
         )
-    chosen = bounds.choose(config.eval.bounds, config.sampling.steps, config.sampling.strategy)
+    wanted = config.eval.bounds, config.eval.samplers
+    chosen = bounds.choose(*wanted, config.sampling, diffusion.sample)
     scored = choose_texts(config, models)
     dtype = devices.pick_dtype(config.system.dtype, device, training=False)
     for name, loaded in zip(names, models, strict=True):
@@ -67,9 +70,12 @@ def measure(
     """
     model, start = loaded.model, time.perf_counter()
     bound = bounds.AUTOREGRESSIVE if model.config.causal else bound
-    draws = 1 if bound.exact else config.eval.draws
-    calls = bound.calls or max(int(where.sum()) for where in scored.predict)
-    with runlog.progress(draws * calls * sum(map(len, scored.rows)), "token") as advance:
+    draws, seed = 1 if bound.exact else config.eval.draws, config.system.seed
+    with runlog.progress(draws * bound.calls * sum(map(len, scored.rows)), "token") as advance:
+        if bound.strategy:
+            options = {"draws": draws, "seed": seed, "advance": advance}
+            found = bounds.score(bound.strategy, model, scored, **options)
+            return found, time.perf_counter() - start
 
         def nll(xt, targets, where):
             advance(xt.numel())
@@ -81,7 +87,7 @@ def measure(
             [row.to(model.device) for row in scored.rows],
             mask_id=model.config.mask_id,
             predict=scored.predict,
-            generator=generator(config.system.seed, "evaluation"),
+            generator=generator(seed, "evaluation"),
             draws=draws,
         )
     return bounds.NLLSamples(*found), time.perf_counter() - start

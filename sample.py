@@ -10,7 +10,7 @@ from torch import Tensor
 
 import diffusion
 from model import ModelConfig, Transformer
-from nanomdm import checkpoint, cli, devices, folders, prompts, strategies
+from nanomdm import checkpoint, cli, devices, folders, prompts, strategies, texts
 from nanomdm.errors import as_user_error, visible
 from nanomdm.random import generator
 from nanomdm.watch import Watch
@@ -27,18 +27,22 @@ def main(config: cli.Section) -> None:
     with folders.open_output(config.output) as output, devices.autocast(device, dtype):
         about = f"{loaded.weights}, on {device}; {sampler.name} ({sampler.label})"
         print(f"{config.checkpoint}: {about}", file=sys.stderr)
-        finished, number = {}, 0
+        finished, number, different = {}, 0, set()
         for rows, ids, is_masked in prompts.batches(canvases):
             samples = fill(loaded, sampler, config, rows, ids, is_masked)
             finished.update(zip(rows, samples, strict=True))
             while number in finished:  # in the order of the prompts
                 sample = finished.pop(number)
+                different.add((lines[number], sample["text"]))
                 title = f"--- sample {number + 1} ---\n" if len(lines) > 1 else ""
                 print(title + visible(sample["text"], sys.stdout), flush=True)
                 if output:
                     record = {"sample": number + 1, "prompt": lines[number], **sample}
                     print(json.dumps(record), file=output, flush=True)
                 number += 1
+        if not config.sampling.temperature and len(different) < len(lines):
+            equal = f"{len(lines)} samples, but {len(different)} different: at temperature 0 only"
+            print(f"note: {equal} noise in the choice of positions can vary them", file=sys.stderr)
 
 
 def fill(
@@ -52,17 +56,20 @@ def fill(
     """Fill canvases (B, N) of one length; `rows` (B,) are their numbers among all canvases.
 
     A canvas longer than the context is filled window by window. What follows an end-of-text token
-    is left out, unless the prompt continues behind it. calls and seconds are those of the batch.
+    is left out, unless the prompt continues behind it. calls and seconds are those of the batch,
+    nats is -log p of all tokens drawn, where that is exact.
     """
-    start, calls = time.perf_counter(), 0
+    began, calls = time.perf_counter(), 0
     model, tokenizer = loaded.model, loaded.tokenizer
     mask_id = model.config.mask_id
     eos = -1 if tokenizer.eos is None else tokenizer.eos
     ids, is_masked = ids.masked_fill(is_masked, mask_id), is_masked.clone()
     is_tail = is_masked.flip(1).cummin(dim=1).values.flip(1)  # masked, and no context behind it
-    ends = torch.zeros_like(is_masked)
+    ends, nats = torch.zeros_like(is_masked), torch.zeros(len(rows), dtype=torch.float64)
     watch = Watch(tokenizer, mask_id, ids[0]) if config.sampling.watch else None
-    for number, window in enumerate(prompts.windows(ids.size(1), model.config.block_size)):
+    windows = texts.windows(ids.size(1), model.config.block_size)
+    for number, (start, stop, _) in enumerate(windows):
+        window = slice(start, stop)
         if not is_masked[:, window].any():
             continue
         filled = sampler.fill(
@@ -73,7 +80,7 @@ def fill(
             rows=torch.tensor(rows),
             callback=watch and partial(watch.show, window),
         )
-        calls += filled.calls
+        calls, nats = calls + filled.calls, nats + filled.costs.sum(dim=1).cpu()
         ids[:, window] = filled.ids.cpu()
         is_masked[:, window] = False
         ends = is_tail & (ids == eos)
@@ -81,10 +88,14 @@ def fill(
     if watch:
         watch.close()
     lengths = (ends.cumsum(dim=1) == 0).sum(dim=1)  # up to the first end-of-text token
-    about = {"calls": calls, "seconds": time.perf_counter() - start}
+    about = {"calls": calls, "seconds": time.perf_counter() - began}
     about |= {"seed": config.system.seed, "strategy": sampler.name, "label": sampler.label}
+    costs = nats.tolist() if sampler.label == strategies.EXACT else [None] * len(rows)
     tokens = [row[:length] for row, length in zip(ids.tolist(), lengths, strict=True)]
-    return [{"text": tokenizer.decode(row), "tokens": row, **about} for row in tokens]
+    return [
+        {"text": tokenizer.decode(row), "tokens": row, "nats": cost, **about}
+        for row, cost in zip(tokens, costs, strict=True)
+    ]
 
 
 if __name__ == "__main__":

@@ -15,12 +15,16 @@ import math
 from bisect import bisect
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
+from types import SimpleNamespace
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from .errors import check_choice
+from .errors import UserError, as_user_error, check_choice
+from .prompts import Canvas, batches
+from .random import generator
+from .strategies import EXACT, LIKELIHOODS, NONE, STRATEGIES, Sampler, from_config, options_of
 
 MaskedQuery = tuple[Tensor, Tensor, Tensor]
 Estimate = tuple[float, float]  # a value and its standard error (nan from one draw)
@@ -49,20 +53,6 @@ def discrete(u: Tensor, noise: Tensor, steps: int) -> Iterator[MaskedQuery]:
     yield hidden, hidden, steps / j
 
 
-def chain(u: Tensor, noise: Tensor) -> Iterator[MaskedQuery]:
-    """The chain rule in the order of the noise: one call for each token, which it predicts."""
-    place = noise.argsort(dim=1, stable=True).argsort(dim=1)  # 0, 1, ..., and context comes last
-    predicted = noise < 1
-    for i in range(int(predicted.sum(dim=1).max())):
-        hidden = predicted & (place >= i)
-        yield hidden, hidden & (place == i), torch.ones(len(u))
-
-
-def left_to_right(u: Tensor, noise: Tensor) -> Iterator[MaskedQuery]:
-    """The chain rule from left to right: the exact likelihood of the left-to-right sampler."""
-    return chain(u, noise.floor())  # equal noise keeps the order of the text
-
-
 def everything(u: Tensor, noise: Tensor) -> Iterator[MaskedQuery]:
     """All tokens in one call: the exact likelihood of an autoregressive network."""
     scored = noise < 1
@@ -73,14 +63,15 @@ def everything(u: Tensor, noise: Tensor) -> Iterator[MaskedQuery]:
 
 
 class Bound(NamedTuple):
-    """An entry of BOUNDS: an estimator, and what is known about its values."""
+    """An entry of BOUNDS: an estimator or a strategy, and what is known about its values."""
 
     estimator: Callable[..., Iterator[MaskedQuery]] | None  # None: diffusion.any_order
     sampler: str  # whose -log p it bounds: the end of "the sampler that ..."
-    calls: int | None = 1  # network calls for each row; None: one for each predicted token
+    calls: int = 1  # of the network for each row
     relation: str = ""  # to `uniform`: "equal"; "above" if the cost never decreases; "": none
     exact: bool = False  # one pass gives -log p itself
     takes_steps: bool = False  # the estimator takes steps=, and `sampler` has {steps}
+    strategy: str | Sampler = ""  # its score, and no estimator
 
 
 # All that eval.py needs to know about a bound: one entry more is one bound more.
@@ -96,32 +87,85 @@ BOUNDS = {
         discrete, "takes {steps} ancestral steps", relation="above", takes_steps=True
     ),
     "chain": Bound(
-        chain, "reveals one random position a call: the same number", calls=None, relation="equal"
+        None,
+        "reveals one random position a call: the same number",
+        relation="equal",
+        strategy="first_hitting",
     ),
     "left_to_right": Bound(
-        left_to_right, "goes from left to right: exact, another model", calls=None, exact=True
+        None,
+        "goes from left to right: exact, another model",
+        exact=True,
+        strategy="left_to_right",
     ),
 }
 AUTOREGRESSIVE = Bound(everything, "goes from left to right", exact=True)
 
 
-def choose(names: Sequence[str], steps: int, strategy: str = "stochastic") -> dict[str, Bound]:
-    """`uniform` and the bounds of these names, for a sampler that takes `steps` steps.
+def choose(names: Sequence[str], samplers: Sequence[str], section, sample) -> dict[str, Bound]:
+    """`uniform`, the bounds of these names, and the scores of these strategies.
 
-    The words of a bound that takes steps say so if it does not hold for the sampler's `strategy`.
-    Raises `UserError` for an unknown name.
+    `section` is the section `sampling`, of which a strategy gets the options that it takes, and
+    `sample` is `diffusion.sample`. Raises `UserError`.
     """
     chosen = {}
     for name in ("uniform", *names):
         check_choice("eval.bounds", name, BOUNDS)
         bound = BOUNDS[name]
         if bound.takes_steps:
-            words = bound.sampler.format(steps=steps)
-            if strategy != "stochastic":
-                words += f"; sampling.strategy={strategy} has no bound"
-            bound = bound._replace(estimator=partial(bound.estimator, steps=steps), sampler=words)
+            words, steps = bound.sampler.format(steps=section.steps), {"steps": section.steps}
+            bound = bound._replace(estimator=partial(bound.estimator, **steps), sampler=words)
+        if bound.strategy:
+            strategy = {"strategy": STRATEGIES[bound.strategy]}
+            bound = bound._replace(strategy=Sampler(sample, bound.strategy, strategy))
         chosen[name] = bound
+    for name in samplers:
+        check_choice("eval.samplers", name, STRATEGIES)
+    taken = {option for name in samplers for option in options_of(name)}
+    for name in samplers:
+        if LIKELIHOODS.get(name) == NONE:
+            raise UserError(
+                f"eval.samplers={name} masks tokens again: many paths lead to a text, and no one "
+                "gives its -log p: leave it out"
+            )
+        own = {o: x for o, x in section.options.items() if o in options_of(name) or o not in taken}
+        settings = vars(section) | {"strategy": name, "options": own}
+        with as_user_error():
+            strategy = from_config(SimpleNamespace(**settings), sample)
+        words = f"is this strategy: {strategy.label}"
+        chosen[name] = Bound(None, words, exact=strategy.label == EXACT, strategy=strategy)
     return chosen
+
+
+def score(
+    sampler: Sampler, model, texts, *, draws: int, seed: int, advance: Callable
+) -> "NLLSamples":
+    """What `texts` cost under a sampler. `advance(n)` hears of n tokens, context included.
+
+    Row i depends on (seed, i) alone.
+    """
+    rows = [Canvas(*row) for row in zip(texts.rows, texts.predict, strict=True)]
+    longest = max(len(row.ids) for row in rows)
+    size = max(1, min(64, 2**27 // (longest * model.config.vocab_size)))  # rows whose logits fit
+    nats = torch.zeros(draws, len(rows), dtype=torch.float64)
+    calls, impossible = torch.zeros_like(nats), torch.zeros_like(nats)
+    for draw in range(draws):
+        for numbers, x0, is_masked in batches(rows, size):
+            noise = {"rows": torch.tensor(numbers), "generator": generator(seed, "score", draw)}
+            scored = sampler.fill(model, x0, is_masked, x0=x0, **noise)
+            costs, order = scored.costs.cpu(), scored.order.cpu().sort(dim=1).values
+            nats[draw, numbers] = costs.sum(dim=1)
+            impossible[draw, numbers] = costs.isinf().sum(dim=1).double()
+            steps = (order.diff(dim=1) > 0).sum(dim=1) + (order[:, 0] > 0)
+            calls[draw, numbers] = steps.double() * sampler.calls_a_step(is_masked)
+            advance(x0.numel())
+    return NLLSamples(
+        nats,
+        torch.full_like(nats, math.nan),
+        torch.stack([row.is_masked.sum() for row in rows]),
+        float(calls.mean()),
+        int(impossible.amax(dim=0).sum()),
+    )
 
 
 # --- Samples -------------------------------------------------------------------------------------
@@ -133,6 +177,8 @@ class NLLSamples(NamedTuple):
     nats: Tensor  # (draws, N) float64: the estimated cost of every row, summed over its tokens
     u: Tensor  # (draws, N) float64: the draw that decided how much of the row was masked
     counts: Tensor  # (N,) int64: the tokens of the row that were predicted
+    calls: float = 1.0  # of the network, that a row of a score takes by itself, on average
+    impossible: int = 0  # tokens that a sampler cannot draw: their rows cost inf
 
     @property
     def tokens(self) -> int:
@@ -170,7 +216,7 @@ def error_within(samples: NLLSamples) -> float:
     the text. The latter makes the error too wide: by 7% on the shipped plays, where an error from
     the deviation of all rows would be 2.6 times the right one.
     """
-    nats, u, counts = samples
+    nats, u, counts, *_ = samples
     rest = nats - samples.bound()[0] * counts  # (draws, N)
     steps = rest.gather(1, u.argsort(dim=1)).diff(dim=1)
     variance = float(steps.square().mean()) / 2
@@ -249,7 +295,7 @@ def decreases(samples: NLLSamples, bins: int = 20) -> list[tuple[int, Estimate]]
 
 def _cost_by_rate(samples: NLLSamples, bins: int) -> Tensor:
     """The mean cost of a masked token (bins, draws); nan where no row has such a masking rate."""
-    nats, u, counts = samples
+    nats, u, counts, *_ = samples
     masked = (u * counts).long() + 1  # (draws, N), as diffusion.any_order draws them
     inside = (masked * bins - 1) // counts == torch.arange(bins)[:, None, None]  # (bins, draws, N)
     return (inside * nats).sum(dim=-1) / (inside * counts).sum(dim=-1)

@@ -1,4 +1,4 @@
-"""Prompts: templates with blanks, as canvases; windows of texts longer than the context."""
+"""Prompts: templates with blanks, as canvases."""
 
 import re
 from collections import defaultdict
@@ -107,12 +107,3 @@ def batches(canvases: list[Canvas], size: int = 64) -> Iterator[tuple[list[int],
         for i in range(0, len(numbers), size):
             rows = numbers[i : i + size]
             yield rows, *map(torch.stack, zip(*(canvases[row] for row in rows), strict=True))
-
-
-def windows(length: int, context: int) -> list[slice]:
-    """The parts of a text in which it is filled, one after the other.
-
-    Each begins with half of the one before as its prompt.
-    """
-    last, half = max(0, length - context), max(1, context // 2)
-    return [slice(min(a, last), min(a, last) + context) for a in range(0, last + half, half)]

@@ -22,6 +22,7 @@ from .texts import Texts
 def figure(estimate: Estimate, df: int, factor: float = 1.0) -> dict:
     """A value, its standard error and its 95% interval (Student's t), all times `factor`."""
     value, error = (factor * number for number in estimate)
+    value = None if math.isnan(value) else value
     if math.isnan(error):
         error = interval = None
     else:
@@ -76,17 +77,20 @@ def cost_by_rate(samples, bins: int = 20) -> dict:
 def side_by_side(measured: dict[str, tuple]) -> dict:
     """A row for each bound from its (entry, samples, seconds), and what must hold between them.
 
-    `uniform` comes first.
+    `uniform` comes first. Texts with a token that a sampler cannot draw are left out, and counted.
     """
     rows = [
         {
             "name": name,
             "draws": len(samples.nats),
-            "calls": bound.calls or int(samples.counts.max()),
+            "calls": bound.calls * samples.calls,
             "seconds": seconds,
             "sampler": bound.sampler,
+            "texts": len(samples.counts),
+            "impossible_texts": int(samples.nats.isinf().any(dim=0).sum()),
+            "impossible_tokens": samples.impossible,
         }
-        | loss_of(samples)
+        | loss_of(samples.part(samples.nats.isfinite().all(dim=0)))
         for name, (bound, samples, seconds) in measured.items()
     ]
     decreases = bounds.decreases(measured["uniform"][1])
@@ -107,10 +111,12 @@ def relations(rows: Sequence[dict], decreases: bool) -> dict:
     if decreases:
         why = "the cost of a masked token decreases somewhere, and then it may"
     for row in others:
+        relation = BOUNDS[row["name"]].relation if row["name"] in BOUNDS else ""
+        if not relation:
+            continue
         name, gap = row["name"], row["value"] - base["value"]
         error = math.hypot(base["standard_error"], row["standard_error"] or 0.0)
         limit = bounds.student_t(base["draws"] - 1, 0.999) * error
-        relation = BOUNDS[name].relation
         if relation == "equal" and abs(gap) > limit:
             violations.append(
                 f"{name} and uniform differ by {gap:+.4f}, more than chance allows "
@@ -199,6 +205,8 @@ def lines(figures: dict, show_curve: bool = False) -> list[str]:
 
 
 def text_of(figure: dict, sign: str = "", over: str = "") -> str:
+    if figure["value"] is None:
+        return "none"
     value, error = f"{figure['value']:{sign}.4f}", figure["standard_error"]
     return value if error is None else f"{value} ± {error:.4f}{over}"
 
@@ -239,9 +247,15 @@ def decreases_line(steps: list[dict]) -> str:
 def bound_lines(figures: dict) -> list[str]:
     header = f"{'bound':<14} {'nats/token':<16} {'calls':>6} {'seconds':>8}  of the sampler that"
     rows = [
-        f"{row['name']:<14} {text_of(row):<16} {row['calls']:>6} {row['seconds']:>8.1f}  "
+        f"{row['name']:<14} {text_of(row):<16} {row['calls']:>6.4g} {row['seconds']:>8.1f}  "
         f"{row['sampler']}"
         for row in figures["bounds"]
+    ]
+    rows += [
+        f"{row['name']} cannot draw {row['impossible_tokens']:,} tokens in "
+        f"{row['impossible_texts']:,} of {row['texts']:,} texts, which are left out"
+        for row in figures["bounds"]
+        if row["impossible_texts"]
     ]
     broken = [f"VIOLATION: {line}" for line in figures["violations"]]
     broken += [f"remark: {line}" for line in figures["remarks"]]

@@ -127,9 +127,9 @@ STRATEGIES = {
     "threshold": threshold,
     "eb": eb,
 }
-# What can be said of -log p of a sample under its own sampler: it has an exact value where the
-# choice of positions is a function of the state, an upper bound where it is random.
-EXACT, BOUND, NONE = "exact likelihood", "upper bound on the likelihood", "no likelihood"
+# What `diffusion.score` is: -log p of a text where the choice of positions is a function of the
+# state; where noise decides, too, its mean over seeds is an upper bound (DUEL, arXiv 2603.01367).
+EXACT, BOUND, NONE = "exact likelihood", "bound on the likelihood", "no likelihood"
 LIKELIHOODS = dict.fromkeys(STRATEGIES, EXACT) | {
     "stochastic": BOUND,
     "spread": BOUND,
@@ -180,23 +180,28 @@ class Sampler:
 
     @property
     def label(self) -> str:
-        """What can be said of the likelihood of a sample."""
-        return LIKELIHOODS.get(self.name, "likelihood not stated")
+        """What `score` gives; of a strategy that does not say, what holds for any."""
+        return LIKELIHOODS.get(self.name, BOUND)
+
+    def calls_a_step(self, is_masked: Tensor) -> int:
+        """Guidance takes two network calls for one, where there is something to be guided by."""
+        return 2 if self.guidance and not is_masked.all() else 1
 
     def fill(self, model, canvas: Tensor, is_masked: Tensor, **options):
-        """`sample` of a canvas (B, L) on the model's device; guidance takes two calls for one."""
+        """`sample` of a canvas (B, L) on the model's device; with `x0`, its score."""
         network, device, mask_id = model, model.device, model.config.mask_id
         if device.type == "mps":  # it has no float64: only the network runs there
             network, device = lambda xt: model(xt.to(model.device)).cpu(), torch.device("cpu")
         canvas, is_masked = canvas.to(device), is_masked.to(device)
-        guidance = 0.0 if is_masked.all() else self.guidance
-        if guidance:
-            network = guided(network, is_masked, mask_id, guidance)
+        calls = self.calls_a_step(is_masked)
+        if calls > 1:
+            network = guided(network, is_masked, mask_id, self.guidance)
         options = self.settings | {"is_masked": is_masked, "mask_id": mask_id} | options
-        if options.get("rows") is not None:
-            options["rows"] = options["rows"].to(device)
+        for name in ("rows", "x0"):
+            if options.get(name) is not None:
+                options[name] = options[name].to(device)
         sampled = self.sample(network, canvas, **options)
-        return sampled._replace(calls=sampled.calls * (2 if guidance else 1))
+        return sampled._replace(calls=sampled.calls * calls)
 
     def text(self, model, tokenizer, generator: Generator) -> str:
         """One text of the model's context's length, from masks alone."""
@@ -205,27 +210,34 @@ class Sampler:
         return tokenizer.decode(sampled.ids[0].tolist())
 
 
+GENERAL = {"top_k": 0, "top_p": 1.0, "guidance": 0.0, "block_length": 0}  # of any strategy
+
+
+def options_of(name: str) -> list[str]:
+    """The options that a strategy takes: its own arguments and those of any."""
+    strategy = STRATEGIES[name]
+    own = list(inspect.signature(strategy).parameters)[1:] if callable(strategy) else []
+    return [*own, *GENERAL]
+
+
 def from_config(section, sample: Callable, causal: bool = False) -> Sampler:
     """The `Sampler` of a `sampling` section; an autoregressive network goes from left to right.
 
     `sample` is `diffusion.sample`. Raises `ValueError` for a strategy or an option that is unknown
     or out of its range.
     """
-    name, options = "left_to_right" if causal else section.strategy, dict(section.options)
+    name = "left_to_right" if causal else section.strategy
     if name not in STRATEGIES:
         raise ValueError(f"sampling.strategy={name} is unknown: choose {', '.join(STRATEGIES)}")
-    strategy = STRATEGIES[name]
-    general = {"top_k": 0, "top_p": 1.0, "guidance": 0.0, "block_length": 0}
-    general = {option: options.pop(option, default) for option, default in general.items()}
-    taken = list(inspect.signature(strategy).parameters)[1:] if callable(strategy) else []
-    for option in options:
-        if option not in taken:
+    for option in section.options:
+        if option not in options_of(name):
             raise ValueError(
                 f"sampling.options.{option} is no option of {name}: choose "
-                f"{', '.join([*taken, *general])}"
+                f"{', '.join(options_of(name))}"
             )
-    if options:
-        strategy = update_wrapper(partial(strategy, **options), strategy)
+    strategy, general = STRATEGIES[name], GENERAL | section.options
+    if own := {option: general.pop(option) for option in section.options if option not in GENERAL}:
+        strategy = update_wrapper(partial(strategy, **own), strategy)
     settings = {"strategy": strategy, "steps": section.steps, "temperature": section.temperature}
     settings["block_length"] = general["block_length"]
     if general["top_k"] or general["top_p"] < 1:

@@ -39,13 +39,15 @@ def read(path: str, tokenizer) -> list[Document]:
     return documents
 
 
-def windows(length: int, context: int, stride: int) -> list[tuple[int, int, int]]:
+def windows(length: int, context: int, stride: int = 0) -> list[tuple[int, int, int]]:
     """(start, stop, first) of the windows over a text: its tokens, and the first that is predicted.
 
     Each token is predicted once. A window moves by `stride` tokens and has up to `context`, those
     before `first` being context; with `stride` = `context` there are none, and the windows do not
-    overlap. Raises `UserError` for a stride outside 1 ... context.
+    overlap. 0 is half the context: so sample.py fills a long text, and so its score is exact.
+    Raises `UserError` for a stride outside 1 ... context.
     """
+    stride = stride or max(1, context // 2)
     if not 1 <= stride <= context:
         raise UserError(f"stride={stride} must lie in 1 ... {context}, the model's context")
     found = []
@@ -68,7 +70,7 @@ def cut(
     The windows of a limit are spread evenly. They move by `stride` tokens; 0 is the context for one
     document and half of it for several.
     """
-    stride = stride or (max(1, context // 2) if len(documents) > 1 else context)
+    stride = stride or (context if len(documents) == 1 else max(1, context // 2))
     found = [
         (number, *window)
         for number, (_, ids) in enumerate(documents)

@@ -3,6 +3,7 @@
 import itertools
 import math
 from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -23,21 +24,22 @@ from problems import (
     mask_costs,
     seeded,
     z_score,
+    zero_logits,
 )
 
 import diffusion
 from diffusion import any_order, nll_from_logits, stratified_pairs
-from nanomdm import bounds
+from nanomdm import bounds, strategies
 from nanomdm.bounds import BOUNDS, NLLSamples
 from nanomdm.errors import UserError
+from nanomdm.random import generator
+from nanomdm.strategies import left_to_right
 
 EPS, STEPS = 0.1, 3
 ESTIMATORS = {
     "uniform": any_order,
     "continuous": lambda u, noise: bounds.continuous(u, noise, EPS),
     "discrete": lambda u, noise: bounds.discrete(u, noise, STEPS),
-    "chain": bounds.chain,
-    "left_to_right": bounds.left_to_right,
 }
 TEXT = LOOP.draw(6, 0)
 NETWORK = arbitrary_network(LOOP)
@@ -58,18 +60,7 @@ def enumerated(name: str) -> float:
         return float((F * weight).sum() + cost_at(EPS, costs))
     if name == "discrete":
         return float(bound_with_steps(STEPS, costs))
-    if name == "left_to_right":
-        return sum(left_to_right_cost(row.tolist()) for row in TEXT)
     return sum(cost_over_orders(NETWORK, row.tolist(), LOOP.V) for row in TEXT)
-
-
-def left_to_right_cost(row: list[int]) -> float:
-    """The chain rule of one row from left to right, in a loop of its own."""
-    xt, total = torch.full((1, len(row)), LOOP.V), 0.0
-    for i, token in enumerate(row):
-        total -= NETWORK(xt)[0, i].log_softmax(dim=-1)[token].item()
-        xt[0, i] = token
-    return total
 
 
 # --- Estimators ----------------------------------------------------------------------------------
@@ -81,12 +72,7 @@ def test_an_estimator_is_unbiased(name):
     samples = estimate(
         ESTIMATORS[name], NETWORK, TEXT, mask_id=LOOP.V, generator=seeded(1), draws=500
     )
-    totals = samples.nats.sum(dim=1)
-    if name == "left_to_right":  # nothing random in it
-        assert totals[0].item() == pytest.approx(enumerated(name), abs=1e-9)
-        assert totals.std() < 1e-9
-    else:
-        assert z_score(totals, enumerated(name)) < 3
+    assert z_score(samples.nats.sum(dim=1), enumerated(name)) < 3
 
 
 @pytest.mark.parametrize("name", ESTIMATORS)
@@ -102,7 +88,7 @@ def test_a_bound_of_an_exact_network_is_the_entropy_or_what_theory_says_above_it
     assert abs(value - expected[name] / 3) < 4 * error + 1e-12
 
 
-@pytest.mark.parametrize("name", ["uniform", "continuous", "discrete", "chain"])
+@pytest.mark.parametrize("name", ESTIMATORS)
 def test_the_95_percent_interval_of_a_bound_covers_its_value_in_93_to_97_percent_of_2000(name):
     """2,000 evaluations of four passes over 24 rows, all of them in one batch."""
     text, generator = TEXT.repeat(4, 1), seeded(2)
@@ -150,7 +136,7 @@ def test_every_mask_of_a_row_is_as_likely_as_its_count_says():
     torch.testing.assert_close(ids.bincount(minlength=8) / len(ids), expected, atol=0.012, rtol=0.0)
 
 
-@pytest.mark.parametrize("name", ["uniform", "chain", "discrete"])
+@pytest.mark.parametrize("name", ["uniform", "discrete"])
 def test_an_estimator_gives_the_same_for_any_batch_size(name):
     text = [LOOP.draw(1, i)[0] for i in range(9)]
     one, other = (
@@ -202,13 +188,10 @@ def test_context_is_never_scored_where_rows_of_a_batch_have_more_of_it_than_othe
         nll=nll,
         draws=200,
     )
-    assert not any(wrong)
-    if name in ("chain", "left_to_right"):  # each token of a row costs one nat, once
-        assert samples.nats[0].tolist() == [1, 4, 2, 3]
+    assert not any(wrong) and samples.counts.tolist() == [1, 4, 2, 3]
 
 
-@pytest.mark.parametrize("name", ["uniform", "chain"])
-def test_the_conditional_bound_is_the_chain_rule_over_orders_of_what_is_missing(name):
+def test_the_conditional_bound_is_the_chain_rule_over_orders_of_what_is_missing():
     """x1 and x3 of four, with x0 and x2 as context: both orders, by hand."""
     predict = torch.tensor([False, True, False, True])
 
@@ -221,7 +204,7 @@ def test_the_conditional_bound_is_the_chain_rule_over_orders_of_what_is_missing(
 
     expected = sum(cost(row, (1, 3)) + cost(row, (3, 1)) for row in TEXT) / 2
     samples = estimate(
-        ESTIMATORS[name],
+        any_order,
         NETWORK,
         TEXT,
         mask_id=LOOP.V,
@@ -233,30 +216,15 @@ def test_the_conditional_bound_is_the_chain_rule_over_orders_of_what_is_missing(
     assert samples.tokens == 12
 
 
-def test_conditional_costs_left_to_right_add_up_to_that_of_the_whole():
-    """-log p(a, b) = -log p(a) - log p(b | a), exactly, where the order is fixed."""
-    first = torch.tensor([True, True, False, False])
-    settings = {"mask_id": LOOP.V, "draws": 1}
-    whole = estimate(bounds.left_to_right, NETWORK, TEXT, **settings).nats
-
-    def short(ids):  # the network on the first two alone: what follows is masked
-        xt = torch.cat((ids, torch.full_like(ids, LOOP.V)), dim=1)
-        return NETWORK(xt)[:, :2]
-
-    begin = estimate(bounds.left_to_right, short, TEXT[:, :2], **settings).nats
-    rest = estimate(bounds.left_to_right, NETWORK, TEXT, predict=[~first] * 6, **settings).nats
-    assert torch.allclose(begin + rest, whole)
-
-
 def test_what_is_seen_before_a_window_cannot_be_worse_for_an_exact_model():
     """The chain rule over windows of an exact network of a Markov chain needs one token before."""
     problem = chain(0.1, 0.1, 0.1, 0.1)
     row, model = problem.draw(40, 0), exact_denoiser(problem)
 
     def cost(given: int) -> float:
-        predict = [torch.arange(5) >= given] * 40
-        settings = {"mask_id": 2, "draws": 1, "predict": predict}
-        return estimate(bounds.left_to_right, model, row, **settings).bound()[0]
+        options = {"mask_id": 2, "is_masked": (torch.arange(5) >= given).expand(40, 5)}
+        nats = diffusion.score(model, row, strategy=left_to_right, **options)
+        return nats.mean().item() / (5 - given)
 
     assert cost(1) < cost(0) < math.log(2)
 
@@ -282,13 +250,18 @@ def test_the_bound_of_k_steps_lies_above_the_entropy_by_what_the_theory_says():
 # --- Bounds by name ------------------------------------------------------------------------------
 
 
-def test_the_chosen_bounds_follow_uniform_each_once():
-    chosen = bounds.choose(["chain", "uniform", "discrete", "chain"], steps=4)
-    assert list(chosen) == ["uniform", "chain", "discrete"]
+def choose(names=(), samplers=(), **settings) -> dict[str, bounds.Bound]:
+    section = {"strategy": "spread", "steps": STEPS, "temperature": 1.0, "options": {}} | settings
+    return bounds.choose(names, samplers, SimpleNamespace(**section), diffusion.sample)
+
+
+def test_the_chosen_bounds_follow_uniform_each_once_and_then_the_strategies():
+    chosen = choose(["chain", "uniform", "discrete", "chain"], ["margin", "eb", "margin"])
+    assert list(chosen) == ["uniform", "chain", "discrete", "margin", "eb"]
 
 
 def test_a_bound_that_takes_steps_gets_those_of_the_sampler_and_says_so():
-    discrete = bounds.choose(["discrete"], steps=STEPS)["discrete"]
+    discrete = choose(["discrete"])["discrete"]
     assert discrete.sampler == "takes 3 ancestral steps"
     settings = {"mask_id": LOOP.V, "draws": 2}
     one, other = (
@@ -298,28 +271,134 @@ def test_a_bound_that_takes_steps_gets_those_of_the_sampler_and_says_so():
     assert torch.equal(one, other)
 
 
-def test_a_bound_that_takes_steps_says_for_which_strategy_it_is_none():
-    words = bounds.choose(["discrete"], 3, strategy="confidence")["discrete"].sampler
-    assert "sampling.strategy=confidence has no bound" in words
+def of_table(bound: bounds.Bound, draws: int = 8) -> NLLSamples:
+    """What an entry of the table costs on TEXT."""
+    if not bound.strategy:
+        options = {"mask_id": LOOP.V, "generator": seeded(0), "draws": draws}
+        return estimate(bound.estimator or any_order, NETWORK, TEXT, **options)
+    return scored(bound.strategy, draws=draws)
+
+
+class Model:
+    """A network as what `bounds.score` takes."""
+
+    device, config = torch.device("cpu"), SimpleNamespace(mask_id=LOOP.V, vocab_size=LOOP.V)
+
+    def __init__(self, network):
+        self.network = network
+
+    def __call__(self, xt):
+        return self.network(xt)
+
+
+def scored(sampler, rows=TEXT, predict=None, draws=8, model=NETWORK, advance=bool) -> NLLSamples:
+    predict = predict or [torch.ones(len(row), dtype=torch.bool) for row in rows]
+    given = SimpleNamespace(rows=rows, predict=predict)
+    options = {"draws": draws, "seed": 0, "advance": advance}
+    return bounds.score(sampler, Model(model), given, **options)
 
 
 def test_the_number_of_calls_in_the_table_is_how_many_queries_an_estimator_makes():
     u, noise = torch.rand(2).double(), torch.rand(2, 5).double()
-    for name, bound in bounds.choose(list(BOUNDS), steps=3).items():
-        queries = list((bound.estimator or any_order)(u, noise))
-        assert len(queries) == (bound.calls or 5), name
+    for name, bound in choose(BOUNDS).items():
+        if bound.strategy:
+            assert bound.calls == 1 and of_table(bound).calls == LOOP.L, name
+        else:
+            assert len(list((bound.estimator or any_order)(u, noise))) == bound.calls, name
 
 
 def test_only_what_the_table_calls_exact_is_the_same_in_every_pass():
-    for name, bound in bounds.choose(list(BOUNDS), steps=3).items():
-        estimator = bound.estimator or any_order
-        nats = estimate(estimator, NETWORK, TEXT, mask_id=LOOP.V, generator=seeded(0)).nats
+    for name, bound in choose(BOUNDS, ["spread", "margin", "eb"]).items():
+        nats = of_table(bound).nats
         assert bool((nats.std(dim=0) < 1e-9).all()) == bound.exact, name
+
+
+def test_chain_and_left_to_right_are_the_scores_of_samplers():
+    chosen = choose(["chain", "left_to_right"])
+    value, error = of_table(chosen["chain"], draws=300).bound()
+    assert abs(value - enumerated("chain") / TEXT.numel()) < 4 * error
+    value, _ = of_table(chosen["left_to_right"], draws=1).bound()
+    options = {"mask_id": LOOP.V, "strategy": left_to_right}
+    expected = diffusion.score(NETWORK, TEXT, **options).mean().item() / LOOP.L
+    assert value == pytest.approx(expected, abs=1e-12)
 
 
 def test_an_unknown_bound_is_refused_with_the_known_ones():
     with pytest.raises(UserError, match="eval.bounds=exact is unknown: choose one of uniform, "):
-        bounds.choose(["exact"], steps=8)
+        choose(["exact"])
+
+
+# --- Scores of strategies ------------------------------------------------------------------------
+
+
+def test_every_strategy_gets_those_options_that_it_takes():
+    options = {"threshold": 0.25, "gamma": 2.0, "top_k": 2}
+    chosen = choose([], ["spread", "threshold", "eb"], options=options)
+    spread, threshold, eb = (chosen[name].strategy for name in ("spread", "threshold", "eb"))
+    assert threshold.settings["strategy"].keywords == {"threshold": 0.25}
+    assert eb.settings["strategy"].keywords == {"gamma": 2.0}
+    assert all(each.settings["truncate"].keywords["top_k"] == 2 for each in (spread, threshold, eb))
+
+
+@pytest.mark.parametrize(
+    "names, options, message",
+    [
+        (["best"], {}, "eval.samplers=best is unknown: choose one of stochastic, "),
+        (["spread", "remask"], {}, "eval.samplers=remask masks tokens again: many paths"),
+        (["spread", "eb"], {"threshold": 1}, "options.threshold is no option of spread"),
+    ],
+)
+def test_a_strategy_without_a_score_and_an_option_that_none_takes_are_refused(
+    names, options, message
+):
+    with pytest.raises(UserError, match=message):
+        choose([], names, options=options)
+
+
+def test_row_i_of_a_pass_has_the_noise_of_that_row_and_pass():
+    spread = choose([], ["spread"], steps=2)["spread"].strategy
+    together = scored(spread, draws=2)
+    alone = diffusion.score(
+        NETWORK,
+        TEXT[4:5],
+        mask_id=LOOP.V,
+        strategy=strategies.spread,
+        steps=2,
+        rows=torch.tensor([4]),
+        generator=generator(0, "score", 1),
+    )
+    torch.testing.assert_close(together.nats[1, 4:5], alone)
+    assert together.counts.tolist() == [4] * 6 and together.tokens == 24
+
+
+def test_texts_of_several_lengths_are_scored_without_their_context():
+    rows, heard = [*TEXT, *(row[:3] for row in TEXT)], []
+    spread = choose([], ["spread"], steps=2)["spread"].strategy
+    predict = [torch.arange(len(row)) > 0 for row in rows]
+    options = {"model": zero_logits(LOOP.V), "draws": 2, "advance": heard.append}
+    found = scored(spread, rows, predict, **options)
+    assert found.counts.tolist() == [3] * 6 + [2] * 6 and sum(heard) == 2 * 42
+    torch.testing.assert_close(found.nats, (found.counts.double() * math.log(3)).expand(2, -1))
+
+
+def test_calls_are_those_that_a_text_needs_by_itself():
+    """A row with one token to predict takes one of the steps that its neighbours take."""
+    predict = [torch.arange(4) < count for count in (1, 2, 4, 4, 4, 4)]
+    one = choose([], ["left_to_right"])["left_to_right"].strategy
+    assert scored(one, predict=predict).calls == pytest.approx((1 + 2 + 4 * 4) / 6)
+
+
+def test_guidance_takes_two_calls_for_one_where_something_is_given():
+    options = {"guidance": 1.0}
+    guided = choose([], ["margin"], steps=2, options=options)["margin"].strategy
+    predict = [torch.arange(4) > 0] * 6
+    assert scored(guided, predict=predict).calls == 4 and scored(guided).calls == 2
+
+
+def test_tokens_that_cannot_be_drawn_are_counted_once_for_all_passes():
+    first = choose([], ["first_hitting"], options={"top_k": 1})["first_hitting"].strategy
+    assert 0 < scored(first, draws=1).impossible <= scored(first, draws=3).impossible <= 24
+    assert scored(first, draws=3).nats.isinf().any(dim=0).sum() == 6
 
 
 # --- By masking rate -----------------------------------------------------------------------------
@@ -414,7 +493,7 @@ def test_one_pass_says_nothing_about_decreases():
 def test_the_error_within_a_pass_is_that_over_passes_and_what_the_rows_themselves_differ_by(spread):
     costs = noisy(lambda share: 0.55 + 1.9 * share**1.3)
     unlike = torch.randn(64, 1, generator=seeded(2)) * spread
-    nats, u, counts = estimate(
+    nats, u, counts, *_ = estimate(
         any_order,
         None,
         torch.zeros(64, 64).long(),

@@ -102,6 +102,47 @@ def test_the_discrete_bound_is_that_of_the_steps_that_would_run(evaluated):
     assert figures["bounds"][1]["standard_error"] < 1e-6 < figures["bounds"][0]["standard_error"]
 
 
+# --- Scores of strategies ------------------------------------------------------------------------
+
+
+def test_every_strategy_has_a_row_with_its_own_likelihood(evaluated):
+    words = ("eval.samplers=[spread,margin,threshold]", "sampling.steps=4", "eval.draws=3")
+    option = "sampling.options={threshold: 0.2}"
+    out, figures = evaluated(*words, option, "eval.tokens=64")
+    uniform, spread, margin, threshold = figures["bounds"]
+    assert (spread["name"], spread["draws"], spread["calls"]) == ("spread", 3, 4)
+    assert spread["standard_error"] > 0
+    assert (margin["name"], margin["draws"], margin["calls"]) == ("margin", 1, 4)
+    assert margin["standard_error"] is None and margin["interval"] is None
+    assert 1 <= threshold["calls"] <= 64 / uniform["texts"] and threshold["draws"] == 1
+    assert number(out, r"^margin +(\S+)") == round(margin["value"], 4)
+    assert re.search(r"^spread .*: bound on the likelihood$", out, flags=re.M)
+    assert re.search(r"^margin .*: exact likelihood$", out, flags=re.M)
+
+
+def test_one_step_of_every_strategy_costs_the_same(evaluated):
+    words = ("eval.samplers=[spread,margin,stochastic]", "eval.bounds=[discrete]")
+    _, figures = evaluated(*words, "sampling.steps=1", "eval.draws=2", "eval.tokens=64")
+    _, discrete, *rest = figures["bounds"]
+    for row in rest:
+        assert row["value"] == pytest.approx(discrete["value"], abs=1e-5)
+
+
+def test_a_text_that_a_filter_makes_impossible_is_counted_and_not_infinite(evaluated):
+    words = ("eval.samplers=[margin]", "sampling.options={top_k: 1}", "eval.tokens=64")
+    out, figures = evaluated(*words, "eval.draws=2")
+    row = figures["bounds"][1]
+    assert row["impossible_texts"] == row["texts"] and row["value"] is None
+    assert 0 < row["impossible_tokens"] <= 64
+    assert re.search(rf"^margin cannot draw {row['impossible_tokens']} tokens in", out, flags=re.M)
+    assert "inf" not in out.replace("information", "")
+
+
+def test_remasking_is_refused_before_anything_is_computed(run, trained):
+    result = run("eval.py", f"checkpoint={trained}/ckpt.pt", "eval.samplers=[remask]", CPU)
+    assert result.code == 2 and "many paths lead to a text" in result.err and not result.out
+
+
 # --- Comparison ----------------------------------------------------------------------------------
 
 
@@ -208,16 +249,10 @@ def test_figures_and_curve_go_to_wandb_if_asked(evaluated, monkeypatch):
 # --- What does not go together -----------------------------------------------------------------
 
 
-@pytest.mark.parametrize("word", ["eval.bounds=[chain]", "eval.curve=true"])
+@pytest.mark.parametrize(
+    "word", ["eval.bounds=[chain]", "eval.curve=true", "eval.samplers=[left_to_right]"]
+)
 def test_what_is_about_masks_is_refused_for_an_autoregressive_model(run, text_file, word):
     assert run("train.py", *TINY, f"data.path={text_file}", "training.objective=ar").code == 0
     result = run("eval.py", CPU, word)
     assert result.code == 2 and "leave it out" in result.err
-
-
-@pytest.mark.parametrize("strategy", ["stochastic", "confidence"])
-def test_the_bound_of_k_steps_says_of_which_strategy_it_is_none(run, trained, strategy):
-    words = ("eval.bounds=[discrete]", f"sampling.strategy={strategy}", "system.device=cpu")
-    result = run("eval.py", f"checkpoint={trained}/ckpt.pt", *words)
-    assert result.code == 0, result.err
-    assert ("confidence has no bound" in result.out) == (strategy == "confidence")

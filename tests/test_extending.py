@@ -12,11 +12,11 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT, TINY, load_model
-from problems import LOOP, arbitrary_network, chain, seeded
+from problems import LOOP, arbitrary_network, chain, cost_over_orders, seeded, z_score
 
 import diffusion
 import train as train_script
-from nanomdm import bounds, checkpoint, strategies
+from nanomdm import checkpoint, strategies
 from nanomdm.bounds import BOUNDS, Bound
 from nanomdm.optim import OPTIMIZERS, SCHEDULES, Optimizers, build_optimizer
 from nanomdm.strategies import LIKELIHOODS, STRATEGIES
@@ -108,13 +108,12 @@ def test_the_bound_of_the_page_is_listed_beside_the_others(run, trained, tmp_pat
 
 def test_the_bound_of_the_page_is_the_chain_rule_for_two_tokens():
     halves, pair = shown("bound")["halves"], chain(0.1)
-    nll = partial(diffusion.nll_from_logits, arbitrary_network(pair))
-    settings = {"mask_id": pair.V, "draws": 2}
-    found = [
-        diffusion.estimate(estimator, nll, pair.data, generator=seeded(0), **settings)[0]
-        for estimator in (halves, bounds.chain)
-    ]
-    torch.testing.assert_close(*found)
+    model = arbitrary_network(pair)
+    nll = partial(diffusion.nll_from_logits, model)
+    options = {"mask_id": pair.V, "generator": seeded(0), "draws": 500}
+    nats, *_ = diffusion.estimate(halves, nll, pair.data, **options)
+    for i, row in enumerate(pair.data.tolist()):
+        assert z_score(nats[:, i], cost_over_orders(model, row, pair.V)) < 4
 
 
 def test_a_bound_that_is_exact_takes_one_pass(run, trained, tmp_path):

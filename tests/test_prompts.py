@@ -64,17 +64,3 @@ def test_each_canvas_is_in_one_batch_of_canvases_of_its_length(size):
 def test_canvases_of_one_length_share_a_batch():
     batches = [rows for rows, _, _ in prompts.batches(canvases(5, 9, 5, 5, 9))]
     assert batches == [[0, 2, 3], [1, 4]]
-
-
-# --- Windows ------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("length", [1, 31, 32, 33, 48, 49, 100])
-@pytest.mark.parametrize("context", [1, 2, 3, 32])
-def test_windows_cover_the_text_and_each_keeps_half_of_the_one_before(length, context):
-    windows = prompts.windows(length, context)
-    ends = [min(window.stop, length) for window in windows]
-    assert windows[0].start == 0 and ends[-1] == length
-    assert all(window.stop - window.start == context for window in windows)
-    for before, after in zip(windows, windows[1:], strict=False):
-        assert before.stop - after.start >= context // 2 and before.stop < after.stop

@@ -89,9 +89,12 @@ def row(name: str, value: float, error: float | None = 0.01) -> dict:
 
 
 def test_a_row_says_what_its_bound_costs_and_of_which_sampler():
-    measured = {name: (BOUNDS[name], TWO_DRAWS, 0.5) for name in ("uniform", "chain")}
+    measured = {
+        "uniform": (BOUNDS["uniform"], TWO_DRAWS, 0.5),
+        "chain": (BOUNDS["chain"], TWO_DRAWS._replace(calls=2.7), 0.5),
+    }
     uniform, chain = report.side_by_side(measured)["bounds"]
-    assert (uniform["calls"], chain["calls"]) == (1, 4)  # of the longest row, token by token
+    assert (uniform["calls"], chain["calls"]) == (1, 2.7)
     assert uniform["draws"] == 2 and uniform["seconds"] == 0.5 and uniform["value"] == 1.6875
     assert chain["sampler"] == BOUNDS["chain"].sampler
 
@@ -116,6 +119,25 @@ def test_fewer_steps_below_the_bound_are_a_remark_that_says_why(name, decreases,
 def test_left_to_right_may_lie_anywhere():
     rows = [row("uniform", 2.0), row("left_to_right", 1.0, None)]
     assert report.relations(rows, decreases=False) == {"violations": [], "remarks": []}
+
+
+def test_texts_that_cannot_be_drawn_are_counted_and_left_out():
+    nats = torch.tensor([[2.0, math.inf, 6.0], [2.0, 5.0, 6.0]]).double()
+    some = NLLSamples(nats, nats, torch.tensor([2, 2, 4]), 3.5, impossible=2)
+    none = NLLSamples(nats[:, 1:2], nats[:, 1:2], torch.tensor([2]), 2.0, impossible=2)
+    margin = Bound(None, "is this strategy: exact", exact=True, strategy="margin")
+    found = report.side_by_side(
+        {"uniform": (BOUNDS["uniform"], TWO_DRAWS, 0.5)}
+        | {"margin": (margin, some, 0.5), "eb": (margin, none, 0.5)}
+    )
+    _, row, empty = found["bounds"]
+    assert row["value"] == pytest.approx(8 / 6) and row["calls"] == 3.5
+    assert (row["texts"], row["impossible_texts"], row["impossible_tokens"]) == (3, 1, 2)
+    assert empty["value"] is None and empty["interval"] is None
+    lines = report.lines(found)
+    assert "margin cannot draw 2 tokens in 1 of 3 texts, which are left out" in lines
+    assert any(line.startswith("eb             none ") for line in lines)
+    json.dumps(found, allow_nan=False)
 
 
 def test_one_pass_violates_nothing():
@@ -213,7 +235,7 @@ def test_the_line_of_decreases_says_where_and_by_how_much():
 
 
 def test_the_lines_of_several_bounds():
-    about = {"draws": 8, "seconds": 1.25}
+    about = {"draws": 8, "seconds": 1.25, "impossible_texts": 0}
     uniform = {"name": "uniform", **about, "calls": 1, "sampler": "s", **report.figure((2, 0.5), 7)}
     exact = {"name": "left_to_right", **about, "calls": 128, "sampler": "t"}
     exact |= report.figure((1.5, math.nan), 0)

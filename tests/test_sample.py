@@ -83,7 +83,7 @@ def test_the_checkpoint_and_what_is_known_of_the_likelihood_are_said_on_stderr(r
     words = (f"checkpoint={trained}/ckpt.pt", "sampling.strategy=first_hitting", CPU)
     line = run("sample.py", *words, "sampling.steps=6").err
     assert "ckpt.pt: EMA weights after 12 steps, on cpu; first_hitting" in line
-    assert "(upper bound on the likelihood)" in line
+    assert "(bound on the likelihood)" in line
 
 
 # --- Blanks -------------------------------------------------------------------------------------

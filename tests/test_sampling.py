@@ -412,7 +412,12 @@ def drawn(
 ) -> torch.Tensor:
     """The tokens for every u (N,), under one distribution."""
     logits = torch.tensor(probabilities, dtype=torch.float64).log().expand(len(u), -1)
-    return diffusion.draw_tokens(logits, u, temperature, keep(top_p))
+    return draw_tokens(logits, u, temperature, keep(top_p))
+
+
+def draw_tokens(logits, u: torch.Tensor, *options, **settings) -> torch.Tensor:
+    """Tokens (N,) from logits (N, V), at a temperature and after `truncate`."""
+    return diffusion.draw_tokens(diffusion.log_probabilities(logits, *options, **settings), u)
 
 
 @pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0])
@@ -444,7 +449,7 @@ def test_probabilities_are_not_rounded_to_float32():
 def test_float32_logits_keep_their_tail():
     logits = torch.tensor([[0.0, math.log(1e-9)]])
     u = torch.tensor([1 - 0.5e-9], dtype=torch.float64)
-    assert diffusion.draw_tokens(logits, u).item() == 1
+    assert draw_tokens(logits, u).item() == 1
 
 
 @pytest.mark.parametrize("u", [0.0, 1 - 2**-53])
@@ -455,7 +460,7 @@ def test_the_extreme_draws_never_give_a_token_of_probability_zero(u, top_p):
     allowed[:, 0] = allowed[:, -1] = False
     u = torch.full((2000,), u, dtype=torch.float64)
     logits = logits.masked_fill(~allowed, -math.inf)
-    tokens = diffusion.draw_tokens(logits, u, truncate=keep(top_p))
+    tokens = draw_tokens(logits, u, truncate=keep(top_p))
     assert allowed.gather(1, tokens[:, None]).all()
 
 

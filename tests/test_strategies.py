@@ -20,7 +20,7 @@ from problems import (
     total_variation,
     z_score,
 )
-from test_sampling import L, V, linear_network, prompts, sampled
+from test_sampling import L, V, draw_tokens, linear_network, prompts, sampled
 
 import diffusion
 from nanomdm import strategies
@@ -274,9 +274,9 @@ def test_a_greedy_strategy_is_its_definition_token_for_token(strategy, steps, bl
 def test_top_k_keeps_the_k_likeliest_in_their_proportions():
     logits = torch.tensor([0.1, 0.4, 0.2, 0.3], dtype=torch.float64).log().expand(700, -1)
     u = (torch.arange(700, dtype=torch.float64) + 0.5) / 700
-    drawn = diffusion.draw_tokens(
-        logits, u, truncate=partial(strategies.keep_likeliest, top_k=2)
-    ).bincount(minlength=4)
+    drawn = draw_tokens(logits, u, truncate=partial(strategies.keep_likeliest, top_k=2)).bincount(
+        minlength=4
+    )
     assert drawn.tolist() == pytest.approx([0, 400, 0, 300], abs=1)
 
 
@@ -294,7 +294,7 @@ def test_of_equal_tokens_top_k_keeps_k():
 def test_a_tiny_temperature_takes_the_most_probable_token(temperature):
     logits = 10 * torch.randn(500, 9, generator=seeded(0))
     u = torch.rand(500, dtype=torch.float64, generator=seeded(1))
-    assert torch.equal(diffusion.draw_tokens(logits, u, temperature), logits.argmax(dim=-1))
+    assert torch.equal(draw_tokens(logits, u, temperature), logits.argmax(dim=-1))
 
 
 # --- Guidance ------------------------------------------------------------------------------------
@@ -427,7 +427,7 @@ def test_the_history_has_the_logits_before_temperature_and_truncation(strategy):
         history=events, steps=20, callback=lambda j, t, xt: states.append(xt.clone()),
     )  # fmt: skip
     for event in (event for event in events if event.tokens is not None):
-        table = linear_network(states[event.step - 1]).float()[event.revealed]
+        table = linear_network(states[event.step - 1])[event.revealed]
         assert torch.equal(event.logits, table) and len(event.tokens) == len(table)
 
 
@@ -529,5 +529,5 @@ EXACT = ["confidence", "margin", "entropy", "threshold", "eb", "left_to_right"]
 def test_a_label_says_what_is_known_of_the_likelihood_of_a_sample(strategy):
     """Exact where the positions are a function of the state (DUEL, arXiv 2603.01367)."""
     label = from_config(strategy=strategy).label
-    random = {"remask": "no likelihood"}.get(strategy, "upper bound on the likelihood")
+    random = {"remask": "no likelihood"}.get(strategy, "bound on the likelihood")
     assert label == ("exact likelihood" if strategy in EXACT else random)

@@ -35,7 +35,17 @@ def test_windows_that_move_by_the_context_do_not_overlap():
     assert texts.windows(20, 8, 8) == [(0, 8, 0), (8, 16, 8), (16, 20, 16)]
 
 
-@pytest.mark.parametrize("stride", [0, 9])
+@pytest.mark.parametrize("length", [1, 31, 32, 33, 48, 49, 100])
+@pytest.mark.parametrize("context", [1, 2, 3, 32])
+def test_without_a_stride_each_window_begins_with_half_of_the_one_before(length, context):
+    found = texts.windows(length, context)
+    assert [first for _, _, first in found][1:] == [stop for _, stop, _ in found][:-1]
+    assert found[0][0] == 0 and found[-1][1] == length
+    for start, stop, first in found[1:]:
+        assert stop - start == context and first - start >= context // 2
+
+
+@pytest.mark.parametrize("stride", [-1, 9])
 def test_a_stride_beyond_the_context_is_refused(stride):
     with pytest.raises(UserError, match=f"stride={stride} must lie in 1 ... 8"):
         texts.windows(20, 8, stride)
