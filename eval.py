@@ -11,6 +11,8 @@ from nanomdm import bounds, checkpoint, cli, devices, report, runlog, texts, tra
 from nanomdm.errors import UserError, visible
 from nanomdm.random import generator
 
+SAMPLING = {"sampling.steps", "sampling.temperature", "sampling.options"}
+
 
 def main(config: cli.Section) -> None:
     report.check_output(config.output)
@@ -26,6 +28,9 @@ def main(config: cli.Section) -> None:
         )
     wanted = config.eval.bounds, config.eval.samplers
     chosen = bounds.choose(*wanted, config.sampling, diffusion.sample)
+    for key in () if config.eval.samplers else sorted(config.explicit & SAMPLING):
+        if not (key == "sampling.steps" and "discrete" in chosen):
+            print(f"{key} has no effect without eval.samplers", file=sys.stderr)
     scored = choose_texts(config, models)
     dtype = devices.pick_dtype(config.system.dtype, device, training=False)
     for name, loaded in zip(names, models, strict=True):

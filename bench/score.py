@@ -1,6 +1,6 @@
 """What rows of ids cost under a checkpoint: the figure that several benches compare."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from torch import Tensor
 
@@ -19,6 +19,7 @@ def nll_samples(
     draws: int,
     predict: Sequence[Tensor] | None = None,
     batch_size: int = 64,
+    estimator: Callable = any_order,
 ) -> NLLSamples:
     """Monte Carlo samples of the bound of rows (L_i,), on masks that follow from `seed` alone.
 
@@ -33,7 +34,7 @@ def nll_samples(
             return model(xt, targets, where)
 
         found = estimate(
-            everything if causal else any_order,
+            everything if causal else estimator,
             nll,
             [row.to(model.device) for row in rows],
             mask_id=model.config.mask_id,

@@ -77,24 +77,30 @@ def cost_by_rate(samples, bins: int = 20) -> dict:
 def side_by_side(measured: dict[str, tuple]) -> dict:
     """A row for each bound from its (entry, samples, seconds), and what must hold between them.
 
-    `uniform` comes first. Texts with a token that a sampler cannot draw are left out, and counted.
+    `uniform` comes first.
     """
-    rows = [
-        {
-            "name": name,
-            "draws": len(samples.nats),
-            "calls": bound.calls * samples.calls,
-            "seconds": seconds,
-            "sampler": bound.sampler,
-            "texts": len(samples.counts),
-            "impossible_texts": int(samples.nats.isinf().any(dim=0).sum()),
-            "impossible_tokens": samples.impossible,
-        }
-        | loss_of(samples.part(samples.nats.isfinite().all(dim=0)))
-        for name, (bound, samples, seconds) in measured.items()
-    ]
+    rows = [row(name, *found) for name, found in measured.items()]
     decreases = bounds.decreases(measured["uniform"][1])
     return {"bounds": rows} | relations(rows, bool(decreases))
+
+
+def row(name: str, bound: bounds.Bound, samples, seconds: float) -> dict:
+    """A bound's row. Texts with a token that a sampler cannot draw are left out, and counted."""
+    possible = samples.part(samples.nats.isfinite().all(dim=0))
+    draws, count = samples.nats.shape
+    found = {
+        "name": name,
+        "draws": draws,
+        "calls": bound.calls * samples.calls,
+        "seconds": seconds,
+        "sampler": bound.sampler,
+        "texts": count,
+        "impossible_texts": count - len(possible.counts),
+        "impossible_tokens": samples.impossible,
+    }
+    if bound.strategy and draws > 1:
+        found["together"] = figure(possible.together(), draws - 1)
+    return found | loss_of(possible)
 
 
 def relations(rows: Sequence[dict], decreases: bool) -> dict:
@@ -249,6 +255,7 @@ def bound_lines(figures: dict) -> list[str]:
     rows = [
         f"{row['name']:<14} {text_of(row):<16} {row['calls']:>6.4g} {row['seconds']:>8.1f}  "
         f"{row['sampler']}"
+        + (f"; {text_of(row['together'])} if the draws are mixed" if "together" in row else "")
         for row in figures["bounds"]
     ]
     rows += [

@@ -29,14 +29,16 @@ def adaptive(strategy: Callable) -> Callable:
 
 
 def spread(state) -> Tensor:
-    """As many as `stochastic`, but far apart, since neighbours depend on each other most.
+    """Every K-th position in each of K steps: far apart, as neighbours depend on each other most.
 
-    A low-discrepancy order with a random start, as in the Halton scheduler for images (arXiv
-    2503.17076): position i waits for the time (u + i / golden ratio) mod 1.
+    The first is random, and the K classes of positions follow each other in the order of the
+    multiples of the golden ratio, mod 1, which leaves no large gap at any time. (For images: the
+    Halton scheduler, arXiv 2503.17076.)
     """
-    positions = torch.arange(state.xt.size(1), device=state.xt.device)
-    times = (state.noise[:, :1] + positions * (GOLDEN_RATIO - 1)) % 1
-    return state.is_masked & (times >= state.s)
+    K, device = state.steps, state.xt.device
+    turns = (torch.arange(K, device=device) * (GOLDEN_RATIO - 1) % 1).argsort().argsort()
+    start = (state.noise[:, :1] * K).long()
+    return state.is_masked & (turns[(state.block.cumsum(dim=1) + start) % K] == state.index)
 
 
 @adaptive

@@ -22,10 +22,13 @@ from problems import (
     exact_denoiser,
     expected_costs,
     mask_costs,
+    place_of,
     seeded,
     z_score,
     zero_logits,
 )
+
+from test_strategies import spread_law
 
 import diffusion
 from diffusion import any_order, nll_from_logits, stratified_pairs
@@ -393,6 +396,30 @@ def test_guidance_takes_two_calls_for_one_where_something_is_given():
     guided = choose([], ["margin"], steps=2, options=options)["margin"].strategy
     predict = [torch.arange(4) > 0] * 6
     assert scored(guided, predict=predict).calls == 4 and scored(guided).calls == 2
+
+
+def test_the_draws_as_one_mixture_come_close_to_the_law_and_never_below():
+    """Of `spread` with 3 steps, a mixture of three exact laws: mean, mixture, -log p."""
+    spread = choose([], ["spread"])["spread"].strategy
+    draws = scored(spread, draws=400)
+    exact = -spread_law(NETWORK, LOOP, STEPS)[place_of(TEXT, LOOP.V)].log().mean().item() / LOOP.L
+    (mean, _), (mixed, error) = draws.bound(), draws.together()
+    assert abs(mixed - exact) < 4 * error < 0.05 and mixed < mean - 0.01
+    few = [draws._replace(nats=draws.nats[i : i + 4]).together()[0] for i in range(0, 400, 4)]
+    assert exact < sum(few) / 100 < mean  # the fewer draws, the looser
+
+
+def test_the_error_of_the_mixture_is_that_over_repetitions():
+    spread = choose([], ["spread"])["spread"].strategy
+    nats = scored(spread, draws=4000).nats.view(100, 40, 6)
+    found = [scored(spread, draws=1)._replace(nats=part).together() for part in nats]
+    values, errors = (torch.tensor(each).double() for each in zip(*found, strict=True))
+    assert errors.mean().item() == pytest.approx(values.std().item(), rel=0.3)
+
+
+def test_one_draw_as_a_mixture_is_itself_and_has_no_error():
+    one = scored(choose([], ["spread"])["spread"].strategy, draws=1)
+    assert one.together()[0] == pytest.approx(one.bound()[0]) and math.isnan(one.together()[1])
 
 
 def test_tokens_that_cannot_be_drawn_are_counted_once_for_all_passes():

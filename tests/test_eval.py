@@ -120,6 +120,18 @@ def test_every_strategy_has_a_row_with_its_own_likelihood(evaluated):
     assert re.search(r"^margin .*: exact likelihood$", out, flags=re.M)
 
 
+def test_what_has_no_effect_without_a_sampler_is_said(evaluated, run, trained):
+    words = ("eval.draws=1", "eval.tokens=64", CPU, f"checkpoint={trained}/ckpt.pt")
+    settings = ("sampling.steps=4", "sampling.temperature=2", "sampling.options={top_k: 2}")
+    alone = run("eval.py", *words, *settings)
+    assert alone.code == 0
+    for key in ("sampling.steps", "sampling.temperature", "sampling.options"):
+        assert f"{key} has no effect without eval.samplers" in alone.err
+    assert "has no effect" not in run("eval.py", *words, *settings, "eval.samplers=[margin]").err
+    discrete = run("eval.py", *words, "sampling.steps=4", "eval.bounds=[discrete]")
+    assert "has no effect" not in discrete.err
+
+
 def test_one_step_of_every_strategy_costs_the_same(evaluated):
     words = ("eval.samplers=[spread,margin,stochastic]", "eval.bounds=[discrete]")
     _, figures = evaluated(*words, "sampling.steps=1", "eval.draws=2", "eval.tokens=64")

@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import sys
 from collections import Counter
 
@@ -12,6 +13,7 @@ from conftest import TEXT
 from bench import frontier
 from bench import judge as judges
 from nanomdm import cli, strategies
+from nanomdm.errors import UserError
 
 
 class CountingJudge(judges.Judge):
@@ -37,6 +39,7 @@ def measured(trained, text_file, tmp_path_factory):
     """The figures of a run over every strategy, and its folder."""
     folder = tmp_path_factory.mktemp("frontier")
     words = ("calls=[2,8,64]", "thresholds=[0.5]", "gammas=[4]", "remask_rates=[0.2]", "samples=5")
+    words += ("judge=counts", "tokens=96", "compile=false")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(judges, "load_judge", lambda name, device: CountingJudge())
         patch.setattr(sys, "argv", [
@@ -49,7 +52,8 @@ def measured(trained, text_file, tmp_path_factory):
 
 def test_the_table_has_the_controls_and_every_strategy(measured):
     names = [row["name"].split()[0] for row in measured[0]["rows"]]
-    assert names[:3] == ["held-out", "its", "one"] and set(names[3:]) == set(strategies.STRATEGIES)
+    assert names[:4] == ["any-order", "held-out", "its", "one"]
+    assert set(names[4:]) == set(strategies.STRATEGIES)
 
 
 def test_a_row_for_every_number_of_calls_within_the_context(measured):
@@ -61,6 +65,23 @@ def test_the_calls_are_those_that_one_text_needs(measured):
     calls = {row["name"]: (row["calls"], row["batch_calls"]) for row in measured[0]["rows"]}
     assert calls["confidence steps=8"] == (8, 16)  # two batches
     assert calls["first_hitting"] == calls["left_to_right"] == (32, 64)
+
+
+def test_held_out_text_costs_what_eval_py_says_under_each_strategy(measured, run, trained):
+    """All but remask have the cost; `stochastic` and `first_hitting` by one call a row."""
+    rows = {row["name"]: row for row in measured[0]["rows"] if row["nats"]}
+    assert {name.split()[0] for name in rows} == {"any-order"} | set(strategies.STRATEGIES) - {
+        "remask"
+    }
+    words = ("eval.tokens=96", "sampling.steps=8", "eval.samplers=[margin,left_to_right]")
+    result = run("eval.py", f"checkpoint={trained}/ckpt.pt", "system.device=cpu", *words)
+    for name, known in (("margin", "margin steps=8"), ("left_to_right", "left_to_right")):
+        found = re.search(rf"^{name} +(\S+) +(\S+)", result.out, flags=re.M)
+        assert float(found[1]) == pytest.approx(rows[known]["nats"], abs=2e-4)
+        assert float(found[2]) == rows[known]["score_calls"]
+    assert rows["margin steps=8"]["nats_error"] is None
+    assert rows["spread steps=8"]["nats_error"] > 0 and rows["spread steps=8"]["together"]
+    assert rows["first_hitting"]["nats"] == rows["any-order bound"]["nats"]
 
 
 def test_the_table_names_the_label_of_every_row(measured):
@@ -78,10 +99,25 @@ def test_the_table_and_the_conclusions_are_written(measured):
 def test_the_plot_is_written_where_matplotlib_is_installed(measured):
     pytest.importorskip("matplotlib")
     assert (measured[1] / "f.png").stat().st_size > 10_000
+    light, dark = ((measured[1] / f"f-{theme}.svg").read_text() for theme in ("light", "dark"))
+    assert light != dark and all(len(picture) < 200_000 for picture in (light, dark))
+
+
+def test_without_a_judge_and_without_tokens_there_is_nothing_to_measure(run, trained):
+    words = ["tokens=0", "device=cpu", f"checkpoint={trained}/ckpt.pt"]
+    with pytest.raises(UserError, match="name a judge, or tokens"):
+        frontier.main(
+            cli.section(
+                cli.load_defaults("bench/frontier")
+                | dict(w.split("=") for w in words)
+                | {"tokens": 0}
+            )
+        )
 
 
 def row(name: str, calls: float, bits: float, entropy: float) -> frontier.Row:
-    return frontier.Row(name, "", calls, 0, bits, 0.01, entropy, 0.05, {2: 1.0}, 1.0)
+    judged = {"bits": bits, "bits_error": 0.01, "entropy": entropy, "entropy_error": 0.05}
+    return frontier.Row(name, "", calls, **judged, distinct={2: 1.0}, speed=1.0)
 
 
 ROWS = [

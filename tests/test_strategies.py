@@ -66,15 +66,13 @@ def test_left_to_right_follows_the_chain_rule_from_the_left(name):
 
 
 def spread_law(model, problem, steps: int) -> torch.Tensor:
-    """Position i waits for the time (u + i golden ratio) mod 1; integrated over u, exactly."""
-    ratio, L = (math.sqrt(5) - 1) / 2, problem.L
-    cuts = {(k / steps - i * ratio) % 1 for i in range(L) for k in range(steps)} | {0.0, 1.0}
-    total = torch.zeros(len(problem.law), dtype=torch.float64)
-    for low, high in zip(sorted(cuts), sorted(cuts)[1:], strict=False):
-        times = [((low + high) / 2 + i * ratio) % 1 for i in range(L)]
-        when = [math.ceil(steps * (1 - time)) for time in times]
-        total += (high - low) * schedule_law(model, problem, when)
-    return total
+    """Every K-th position a step; the mean over the K positions to begin with."""
+    classes = sorted(range(steps), key=lambda c: c * (math.sqrt(5) - 1) / 2 % 1)
+    laws = [
+        schedule_law(model, problem, [classes.index((i + start) % steps) for i in range(problem.L)])
+        for start in range(steps)
+    ]
+    return sum(laws) / steps
 
 
 @pytest.mark.parametrize("steps", [1, 2, 5])
@@ -87,14 +85,22 @@ def test_spread_follows_the_law_of_its_order(name, steps):
 
 
 @pytest.mark.parametrize("steps", [4, 16, 40])
-def test_what_spread_reveals_together_is_far_apart(steps):
-    """By the theory of continued fractions, at least steps / sqrt(5) positions."""
+def test_what_spread_reveals_together_is_as_many_positions_apart_as_there_are_steps(steps):
     events, canvas = [], torch.full((20, 300), 2)
     network = lambda xt: torch.zeros(*xt.shape, 2)  # noqa: E731
     sampled(network, canvas, canvas == 2, 2, strategy="spread", steps=steps, history=events)
     for rows, columns in (event.revealed.nonzero(as_tuple=True) for event in events):
         same_row = rows[1:] == rows[:-1]
-        assert (columns[1:] - columns[:-1])[same_row].min() >= steps / math.sqrt(5)
+        assert ((columns[1:] - columns[:-1])[same_row] == steps).all()
+
+
+def test_spread_fills_blanks_in_equal_parts_wherever_they_are():
+    """Positions that are all K apart in the text are not one class: their ranks count."""
+    events, canvas = [], torch.zeros(3, 64).long()
+    is_masked = (torch.arange(64) % 8 == 3).expand(3, 64)
+    network = lambda xt: torch.zeros(*xt.shape, 2)  # noqa: E731
+    sampled(network, canvas, is_masked, 2, strategy="spread", steps=8, history=events)
+    assert [int(event.revealed.sum()) for event in events] == [3] * 8
 
 
 @pytest.mark.parametrize("steps, distance", [(32, 0.031972), (128, 0.016847)])
