@@ -59,7 +59,7 @@ def main(config: Section) -> None:
         raise UserError("nothing to measure: name a judge, or tokens of held-out text")
     device = devices.pick_device(config.device)
     loaded = load_model(config.checkpoint, device, Transformer, ModelConfig)
-    grid, rows = settings_of(config, loaded.model.config.block_size), []
+    grid, rows, seconds = settings_of(config, loaded.model.config.block_size), [], 0.0
     if config.judge:
         judge = judges.load_judge(config.judge, device)
         text = judges.held_out_text(judge, config.held_out)
@@ -82,11 +82,15 @@ def main(config: Section) -> None:
         if config.judge:
             row = row._replace(**sample_and_measure(loaded, judge, sampler, config))
         if config.tokens and sampler.label != strategies.NONE:
+            start = time.perf_counter()
             row = row._replace(**score(loaded, sampler, section.steps, scored, config))
+            seconds += time.perf_counter() - start
         rows.append(row)
         print(line(row), flush=True)
         write(rows, config, loaded.model.config.block_size)  # an interrupted run loses nothing
     print("\n".join(conclusions(rows, loaded.model.config.block_size)))
+    if config.tokens:
+        print(f"{scored.tokens:,} tokens of the {scored.source} scored in {seconds:.0f} s")
     plot(rows, Path(config.output))
 
 

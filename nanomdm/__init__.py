@@ -35,7 +35,7 @@ if not Path(__file__).with_name("model.py").exists():  # a checkout, not a wheel
     _load_root_module("diffusion")
 
 from . import diffusion, model  # noqa: E402
-from .diffusion import masked_diffusion_loss, nelbo, sample  # noqa: E402
+from .diffusion import masked_diffusion_loss, nelbo, sample, score  # noqa: E402
 from .model import ModelConfig, Transformer  # noqa: E402
 
 __all__ = [
@@ -52,6 +52,7 @@ __all__ = [
     "optim",
     "sample",
     "save",
+    "score",
     "strategies",
     "text",
     "tokenizers",

@@ -27,7 +27,6 @@ from problems import (
     z_score,
     zero_logits,
 )
-
 from test_strategies import spread_law
 
 import diffusion

@@ -5,9 +5,11 @@ import re
 
 import pytest
 import torch
-from conftest import TEXT
+from conftest import TEXT, load_model
 
-from nanomdm import checkpoint, prompts
+import diffusion
+from nanomdm import checkpoint, prompts, strategies
+from nanomdm.texts import windows
 from nanomdm.tokenizers import CharTokenizer
 
 CPU = "system.device=cpu"
@@ -219,6 +221,34 @@ def test_the_output_holds_one_object_a_sample(texts, prompt_file, tmp_path):
         assert (
             record["label"] == "exact likelihood" and record["calls"] == 6 and record["seconds"] > 0
         )
+
+
+def test_the_output_has_the_cost_of_a_sample_where_it_is_exact(texts, trained, tmp_path):
+    """The same as diffusion.score says of its tokens, over the windows of a long text."""
+    words = (f"output={tmp_path}/o.jsonl", "sampling.length=40", "sampling.steps=4")
+    texts("sampling.strategy=margin", *words)
+    record = json.loads((tmp_path / "o.jsonl").read_text())
+    loaded = load_model(trained / "ckpt.pt")
+    ids, cost = torch.tensor([record["tokens"]]), 0.0
+    for start, stop, first in windows(40, CONTEXT):
+        cost += diffusion.score(
+            loaded.model,
+            ids[:, start:stop],
+            is_masked=torch.arange(start, stop)[None] >= first,
+            mask_id=loaded.model.config.mask_id,
+            strategy=strategies.margin,
+            steps=4,
+        ).item()
+    assert record["nats"] == pytest.approx(cost, rel=1e-4)
+    texts("sampling.strategy=spread", *words)
+    assert json.loads((tmp_path / "o.jsonl").read_text())["nats"] is None
+
+
+def test_equal_samples_at_temperature_0_are_said(run, trained):
+    words = (f"checkpoint={trained}/ckpt.pt", "sampling.temperature=0", CPU, "num_samples=3")
+    equal = run("sample.py", *words, "sampling.strategy=margin")
+    assert "3 samples, but 1 different: at temperature 0" in equal.err
+    assert "different" not in run("sample.py", *words, "num_samples=1").err
 
 
 def test_an_earlier_output_is_kept(texts, tmp_path):
