@@ -32,6 +32,7 @@ from nanomdm.runlog import progress
 from nanomdm.strategies import STRATEGIES
 
 BUDGETS = (4, 8, 16, 32)  # calls within which the best strategy is named, besides the context
+ANY_ORDER, SCORED = "any-order bound", ("score_calls", "nats", "nats_error")
 SAME = 2.0  # standard errors of a difference within which two entropies count as equal
 
 
@@ -81,7 +82,9 @@ def main(config: Section) -> None:
         row = Row(describe(section), sampler.label)
         if config.judge:
             row = row._replace(**sample_and_measure(loaded, judge, sampler, config))
-        if config.tokens and sampler.label != strategies.NONE:
+        if config.tokens and section.strategy == "first_hitting" and section.temperature == 1:
+            row = row._replace(**{name: getattr(rows[0], name) for name in SCORED})
+        elif config.tokens and sampler.label != strategies.NONE:
             start = time.perf_counter()
             row = row._replace(**score(loaded, sampler, section.steps, scored, config))
             seconds += time.perf_counter() - start
@@ -106,11 +109,10 @@ def validation_split(loaded: Loaded, config: Section) -> texts.Texts:
 
 
 def any_order_bound(loaded: Loaded, scored: texts.Texts, config: Section) -> Row:
-    samples = nll_samples(loaded.model, scored.rows, seed=config.seed, draws=8)
-    nats, error = samples.bound()
-    name = "any-order bound"
-    L = loaded.model.config.block_size
-    return Row(name, strategies.BOUND, score_calls=L, nats=nats, nats_error=error)
+    """The bound of one random position a call, as `first_hitting` takes them."""
+    rows = nll_samples(loaded.model, scored.rows, seed=config.seed, draws=config.passes)
+    (nats, error), calls = rows.bound(), loaded.model.config.block_size
+    return Row(ANY_ORDER, strategies.BOUND, score_calls=calls, nats=nats, nats_error=error)
 
 
 def score(
@@ -118,11 +120,12 @@ def score(
 ) -> dict:
     """What the held-out text costs under a sampler, and the calls that a text takes."""
     model, L = loaded.model, loaded.model.config.block_size
-    plain = sampler.settings.keys() <= {"strategy", "steps", "temperature", "block_length"}
-    if sampler.name in ESTIMATORS and plain and sampler.settings["temperature"] == 1:
-        estimator, calls = ESTIMATORS[sampler.name](steps, L)
-        rows = nll_samples(model, scored.rows, seed=config.seed, draws=8, estimator=estimator)
-        nats, error = rows.bound()
+    if sampler.name == "stochastic" and sampler.settings["temperature"] == 1:
+        # One call a row instead of a path of calls, and the same mean (tests/test_score.py).
+        options = {"draws": max(2, config.passes // 4), "seed": config.seed}
+        estimator = partial(bounds.discrete, steps=steps)
+        nats, error = nll_samples(model, scored.rows, estimator=estimator, **options).bound()
+        calls = steps * (1 - (1 - 1 / steps) ** L)  # with something to reveal, on average
         return {"score_calls": calls, "nats": nats, "nats_error": error}
     draws = 1 if sampler.label == strategies.EXACT else config.draws
     with progress(draws * sum(map(len, scored.rows)), "token") as advance:
@@ -134,14 +137,6 @@ def score(
     together = found.together()[0] if draws > 1 else None
     error = None if math.isnan(error) else error
     return {"score_calls": found.calls, "nats": nats, "nats_error": error, "together": together}
-
-
-# What costs one call a row instead of a path of calls, and has the same mean (tests/test_score.py):
-# the estimator, and how many calls the sampler takes on average.
-ESTIMATORS = {
-    "stochastic": lambda K, L: (partial(bounds.discrete, steps=K), K * (1 - (1 - 1 / K) ** L)),
-    "first_hitting": lambda K, L: (diffusion.any_order, L),
-}
 
 
 # --- Samples under the judge ---------------------------------------------------------------------

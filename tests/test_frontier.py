@@ -39,7 +39,7 @@ def measured(trained, text_file, tmp_path_factory):
     """The figures of a run over every strategy, and its folder."""
     folder = tmp_path_factory.mktemp("frontier")
     words = ("calls=[2,8,64]", "thresholds=[0.5]", "gammas=[4]", "remask_rates=[0.2]", "samples=5")
-    words += ("judge=counts", "tokens=96", "compile=false")
+    words += ("judge=counts", "tokens=96", "passes=4", "compile=false")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(judges, "load_judge", lambda name, device: CountingJudge())
         patch.setattr(sys, "argv", [
