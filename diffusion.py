@@ -313,12 +313,12 @@ def sample(
     strategy that leaves a mask.
     """
     strategy = {"stochastic": stochastic, "confidence": confidence}.get(strategy, strategy)
-    if not callable(strategy) or steps < 1 or temperature < 0:
+    if not callable(strategy) or steps < 1 or min(temperature, block_length) < 0:
         raise ValueError(
             f"{strategy=} must be stochastic, confidence or a function, {steps=} at least 1, "
-            f"{temperature=} not negative"
+            f"{temperature=} and {block_length=} not negative"
         )
-    adaptive = getattr(strategy, "adaptive", False)
+    adaptive = getattr(getattr(strategy, "func", strategy), "adaptive", False)  # of a partial, too
     xt = canvas.masked_fill(is_masked, mask_id)
     order, costs = torch.zeros_like(xt), torch.zeros_like(xt, dtype=torch.float64)
     L = canvas.size(1)
@@ -339,7 +339,8 @@ def sample(
                 log_p = log_probabilities(logits, temperature, truncate)
                 tokens = draw_tokens(log_p, token_noise[revealed]) if x0 is None else x0[revealed]
                 costs[revealed] = -log_p.gather(1, tokens[:, None]).squeeze(1)
-                order[revealed], xt[revealed] = step + 1, tokens
+                order[revealed] = step + 1
+                xt[revealed] = tokens
                 left = left & ~revealed
             if state.again is not None:
                 if x0 is not None:
@@ -355,7 +356,7 @@ def sample(
             if adaptive and not left.any():
                 break
         if left.any():
-            raise ValueError("the strategy left masks: it has to reveal all in its last step")
+            raise ValueError(f"{strategy} left {int(left.sum())} masks after its last step")
     return Sampled(xt, calls, costs, order, history)
 
 
@@ -363,10 +364,10 @@ def score(model: Callable, x0: Tensor, *, is_masked: Tensor | None = None, **opt
     """-log p (B,) in nats of the tokens `is_masked` (default: all) of x0 (B, L) under a sampler.
 
     Sampling, with the text in the place of the draws: `options` are those of `sample`, mask_id,
-    strategy, steps and so on, and the cost is that of the same path in as many calls (DUEL, arXiv
-    2603.01367). A strategy that looks at the state alone gives each text one path, and -log p
-    exactly. One that looks at `State.noise`, too, gives -log p(x0 | noise), whose mean over seeds
-    is an upper bound on -log p(x0). A text with a token that `truncate` cuts costs inf. Raises
+    strategy, steps and so on (DUEL, arXiv 2603.01367). A strategy that looks at the state alone
+    gives each text one path, and -log p exactly. One that looks at `State.noise`, too, gives
+    -log p(x0 | noise), whose mean over seeds is an upper bound on -log p(x0); one that looks at the
+    draws (`token_noise`) gives neither. A text with a token that `truncate` cuts costs inf. Raises
     `ValueError` for a strategy that masks tokens again: many paths lead to a text.
     """
     is_masked = torch.ones_like(x0, dtype=torch.bool) if is_masked is None else is_masked

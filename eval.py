@@ -26,9 +26,9 @@ def main(config: cli.Section) -> None:
             f"{min(about_masks)} is about masks, and {names[0]} is autoregressive, scored exactly: "
             "leave it out"
         )
-    wanted = config.eval.bounds, config.eval.samplers
-    chosen = bounds.choose(*wanted, config.sampling, diffusion.sample)
-    for key in () if config.eval.samplers else sorted(config.explicit & SAMPLING):
+    chosen = bounds.choose(config.eval.bounds, config.sampling.steps, diffusion.sample)
+    samplers = bounds.samplers(config.eval.samplers, config.sampling, diffusion.sample)
+    for key in () if samplers else sorted(config.explicit & SAMPLING):
         if not (key == "sampling.steps" and "discrete" in chosen):
             print(f"{key} has no effect without eval.samplers", file=sys.stderr)
     scored = choose_texts(config, models)
@@ -55,6 +55,11 @@ def main(config: cli.Section) -> None:
                 if name != "uniform":
                     measured[name] = (bound, *measure(models[0], bound, scored, config))
             show(report.side_by_side(measured))
+            rows = []
+            for name, bound in samplers.items():
+                found = measure(models[0], bound, scored, config)
+                rows.append(report.sampler(name, bound, *found, uniform=samples))
+            show({"samplers": rows})
         if len(models) > 1:
             other, _ = measure(models[1], bounds.BOUNDS["uniform"], scored, config)
             show(report.comparison(samples, other, names, exact))
@@ -78,8 +83,9 @@ def measure(
     draws, seed = 1 if bound.exact else config.eval.draws, config.system.seed
     with runlog.progress(draws * bound.calls * sum(map(len, scored.rows)), "token") as advance:
         if bound.strategy:
-            options = {"draws": draws, "seed": seed, "advance": advance}
-            found = bounds.score(bound.strategy, model, scored, **options)
+            found = bounds.score(
+                bound.strategy, model, scored, draws=draws, seed=seed, advance=advance
+            )
             return found, time.perf_counter() - start
 
         def nll(xt, targets, where):

@@ -41,8 +41,8 @@ def main(config: cli.Section) -> None:
                     print(json.dumps(record), file=output, flush=True)
                 number += 1
         if not config.sampling.temperature and len(different) < len(lines):
-            equal = f"{len(lines)} samples, but {len(different)} different: at temperature 0 only"
-            print(f"note: {equal} noise in the choice of positions can vary them", file=sys.stderr)
+            equal = f"only {len(different)} of {len(lines)} samples are distinct: at temperature 0"
+            print(f"{equal} nothing but the choice of positions can vary", file=sys.stderr)
 
 
 def fill(
@@ -57,7 +57,7 @@ def fill(
 
     A canvas longer than the context is filled window by window. What follows an end-of-text token
     is left out, unless the prompt continues behind it. calls and seconds are those of the batch,
-    nats is -log p of all tokens drawn, where that is exact.
+    nats is -log p where that is exact and nothing is left out.
     """
     began, calls = time.perf_counter(), 0
     model, tokenizer = loaded.model, loaded.tokenizer
@@ -90,12 +90,13 @@ def fill(
     lengths = (ends.cumsum(dim=1) == 0).sum(dim=1)  # up to the first end-of-text token
     about = {"calls": calls, "seconds": time.perf_counter() - began}
     about |= {"seed": config.system.seed, "strategy": sampler.name, "label": sampler.label}
-    costs = nats.tolist() if sampler.label == strategies.EXACT else [None] * len(rows)
-    tokens = [row[:length] for row, length in zip(ids.tolist(), lengths, strict=True)]
-    return [
-        {"text": tokenizer.decode(row), "tokens": row, "nats": cost, **about}
-        for row, cost in zip(tokens, costs, strict=True)
-    ]
+    exact = (lengths == ids.size(1)) & (sampler.label == strategies.EXACT)
+    samples = []
+    for row, length, cost, known in zip(ids, lengths, nats.tolist(), exact, strict=True):
+        tokens = row[:length].tolist()
+        samples.append({"text": tokenizer.decode(tokens), "tokens": tokens, **about})
+        samples[-1]["nats"] = cost if known else None
+    return samples
 
 
 if __name__ == "__main__":

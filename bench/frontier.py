@@ -45,7 +45,7 @@ class Row(NamedTuple):
     score_calls: float = 0.0  # the same for held-out text
     nats: float | None = None  # per token of held-out text, under the sampler's own law
     nats_error: float | None = None  # over the noise that chooses the positions
-    together: float | None = None  # the same with all draws as one: a tighter bound
+    mixture: float | None = None  # the tighter bound of all draws together
     bits: float | None = None  # per byte of samples, under the judge
     bits_error: float = 0.0  # over the texts, as are the following
     entropy: float = 0.0  # nats, of the tokens of a text, on average
@@ -60,6 +60,8 @@ def main(config: Section) -> None:
         raise UserError("nothing to measure: name a judge, or tokens of held-out text")
     device = devices.pick_device(config.device)
     loaded = load_model(config.checkpoint, device, Transformer, ModelConfig)
+    if loaded.model.config.causal:
+        raise UserError(f"{config.checkpoint} is autoregressive: its order is from left to right")
     grid, rows, seconds = settings_of(config, loaded.model.config.block_size), [], 0.0
     if config.judge:
         judge = judges.load_judge(config.judge, device)
@@ -134,9 +136,9 @@ def score(
     if found.impossible:
         return {"score_calls": found.calls}
     nats, error = found.bound()
-    together = found.together()[0] if draws > 1 else None
+    mixture = found.mixture() if draws > 1 else None
     error = None if math.isnan(error) else error
-    return {"score_calls": found.calls, "nats": nats, "nats_error": error, "together": together}
+    return {"score_calls": found.calls, "nats": nats, "nats_error": error, "mixture": mixture}
 
 
 # --- Samples under the judge ---------------------------------------------------------------------

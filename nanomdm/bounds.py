@@ -24,9 +24,10 @@ from torch import Tensor
 from .errors import UserError, as_user_error, check_choice
 from .prompts import Canvas, batches
 from .random import generator
-from .strategies import EXACT, LIKELIHOODS, NONE, STRATEGIES, Sampler, from_config, options_of
+from .strategies import EXACT, NONE, STRATEGIES, Sampler, from_config, options_of
 
 MaskedQuery = tuple[Tensor, Tensor, Tensor]
+LOGITS = 2**27  # at once, in a batch that is scored
 Estimate = tuple[float, float]  # a value and its standard error (nan from one draw)
 
 
@@ -102,62 +103,82 @@ BOUNDS = {
 AUTOREGRESSIVE = Bound(everything, "goes from left to right", exact=True)
 
 
-def choose(names: Sequence[str], samplers: Sequence[str], section, sample) -> dict[str, Bound]:
-    """`uniform`, the bounds of these names, and the scores of these strategies.
+def choose(names: Sequence[str], steps: int, sample: Callable) -> dict[str, Bound]:
+    """`uniform` and the bounds of these names; `sample` is `diffusion.sample`.
 
-    `section` is the section `sampling`, of which a strategy gets the options that it takes, and
-    `sample` is `diffusion.sample`. Raises `UserError`.
+    Raises `UserError` for an unknown name.
     """
     chosen = {}
     for name in ("uniform", *names):
         check_choice("eval.bounds", name, BOUNDS)
         bound = BOUNDS[name]
         if bound.takes_steps:
-            words, steps = bound.sampler.format(steps=section.steps), {"steps": section.steps}
-            bound = bound._replace(estimator=partial(bound.estimator, **steps), sampler=words)
+            bound = bound._replace(
+                estimator=partial(bound.estimator, steps=steps),
+                sampler=bound.sampler.format(steps=steps),
+            )
         if bound.strategy:
-            strategy = {"strategy": STRATEGIES[bound.strategy]}
-            bound = bound._replace(strategy=Sampler(sample, bound.strategy, strategy))
+            sampler = Sampler(sample, bound.strategy, {"strategy": STRATEGIES[bound.strategy]})
+            bound = bound._replace(strategy=sampler)
         chosen[name] = bound
-    for name in samplers:
+    return chosen
+
+
+def samplers(names: Sequence[str], section, sample: Callable) -> dict[str, Bound]:
+    """The scores of strategies, each with those options of a `sampling` section that it takes.
+
+    Raises `UserError`.
+    """
+    for name in names:
         check_choice("eval.samplers", name, STRATEGIES)
-    taken = {option for name in samplers for option in options_of(name)}
-    for name in samplers:
-        if LIKELIHOODS.get(name) == NONE:
+    taken = {option for name in names for option in options_of(name)}
+    chosen = {}
+    for name in names:
+        options = {  # what no strategy takes is left to each, and refused by `from_config`
+            option: value
+            for option, value in section.options.items()
+            if option in options_of(name) or option not in taken
+        }
+        settings = {"strategy": name, "steps": section.steps, "temperature": section.temperature}
+        with as_user_error():
+            sampler = from_config(SimpleNamespace(**settings, options=options), sample)
+        if sampler.label == NONE:
             raise UserError(
                 f"eval.samplers={name} masks tokens again: many paths lead to a text, and no one "
                 "gives its -log p: leave it out"
             )
-        own = {o: x for o, x in section.options.items() if o in options_of(name) or o not in taken}
-        settings = vars(section) | {"strategy": name, "options": own}
-        with as_user_error():
-            strategy = from_config(SimpleNamespace(**settings), sample)
-        words = f"is this strategy: {strategy.label}"
-        chosen[name] = Bound(None, words, exact=strategy.label == EXACT, strategy=strategy)
+        chosen[name] = Bound(None, sampler.label, exact=sampler.label == EXACT, strategy=sampler)
     return chosen
 
 
 def score(
     sampler: Sampler, model, texts, *, draws: int, seed: int, advance: Callable
 ) -> "NLLSamples":
-    """What `texts` cost under a sampler. `advance(n)` hears of n tokens, context included.
+    """What `texts` cost under a sampler. `advance(n)` is called after n tokens, context included.
 
-    Row i depends on (seed, i) alone.
+    Row i depends on (seed, i) alone. Raises `UserError` where `diffusion.score` is no likelihood.
     """
-    rows = [Canvas(*row) for row in zip(texts.rows, texts.predict, strict=True)]
+    rows = list(map(Canvas, texts.rows, texts.predict))
     longest = max(len(row.ids) for row in rows)
-    size = max(1, min(64, 2**27 // (longest * model.config.vocab_size)))  # rows whose logits fit
+    size = max(1, min(64, LOGITS // (longest * model.config.vocab_size)))
     nats = torch.zeros(draws, len(rows), dtype=torch.float64)
     calls, impossible = torch.zeros_like(nats), torch.zeros_like(nats)
     for draw in range(draws):
         for numbers, x0, is_masked in batches(rows, size):
-            noise = {"rows": torch.tensor(numbers), "generator": generator(seed, "score", draw)}
-            scored = sampler.fill(model, x0, is_masked, x0=x0, **noise)
-            costs, order = scored.costs.cpu(), scored.order.cpu().sort(dim=1).values
+            with as_user_error(f"{sampler.name}: "):
+                scored = sampler.fill(
+                    model,
+                    x0,
+                    is_masked,
+                    x0=x0,
+                    rows=torch.tensor(numbers),
+                    generator=generator(seed, "score", draw),
+                )
+            costs = scored.costs.cpu()
             nats[draw, numbers] = costs.sum(dim=1)
-            impossible[draw, numbers] = costs.isinf().sum(dim=1).double()
-            steps = (order.diff(dim=1) > 0).sum(dim=1) + (order[:, 0] > 0)
-            calls[draw, numbers] = steps.double() * sampler.calls_a_step(is_masked)
+            impossible[draw, numbers] = costs.isinf().double().sum(dim=1)
+            steps = [len(set(row) - {0}) for row in scored.order.tolist()]  # that reveal something
+            calls[draw, numbers] = torch.tensor(steps).double() * sampler.calls_a_step(is_masked)
             advance(x0.numel())
     return NLLSamples(
         nats,
@@ -172,13 +193,13 @@ def score(
 
 
 class NLLSamples(NamedTuple):
-    """What `diffusion.estimate` returns: Monte Carlo samples of what the rows of a text cost."""
+    """Monte Carlo samples of what rows of text cost, from `diffusion.estimate` or `score`."""
 
     nats: Tensor  # (draws, N) float64: the estimated cost of every row, summed over its tokens
     u: Tensor  # (draws, N) float64: the draw that decided how much of the row was masked
     counts: Tensor  # (N,) int64: the tokens of the row that were predicted
     calls: float = 1.0  # of the network, that a row of a score takes by itself, on average
-    impossible: int = 0  # tokens that a sampler cannot draw: their rows cost inf
+    impossible: int = 0  # tokens that a sampler cannot draw (at most, in one draw): they cost inf
 
     @property
     def tokens(self) -> int:
@@ -188,21 +209,18 @@ class NLLSamples(NamedTuple):
         """In nats per predicted token, with the standard error over the draws."""
         return mean_and_error(self.nats.sum(dim=1) / self.tokens)
 
-    def together(self) -> Estimate:
-        """Of the scores of a random strategy: -log of the mean of p(x | noise) over the draws.
+    def mixture(self) -> float:
+        """-log of the mean of p(x | noise) over the draws of a score, in nats per token.
 
-        A bound in nats per token, too, and a tighter one, the more draws the tighter (arXiv
-        1509.00519): the sampler's law is a mixture. Its error over the draws by linearisation.
+        A bound, too, and the tighter the more draws there are (arXiv 1509.00519): the law of a
+        sampler with noise is a mixture.
         """
-        draws = len(self.nats)
-        weights = (-self.nats).softmax(dim=0) * draws  # (draws, N), of mean 1
-        value = (math.log(draws) - (-self.nats).logsumexp(dim=0)).sum() / self.tokens
-        variance = (weights - 1).square().sum() / (draws * (draws - 1)) if draws > 1 else math.nan
-        return float(value), math.sqrt(variance) / self.tokens
+        nats = math.log(len(self.nats)) - (-self.nats).logsumexp(dim=0)  # (N,)
+        return float(nats.sum() / self.counts.sum())
 
     def part(self, rows: Sequence[int] | Tensor) -> "NLLSamples":
         """The samples of some of the rows."""
-        return NLLSamples(self.nats[:, rows], self.u[:, rows], self.counts[rows])
+        return self._replace(nats=self.nats[:, rows], u=self.u[:, rows], counts=self.counts[rows])
 
     def summary(self, exact: bool = False) -> dict[str, float]:
         """The figures that a training log has of one pass: loss, ppl and error (of the masks)."""

@@ -12,7 +12,7 @@ from pathlib import Path
 from torch import Tensor
 
 from . import bounds
-from .bounds import BOUNDS, Estimate
+from .bounds import Estimate
 from .errors import UserError
 from .texts import Texts
 
@@ -22,7 +22,6 @@ from .texts import Texts
 def figure(estimate: Estimate, df: int, factor: float = 1.0) -> dict:
     """A value, its standard error and its 95% interval (Student's t), all times `factor`."""
     value, error = (factor * number for number in estimate)
-    value = None if math.isnan(value) else value
     if math.isnan(error):
         error = interval = None
     else:
@@ -85,22 +84,38 @@ def side_by_side(measured: dict[str, tuple]) -> dict:
 
 
 def row(name: str, bound: bounds.Bound, samples, seconds: float) -> dict:
-    """A bound's row. Texts with a token that a sampler cannot draw are left out, and counted."""
-    possible = samples.part(samples.nats.isfinite().all(dim=0))
-    draws, count = samples.nats.shape
-    found = {
+    return {
         "name": name,
-        "draws": draws,
+        "draws": len(samples.nats),
         "calls": bound.calls * samples.calls,
         "seconds": seconds,
         "sampler": bound.sampler,
-        "texts": count,
-        "impossible_texts": count - len(possible.counts),
+        "relation": bound.relation,
+    } | loss_of(samples)
+
+
+def sampler(name: str, bound: bounds.Bound, samples, seconds: float, uniform) -> dict:
+    """A row for the score of a strategy, beside the samples of the bound `uniform`.
+
+    Texts with a token that the sampler cannot draw are counted and left out.
+    """
+    possible = ~samples.nats.isinf().any(dim=0)
+    count = int(possible.sum())
+    found = row(name, bound, samples, seconds) | {
+        "texts": len(possible),
+        "impossible_texts": len(possible) - count,
         "impossible_tokens": samples.impossible,
+        "mixture": None,
+        "above_uniform": None,
     }
-    if bound.strategy and draws > 1:
-        found["together"] = figure(possible.together(), draws - 1)
-    return found | loss_of(possible)
+    if not count:
+        return found | {"value": None, "standard_error": None, "interval": None}
+    samples, uniform = samples.part(possible), uniform.part(possible)
+    if len(samples.nats) > 1:
+        found["mixture"] = samples.mixture()
+    mean = samples._replace(nats=samples.nats.mean(dim=0, keepdim=True))
+    found["above_uniform"] = figure(bounds.difference(mean, uniform)[1], count - 1)
+    return found | loss_of(samples)
 
 
 def relations(rows: Sequence[dict], decreases: bool) -> dict:
@@ -117,10 +132,7 @@ def relations(rows: Sequence[dict], decreases: bool) -> dict:
     if decreases:
         why = "the cost of a masked token decreases somewhere, and then it may"
     for row in others:
-        relation = BOUNDS[row["name"]].relation if row["name"] in BOUNDS else ""
-        if not relation:
-            continue
-        name, gap = row["name"], row["value"] - base["value"]
+        name, gap, relation = row["name"], row["value"] - base["value"], row["relation"]
         error = math.hypot(base["standard_error"], row["standard_error"] or 0.0)
         limit = bounds.student_t(base["draws"] - 1, 0.999) * error
         if relation == "equal" and abs(gap) > limit:
@@ -203,6 +215,8 @@ def lines(figures: dict, show_curve: bool = False) -> list[str]:
         found.append(decreases_line(figures["decreases"]))
     if len(figures.get("bounds", [])) > 1:
         found += bound_lines(figures)
+    if figures.get("samplers"):
+        found += sampler_lines(figures["samplers"])
     if "against" in figures:
         found += comparison_lines(figures["against"])
     if "seconds" in figures:
@@ -211,8 +225,6 @@ def lines(figures: dict, show_curve: bool = False) -> list[str]:
 
 
 def text_of(figure: dict, sign: str = "", over: str = "") -> str:
-    if figure["value"] is None:
-        return "none"
     value, error = f"{figure['value']:{sign}.4f}", figure["standard_error"]
     return value if error is None else f"{value} ± {error:.4f}{over}"
 
@@ -255,19 +267,35 @@ def bound_lines(figures: dict) -> list[str]:
     rows = [
         f"{row['name']:<14} {text_of(row):<16} {row['calls']:>6.4g} {row['seconds']:>8.1f}  "
         f"{row['sampler']}"
-        + (f"; {text_of(row['together'])} if the draws are mixed" if "together" in row else "")
         for row in figures["bounds"]
-    ]
-    rows += [
-        f"{row['name']} cannot draw {row['impossible_tokens']:,} tokens in "
-        f"{row['impossible_texts']:,} of {row['texts']:,} texts, which are left out"
-        for row in figures["bounds"]
-        if row["impossible_texts"]
     ]
     broken = [f"VIOLATION: {line}" for line in figures["violations"]]
     broken += [f"remark: {line}" for line in figures["remarks"]]
     broken = broken or ["every relation that must hold between these bounds holds"]
     return [header, *rows, *broken]
+
+
+def sampler_lines(rows: list[dict]) -> list[str]:
+    found = [
+        f"{'sampler':<14} {'nats/token':<16} {'mixture':<8} {'above uniform':<17} {'calls':>6} "
+        f"{'seconds':>8}  what it is"
+    ]
+    for row in rows:
+        value = difference = mixture = "none"
+        if row["value"] is not None:
+            value, difference = text_of(row), text_of(row["above_uniform"], "+")
+            mixture = f"{row['mixture']:.4f}" if row["mixture"] is not None else ""
+        found.append(
+            f"{row['name']:<14} {value:<16} {mixture:<8} {difference:<17} {row['calls']:>6.4g} "
+            f"{row['seconds']:>8.1f}  {row['sampler']}"
+        )
+    found += [
+        f"{row['name']} cannot draw {row['impossible_tokens']:,} tokens in "
+        f"{row['impossible_texts']:,} of {row['texts']:,} texts, which are left out"
+        for row in rows
+        if row["impossible_texts"]
+    ]
+    return found
 
 
 def comparison_lines(found: dict) -> list[str]:

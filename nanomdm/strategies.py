@@ -11,7 +11,7 @@ import inspect
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial, update_wrapper
+from functools import partial
 
 import torch
 from torch import Generator, Tensor
@@ -31,12 +31,12 @@ def adaptive(strategy: Callable) -> Callable:
 def spread(state) -> Tensor:
     """Every K-th position in each of K steps: far apart, as neighbours depend on each other most.
 
-    The first is random, and the K classes of positions follow each other in the order of the
-    multiples of the golden ratio, mod 1, which leaves no large gap at any time. (For images: the
-    Halton scheduler, arXiv 2503.17076.)
+    The K classes of positions follow each other like the multiples of the golden ratio, mod 1, from
+    a random one on, which leaves no large gap at any time. (For images: the Halton scheduler, arXiv
+    2503.17076.)
     """
-    K, device = state.steps, state.xt.device
-    turns = (torch.arange(K, device=device) * (GOLDEN_RATIO - 1) % 1).argsort().argsort()
+    K = state.steps
+    turns = (torch.arange(K).double() * (GOLDEN_RATIO - 1) % 1).argsort().to(state.xt.device)
     start = (state.noise[:, :1] * K).long()
     return state.is_masked & (turns[(state.block.cumsum(dim=1) + start) % K] == state.index)
 
@@ -132,6 +132,7 @@ STRATEGIES = {
 # What `diffusion.score` is: -log p of a text where the choice of positions is a function of the
 # state; where noise decides, too, its mean over seeds is an upper bound (DUEL, arXiv 2603.01367).
 EXACT, BOUND, NONE = "exact likelihood", "bound on the likelihood", "no likelihood"
+UNKNOWN = "likelihood not stated"  # of a strategy that is not in the table
 LIKELIHOODS = dict.fromkeys(STRATEGIES, EXACT) | {
     "stochastic": BOUND,
     "spread": BOUND,
@@ -182,8 +183,8 @@ class Sampler:
 
     @property
     def label(self) -> str:
-        """What `score` gives; of a strategy that does not say, what holds for any."""
-        return LIKELIHOODS.get(self.name, BOUND)
+        """What the score of a text is."""
+        return LIKELIHOODS.get(self.name, UNKNOWN)
 
     def calls_a_step(self, is_masked: Tensor) -> int:
         """Guidance takes two network calls for one, where there is something to be guided by."""
@@ -199,9 +200,7 @@ class Sampler:
         if calls > 1:
             network = guided(network, is_masked, mask_id, self.guidance)
         options = self.settings | {"is_masked": is_masked, "mask_id": mask_id} | options
-        for name in ("rows", "x0"):
-            if options.get(name) is not None:
-                options[name] = options[name].to(device)
+        options |= {k: v.to(device) for k, v in options.items() if torch.is_tensor(v)}
         sampled = self.sample(network, canvas, **options)
         return sampled._replace(calls=sampled.calls * calls)
 
@@ -239,7 +238,7 @@ def from_config(section, sample: Callable, causal: bool = False) -> Sampler:
             )
     strategy, general = STRATEGIES[name], GENERAL | section.options
     if own := {option: general.pop(option) for option in section.options if option not in GENERAL}:
-        strategy = update_wrapper(partial(strategy, **own), strategy)
+        strategy = partial(strategy, **own)
     settings = {"strategy": strategy, "steps": section.steps, "temperature": section.temperature}
     settings["block_length"] = general["block_length"]
     if general["top_k"] or general["top_p"] < 1:

@@ -76,12 +76,11 @@ def test_held_out_text_costs_what_eval_py_says_under_each_strategy(measured, run
     words = ("eval.tokens=96", "sampling.steps=8", "eval.samplers=[margin,left_to_right]")
     result = run("eval.py", f"checkpoint={trained}/ckpt.pt", "system.device=cpu", *words)
     for name, known in (("margin", "margin steps=8"), ("left_to_right", "left_to_right")):
-        found = re.search(rf"^{name} +(\S+) +(\S+)", result.out, flags=re.M)
+        found = re.search(rf"^{name} +(\S+) +.*? ([\d.]+) +[\d.]+  exact", result.out, flags=re.M)
         assert float(found[1]) == pytest.approx(rows[known]["nats"], abs=2e-4)
         assert float(found[2]) == rows[known]["score_calls"]
     assert rows["margin steps=8"]["nats_error"] is None
-    assert rows["spread steps=8"]["nats_error"] > 0 and rows["spread steps=8"]["together"]
-    assert rows["first_hitting"]["nats"] == rows["any-order bound"]["nats"]
+    assert rows["spread steps=8"]["nats_error"] > 0 and rows["spread steps=8"]["mixture"]
 
 
 def test_the_table_names_the_label_of_every_row(measured):
