@@ -356,7 +356,7 @@ def sample(
             if adaptive and not left.any():
                 break
         if left.any():
-            raise ValueError(f"{strategy} left {int(left.sum())} masks after its last step")
+            raise ValueError(f"the strategy left {int(left.sum())} masks after its last step")
     return Sampled(xt, calls, costs, order, history)
 
 

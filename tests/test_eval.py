@@ -109,15 +109,15 @@ def test_every_strategy_has_a_row_with_its_own_likelihood(evaluated):
     words = ("eval.samplers=[spread,margin,threshold]", "sampling.steps=4", "eval.draws=3")
     option = "sampling.options={threshold: 0.2}"
     out, figures = evaluated(*words, option, "eval.tokens=64")
-    uniform, spread, margin, threshold = figures["bounds"]
+    spread, margin, threshold = figures["samplers"]
     assert (spread["name"], spread["draws"], spread["calls"]) == ("spread", 3, 4)
-    assert spread["standard_error"] > 0
+    assert spread["standard_error"] > 0 and spread["mixture"] <= spread["value"]
     assert (margin["name"], margin["draws"], margin["calls"]) == ("margin", 1, 4)
     assert margin["standard_error"] is None and margin["interval"] is None
-    assert 1 <= threshold["calls"] <= 64 / uniform["texts"] and threshold["draws"] == 1
+    assert 1 <= threshold["calls"] <= 64 / margin["texts"] and threshold["draws"] == 1
     assert number(out, r"^margin +(\S+)") == round(margin["value"], 4)
-    assert re.search(r"^spread .*: bound on the likelihood$", out, flags=re.M)
-    assert re.search(r"^margin .*: exact likelihood$", out, flags=re.M)
+    assert re.search(r"^spread .*  bound on the likelihood$", out, flags=re.M)
+    assert re.search(r"^margin .*  exact likelihood$", out, flags=re.M)
 
 
 def test_what_has_no_effect_without_a_sampler_is_said(evaluated, run, trained):
@@ -135,19 +135,28 @@ def test_what_has_no_effect_without_a_sampler_is_said(evaluated, run, trained):
 def test_one_step_of_every_strategy_costs_the_same(evaluated):
     words = ("eval.samplers=[spread,margin,stochastic]", "eval.bounds=[discrete]")
     _, figures = evaluated(*words, "sampling.steps=1", "eval.draws=2", "eval.tokens=64")
-    _, discrete, *rest = figures["bounds"]
-    for row in rest:
+    _, discrete = figures["bounds"]
+    for row in figures["samplers"]:
         assert row["value"] == pytest.approx(discrete["value"], abs=1e-5)
 
 
-def test_a_text_that_a_filter_makes_impossible_is_counted_and_not_infinite(evaluated):
-    words = ("eval.samplers=[margin]", "sampling.options={top_k: 1}", "eval.tokens=64")
+@pytest.mark.parametrize("name", ["margin", "spread"])
+def test_a_text_that_a_filter_makes_impossible_is_counted_and_not_infinite(evaluated, name):
+    words = (f"eval.samplers=[{name}]", "sampling.options={top_k: 1}", "eval.tokens=64")
     out, figures = evaluated(*words, "eval.draws=2")
-    row = figures["bounds"][1]
+    (row,) = figures["samplers"]
     assert row["impossible_texts"] == row["texts"] and row["value"] is None
     assert 0 < row["impossible_tokens"] <= 64
-    assert re.search(rf"^margin cannot draw {row['impossible_tokens']} tokens in", out, flags=re.M)
-    assert "inf" not in out.replace("information", "")
+    assert re.search(rf"^{name} cannot draw {row['impossible_tokens']} tokens in", out, flags=re.M)
+    assert "inf" not in out and "nan" not in out
+
+
+def test_one_random_position_a_call_costs_the_bound_and_k_steps_that_of_k_steps(evaluated):
+    words = ("eval.samplers=[first_hitting,stochastic]", "eval.bounds=[discrete]")
+    _, figures = evaluated(*words, "sampling.steps=3", "eval.draws=30", "eval.tokens=640")
+    for bound, sampler in zip(figures["bounds"], figures["samplers"], strict=True):
+        error = math.hypot(bound["standard_error"], sampler["standard_error"])
+        assert abs(bound["value"] - sampler["value"]) < 4 * error < 0.2
 
 
 def test_remasking_is_refused_before_anything_is_computed(run, trained):

@@ -85,7 +85,8 @@ def test_a_file_holds_the_figures(tmp_path):
 
 
 def row(name: str, value: float, error: float | None = 0.01) -> dict:
-    return {"name": name, "value": value, "standard_error": error, "draws": 8}
+    found = {"name": name, "value": value, "standard_error": error, "draws": 8}
+    return found | {"relation": BOUNDS[name].relation}
 
 
 def test_a_row_says_what_its_bound_costs_and_of_which_sampler():
@@ -121,23 +122,49 @@ def test_left_to_right_may_lie_anywhere():
     assert report.relations(rows, decreases=False) == {"violations": [], "remarks": []}
 
 
-def test_texts_that_cannot_be_drawn_are_counted_and_left_out():
-    nats = torch.tensor([[2.0, math.inf, 6.0], [2.0, 5.0, 6.0]]).double()
-    some = NLLSamples(nats, nats, torch.tensor([2, 2, 4]), 3.5, impossible=2)
-    none = NLLSamples(nats[:, 1:2], nats[:, 1:2], torch.tensor([2]), 2.0, impossible=2)
-    margin = Bound(None, "is this strategy: exact", exact=True, strategy="margin")
-    found = report.side_by_side(
-        {"uniform": (BOUNDS["uniform"], TWO_DRAWS, 0.5)}
-        | {"margin": (margin, some, 0.5), "eb": (margin, none, 0.5)}
-    )
-    _, row, empty = found["bounds"]
-    assert row["value"] == pytest.approx(8 / 6) and row["calls"] == 3.5
-    assert (row["texts"], row["impossible_texts"], row["impossible_tokens"]) == (3, 1, 2)
-    assert empty["value"] is None and empty["interval"] is None
-    lines = report.lines(found)
-    assert "margin cannot draw 2 tokens in 1 of 3 texts, which are left out" in lines
-    assert any(line.startswith("eb             none ") for line in lines)
+UNIFORM = samples_of([[2.5, 4.0, 6.0], [2.5, 6.0, 8.0]], [2, 2, 4])
+
+
+def sampler_row(nats: list[list[float]], counts: list[int], uniform=UNIFORM, **settings) -> dict:
+    samples = samples_of(nats, counts)._replace(**settings)
+    entry = Bound(None, "exact likelihood", exact=True, strategy="margin")
+    return report.sampler("margin", entry, samples, 0.5, uniform)
+
+
+def test_a_sampler_is_compared_with_uniform_on_the_same_texts():
+    found = sampler_row([[3.0, 4.0, 9.0]], [2, 2, 4], calls=3.5)
+    assert found["value"] == 2.0 and found["calls"] == 3.5 and found["mixture"] is None
+    assert found["above_uniform"]["value"] == pytest.approx((16 - 14.5) / 8)
+    expected = bounds.ratio(torch.tensor([0.5, -1.0, 2.0]).double(), torch.tensor([2, 2, 4]))
+    assert found["above_uniform"]["standard_error"] == pytest.approx(expected[1])
+
+
+def test_texts_that_cannot_be_drawn_are_counted_and_left_out_of_both():
+    found = sampler_row([[3.0, math.inf, 9.0], [3.0, 4.0, 9.0]], [2, 2, 4], impossible=2)
+    assert (found["texts"], found["impossible_texts"], found["impossible_tokens"]) == (3, 1, 2)
+    assert found["value"] == found["mixture"] == 2.0
+    assert found["above_uniform"]["value"] == pytest.approx((12 - 9.5) / 6)
+    line = "margin cannot draw 2 tokens in 1 of 3 texts, which are left out"
+    assert report.lines({"samplers": [found]})[-1] == line
+
+
+def test_where_no_text_can_be_drawn_there_is_no_figure():
+    found = sampler_row([[math.inf] * 3, [3.0, math.inf, math.inf]], [2, 2, 4], impossible=6)
+    assert found["value"] is found["interval"] is found["mixture"] is found["above_uniform"] is None
+    assert report.lines({"samplers": [found]})[1].startswith("margin         none ")
     json.dumps(found, allow_nan=False)
+
+
+def test_the_lines_of_samplers():
+    exact = sampler_row([[3.0, 4.0, 9.0]], [2, 2, 4], calls=16.0)
+    random = sampler_row([[3.0, 4.0, 9.0], [3.0, 6.0, 9.0]], [2, 2, 4], calls=3.53125)
+    header, first, second = report.lines({"samplers": [exact, random | {"name": "spread"}]})
+    figures = "nats/token       mixture  above uniform      calls  seconds  what it is"
+    assert header == f"sampler        {figures}"
+    figures = "2.0000                    +0.1875 ± 0.2851      16      0.5  exact likelihood"
+    assert first == f"margin         {figures}"
+    figures = "2.1250 ± 0.1250  2.0708   +0.3125 ± 0.1507   3.531      0.5  exact likelihood"
+    assert second == f"spread         {figures}"
 
 
 def test_one_pass_violates_nothing():
@@ -235,7 +262,7 @@ def test_the_line_of_decreases_says_where_and_by_how_much():
 
 
 def test_the_lines_of_several_bounds():
-    about = {"draws": 8, "seconds": 1.25, "impossible_texts": 0}
+    about = {"draws": 8, "seconds": 1.25}
     uniform = {"name": "uniform", **about, "calls": 1, "sampler": "s", **report.figure((2, 0.5), 7)}
     exact = {"name": "left_to_right", **about, "calls": 128, "sampler": "t"}
     exact |= report.figure((1.5, math.nan), 0)

@@ -247,8 +247,8 @@ def test_the_output_has_the_cost_of_a_sample_where_it_is_exact(texts, trained, t
 def test_equal_samples_at_temperature_0_are_said(run, trained):
     words = (f"checkpoint={trained}/ckpt.pt", "sampling.temperature=0", CPU, "num_samples=3")
     equal = run("sample.py", *words, "sampling.strategy=margin")
-    assert "3 samples, but 1 different: at temperature 0" in equal.err
-    assert "different" not in run("sample.py", *words, "num_samples=1").err
+    assert "only 1 of 3 samples are distinct: at temperature 0" in equal.err
+    assert "distinct" not in run("sample.py", *words, "num_samples=1").err
 
 
 def test_an_earlier_output_is_kept(texts, tmp_path):

@@ -47,7 +47,7 @@ def sampled(
     known = inspect.signature(function).parameters if callable(function) else {}
     options = {name: settings.pop(name) for name in OPTIONS & settings.keys()}
     if options := {name: value for name, value in options.items() if name in known}:
-        function = functools.update_wrapper(functools.partial(function, **options), function)
+        function = functools.partial(function, **options)
     if top_k or top_p < 1:
         settings["truncate"] = functools.partial(
             strategies.keep_likeliest, top_k=top_k, top_p=top_p

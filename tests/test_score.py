@@ -46,9 +46,7 @@ def score(model, x0, mask_id, seed=0, *, strategy, is_masked=None, **settings) -
         own = {name: settings.pop(name) for name in OPTIONS & settings.keys()}
         strategy = STRATEGIES[strategy]
         if own:
-            adaptive = getattr(strategy, "adaptive", False)
             strategy = partial(strategy, **own)
-            strategy.adaptive = adaptive
     if guidance := settings.pop("guidance", 0):
         model = strategies.guided(model, is_masked, mask_id, guidance)
     kept = {name: settings.pop(name) for name in ("top_k", "top_p") if name in settings}
@@ -303,7 +301,7 @@ def test_a_strategy_that_leaves_a_mask_is_an_error_and_not_a_lower_cost():
     def half(state):
         return state.is_masked & (torch.arange(4) < 2)
 
-    with pytest.raises(ValueError, match="left masks"):
+    with pytest.raises(ValueError, match="left 162 masks"):
         score(arbitrary_network(LOOP), LOOP.data, LOOP.V, strategy=half, steps=2)
 
 

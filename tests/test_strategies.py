@@ -67,9 +67,9 @@ def test_left_to_right_follows_the_chain_rule_from_the_left(name):
 
 def spread_law(model, problem, steps: int) -> torch.Tensor:
     """Every K-th position a step; the mean over the K positions to begin with."""
-    classes = sorted(range(steps), key=lambda c: c * (math.sqrt(5) - 1) / 2 % 1)
+    turns = sorted(range(steps), key=lambda turn: turn * (math.sqrt(5) - 1) / 2 % 1)
     laws = [
-        schedule_law(model, problem, [classes.index((i + start) % steps) for i in range(problem.L)])
+        schedule_law(model, problem, [turns[(i + start) % steps] for i in range(problem.L)])
         for start in range(steps)
     ]
     return sum(laws) / steps
@@ -92,6 +92,22 @@ def test_what_spread_reveals_together_is_as_many_positions_apart_as_there_are_st
     for rows, columns in (event.revealed.nonzero(as_tuple=True) for event in events):
         same_row = rows[1:] == rows[:-1]
         assert ((columns[1:] - columns[:-1])[same_row] == steps).all()
+
+
+@pytest.mark.parametrize("steps", [5, 16, 90, 1024])
+def test_no_large_gap_is_left_between_the_classes_that_spread_has_revealed(steps):
+    """After n classes the largest gap is less than twice the smallest there could be, 1 / n."""
+    events, canvas = [], torch.zeros(1, steps).long()
+    network = lambda xt: torch.zeros(*xt.shape, 2)  # noqa: E731
+    is_masked = torch.ones(1, steps, dtype=torch.bool)
+    sampled(network, canvas, is_masked, 2, strategy="spread", steps=steps, history=events)
+    seen = []
+    for event in events:
+        seen = sorted([*seen, int(event.revealed[0].nonzero())])
+        gaps = [
+            after - before for before, after in zip(seen, [*seen[1:], seen[0] + steps], strict=True)
+        ]
+        assert max(gaps) <= 2 * steps / len(seen) + 1
 
 
 def test_spread_fills_blanks_in_equal_parts_wherever_they_are():
