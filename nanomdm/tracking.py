@@ -37,6 +37,7 @@ def log_evaluation(config: SimpleNamespace, figures: dict) -> None:
     Path(config.out_dir).mkdir(parents=True, exist_ok=True)
     run, wandb = start_wandb(config, {"evaluated": figures["checkpoint"]}), import_wandb()
     run.log({f"eval/{name}": figures[name]["value"] for name in ("loss", "bits_per_byte")})
+    run.log({f"eval/{row['name']}": row["value"] for row in figures.get("samplers", ())})
     if "curve" in figures:
         rows = [[(row["low"] + row["high"]) / 2, row["value"]] for row in figures["curve"]]
         table = wandb.Table(["share masked", "nats per masked token"], rows)

@@ -260,7 +260,9 @@ def test_figures_and_curve_go_to_wandb_if_asked(evaluated, monkeypatch):
     stub.plot = types.SimpleNamespace(line=lambda table, x, y, title: (table.data, x, y))
     monkeypatch.setitem(sys.modules, "wandb", stub)
     monkeypatch.setenv("WANDB_MODE", "offline")
-    _, figures = evaluated("logging.wandb=true", "eval.draws=2")
+    words = ("eval.samplers=[margin]", "sampling.steps=2")
+    _, figures = evaluated("logging.wandb=true", "eval.draws=2", *words)
+    assert sent["eval/margin"] == figures["samplers"][0]["value"]
     assert sent["eval/loss"] == figures["loss"]["value"]
     points, x, y = sent["eval/cost_by_masking_rate"]
     assert [value for _, value in points] == [row["value"] for row in figures["curve"]]

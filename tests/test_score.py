@@ -5,10 +5,12 @@ probabilities of all texts add up to 1 in either case, if all of them see the sa
 """
 
 import math
+import re
 from functools import partial
 
 import pytest
 import torch
+from conftest import ROOT
 from problems import (
     CHAIN,
     CHAIN_ENTROPY,
@@ -31,6 +33,7 @@ from test_sampling import OPTIONS, L, V, linear_network
 from test_strategies import counts, prompts, spread_law
 
 import diffusion
+from model import ModelConfig, Transformer
 from nanomdm import bounds, strategies, texts
 from nanomdm.strategies import BOUND, EXACT, LIKELIHOODS, NONE, STRATEGIES
 
@@ -325,3 +328,29 @@ def test_the_order_of_a_sample_says_which_step_revealed_each_token():
     expected = sum(event.step * event.revealed.long() for event in events)
     assert torch.equal(drawn.order, expected) and (drawn.order[~is_masked] == 0).all()
     assert (drawn.costs[~is_masked] == 0).all() and (drawn.costs[is_masked] > 0).all()
+
+
+@pytest.mark.parametrize("strategy", SCORED)
+def test_our_network_gives_a_text_the_same_cost_alone_and_in_a_batch(strategy):
+    """In float32, but for rounding; with convolutions no two positions tie."""
+    torch.manual_seed(0)
+    shape = {"n_layer": 2, "n_head": 2, "n_embd": 16, "block_size": L}
+    network = Transformer(ModelConfig(V, conv_width=3, **shape)).eval()
+    for parameter in network.parameters():
+        torch.nn.init.normal_(parameter, std=0.5)
+    x0 = torch.randint(V, (6, L), generator=seeded(1))
+    settings = {"strategy": strategy, "steps": 4}
+    together = score(network, x0, V, **settings)
+    alone = [score(network, x0[i : i + 1], V, rows=torch.tensor([i]), **settings) for i in range(6)]
+    torch.testing.assert_close(torch.cat(alone), together, rtol=1e-4, atol=1e-4)
+
+
+def test_the_example_of_the_page_runs_and_its_two_costs_are_one():
+    page = (ROOT / "docs" / "sampling.md").read_text()
+    block = re.search(r"## As a library\n\n```python\n(.*?)```", page, flags=re.S)[1]
+    canvas, is_masked = prompts(6)
+    names = {"model": linear_network, "canvas": canvas, "is_masked": is_masked, "mask_id": V}
+    names["generator"] = seeded(0)
+    exec(block, names)
+    torch.testing.assert_close(names["same"], names["nats"])
+    assert len(names["history"]) > 1
