@@ -104,6 +104,17 @@ def test_the_strategy_of_the_page_goes_from_the_ends_inwards():
     assert (first, second) == ([True, False, False, True], [False, True, True, False])
 
 
+def test_the_example_of_the_sampling_page_runs_and_its_two_costs_are_one():
+    page = (ROOT / "docs" / "sampling.md").read_text()
+    block = re.search(r"## As a library\n\n```python\n(.*?)```", page, flags=re.S)[1]
+    canvas, is_masked = LOOP.blank(3)
+    names = {"canvas": canvas, "is_masked": is_masked, "mask_id": LOOP.V, "generator": seeded(0)}
+    names["model"] = arbitrary_network(LOOP)
+    exec(compile(block, "sampling.md", "exec"), names)
+    torch.testing.assert_close(names["same"], names["nats"])
+    assert len(names["history"]) >= 1
+
+
 # --- A bound ------------------------------------------------------------------------------------
 
 

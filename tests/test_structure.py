@@ -202,7 +202,7 @@ YOURS = {  # by the file that it is written into, or that is new
     "nanomdm/optim.py": "def mine(parameters, learning_rate, weight_decay):\n"
     "    return [torch.optim.SGD(parameters.values(), learning_rate)]\n\n\n"
     'OPTIMIZERS["mine"] = mine\n',
-    "nanomdm/bounds.py": 'BOUNDS["mine"] = Bound(chain, "is mine", calls=None)\n',
+    "nanomdm/bounds.py": 'BOUNDS["mine"] = Bound(everything, "is mine")\n',
     "train.py": "def my_metric(run):\n    return sum(p.sum() for p in run.ema.parameters())\n"
     + "\n\ndef more():\n    return (\n"
     + "        1,\n" * 2000
