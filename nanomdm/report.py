@@ -281,7 +281,7 @@ def sampler_lines(rows: list[dict]) -> list[str]:
         f"{'seconds':>8}  what it is"
     ]
     for row in rows:
-        value = difference = mixture = "none"
+        value, difference, mixture = "none", "", ""
         if row["value"] is not None:
             value, difference = text_of(row), text_of(row["above_uniform"], "+")
             mixture = f"{row['mixture']:.4f}" if row["mixture"] is not None else ""

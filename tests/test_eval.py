@@ -120,6 +120,11 @@ def test_every_strategy_has_a_row_with_its_own_likelihood(evaluated):
     assert re.search(r"^margin .*  exact likelihood$", out, flags=re.M)
 
 
+def test_one_sampler_needs_no_brackets(evaluated):
+    words = ("eval.samplers=margin", "sampling.steps=2", "eval.draws=1", "eval.tokens=64")
+    assert [row["name"] for row in evaluated(*words)[1]["samplers"]] == ["margin"]
+
+
 def test_what_has_no_effect_without_a_sampler_is_said(evaluated, run, trained):
     words = ("eval.draws=1", "eval.tokens=64", CPU, f"checkpoint={trained}/ckpt.pt")
     settings = ("sampling.steps=4", "sampling.temperature=2", "sampling.options={top_k: 2}")
