@@ -344,8 +344,8 @@ def typed(key, value, default):
     kind, given = type(default), type(value)
     if kind is str and given in (bool, int, float):  # compile: true in a file
         value = str(value).lower()
-    elif kind is list and given in (list, str):  # one word is a list of one
-        value = [str(item) for item in ([value] if given is str else value)]
+    elif kind is list is given:
+        value = [str(item) for item in value]
     elif kind in (int, float) and given in (int, float) and value % 1 == 0:  # 1e3 steps, dropout 0
         value = kind(value)
     if type(value) is not kind:

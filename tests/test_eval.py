@@ -120,11 +120,6 @@ def test_every_strategy_has_a_row_with_its_own_likelihood(evaluated):
     assert re.search(r"^margin .*  exact likelihood$", out, flags=re.M)
 
 
-def test_one_sampler_needs_no_brackets(evaluated):
-    words = ("eval.samplers=margin", "sampling.steps=2", "eval.draws=1", "eval.tokens=64")
-    assert [row["name"] for row in evaluated(*words)[1]["samplers"]] == ["margin"]
-
-
 def test_what_has_no_effect_without_a_sampler_is_said(evaluated, run, trained):
     words = ("eval.draws=1", "eval.tokens=64", CPU, f"checkpoint={trained}/ckpt.pt")
     settings = ("sampling.steps=4", "sampling.temperature=2", "sampling.options={top_k: 2}")
@@ -158,10 +153,10 @@ def test_a_text_that_a_filter_makes_impossible_is_counted_and_not_infinite(evalu
 
 def test_one_random_position_a_call_costs_the_bound_and_k_steps_that_of_k_steps(evaluated):
     words = ("eval.samplers=[first_hitting,stochastic]", "eval.bounds=[discrete]")
-    _, figures = evaluated(*words, "sampling.steps=3", "eval.draws=30", "eval.tokens=640")
+    _, figures = evaluated(*words, "sampling.steps=3", "eval.draws=20", "eval.tokens=320")
     for bound, sampler in zip(figures["bounds"], figures["samplers"], strict=True):
         error = math.hypot(bound["standard_error"], sampler["standard_error"])
-        assert abs(bound["value"] - sampler["value"]) < 4 * error < 0.2
+        assert abs(bound["value"] - sampler["value"]) < 4 * error < 0.3
 
 
 def test_remasking_is_refused_before_anything_is_computed(run, trained):
