@@ -72,6 +72,19 @@ def as_texts(fills: Sequence[Fill], tokenizer, context: int, source: str = "") -
     return Texts(source, names, rows, predict, torch.tensor(document), torch.tensor(sizes))
 
 
+def costs(loaded: Loaded, texts: Texts, config: Section) -> Tensor:
+    """The conditional bound of every fill in nats (draws, fills)."""
+    samples = nll_samples(
+        loaded.model,
+        texts.rows,
+        seed=config.seed,
+        draws=config.draws,
+        predict=texts.predict,
+        batch_size=config.batch_size,
+    )
+    return by_fill(samples.nats, texts)
+
+
 def by_fill(values: Tensor, texts: Texts) -> Tensor:
     """Values (..., rows) added up over the rows of each fill (..., fills)."""
     sums = values.new_zeros(*values.shape[:-1], len(texts.names))
@@ -214,16 +227,9 @@ def main(config: Section) -> None:
         "symbols that the tokenizer lacks)"
     )
     start = time.perf_counter()
-    samples = nll_samples(
-        loaded.model,
-        texts.rows,
-        seed=config.seed,
-        draws=config.draws,
-        predict=texts.predict,
-        batch_size=config.batch_size,
-    )
+    nats = costs(loaded, texts, config)
     seconds = time.perf_counter() - start
-    nats, sizes = by_fill(samples.nats, texts), by_fill(texts.sizes, texts)
+    sizes = by_fill(texts.sizes, texts)
     if config.task == "last_word":
         figures = score_last_words(nats, greedy_fills(loaded, texts, config.batch_size), sizes)
     else:
@@ -233,9 +239,9 @@ def main(config: Section) -> None:
     print(f"{seconds:.1f} s")
     if config.output:
         about = {"checkpoint": config.checkpoint, "path": config.path, "task": config.task}
-        about |= {"items": len(chosen), "draws": len(samples.nats), "seed": config.seed}
-        costs = nats.mean(dim=0).tolist()
-        report.write_json(about | figures | {"nats": costs, "seconds": seconds}, config.output)
+        about |= {"items": len(chosen), "draws": len(nats), "seed": config.seed}
+        each = nats.mean(dim=0).tolist()
+        report.write_json(about | figures | {"nats": each, "seconds": seconds}, config.output)
 
 
 if __name__ == "__main__":

@@ -15,8 +15,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-from bench.cloze import Fill, as_texts, by_fill, greedy_fills
-from bench.score import nll_samples
+from bench.cloze import Fill, as_texts, costs, greedy_fills
 from diffusion import sample
 from model import ModelConfig, Transformer
 from nanomdm import cli, devices, strategies
@@ -49,15 +48,7 @@ def make_adapter(loaded: Loaded, config: Section):
 def score(loaded: Loaded, fills: list[Fill], config: Section):
     """The rows of the fills, and minus the cost of each fill in nats."""
     texts = as_texts(fills, loaded.tokenizer, loaded.model.config.block_size)
-    samples = nll_samples(
-        loaded.model,
-        texts.rows,
-        seed=config.seed,
-        draws=config.draws,
-        predict=texts.predict,
-        batch_size=config.batch_size,
-    )
-    return texts, (-by_fill(samples.nats, texts).mean(dim=0)).tolist()
+    return texts, (-costs(loaded, texts, config).mean(dim=0)).tolist()
 
 
 def generate(loaded: Loaded, prompt: str, wanted: dict, config: Section) -> str:
