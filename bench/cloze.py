@@ -72,15 +72,15 @@ def as_texts(fills: Sequence[Fill], tokenizer, context: int, source: str = "") -
     return Texts(source, names, rows, predict, torch.tensor(document), torch.tensor(sizes))
 
 
-def costs(loaded: Loaded, texts: Texts, config: Section) -> Tensor:
+def costs(loaded: Loaded, texts: Texts, *, seed: int, draws: int, batch_size: int) -> Tensor:
     """The conditional bound of every fill in nats (draws, fills)."""
     samples = nll_samples(
         loaded.model,
         texts.rows,
-        seed=config.seed,
-        draws=config.draws,
+        seed=seed,
+        draws=draws,
         predict=texts.predict,
-        batch_size=config.batch_size,
+        batch_size=batch_size,
     )
     return by_fill(samples.nats, texts)
 
@@ -227,7 +227,7 @@ def main(config: Section) -> None:
         "symbols that the tokenizer lacks)"
     )
     start = time.perf_counter()
-    nats = costs(loaded, texts, config)
+    nats = costs(loaded, texts, seed=config.seed, draws=config.draws, batch_size=config.batch_size)
     seconds = time.perf_counter() - start
     sizes = by_fill(texts.sizes, texts)
     if config.task == "last_word":

@@ -48,7 +48,8 @@ def make_adapter(loaded: Loaded, config: Section):
 def score(loaded: Loaded, fills: list[Fill], config: Section):
     """The rows of the fills, and minus the cost of each fill in nats."""
     texts = as_texts(fills, loaded.tokenizer, loaded.model.config.block_size)
-    return texts, (-costs(loaded, texts, config).mean(dim=0)).tolist()
+    nats = costs(loaded, texts, seed=config.seed, draws=config.draws, batch_size=config.batch_size)
+    return texts, (-nats.mean(dim=0)).tolist()
 
 
 def generate(loaded: Loaded, prompt: str, wanted: dict, config: Section) -> str:
