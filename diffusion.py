@@ -334,13 +334,14 @@ def sample(
             state = State(model, xt, block, left, noise, token_noise, uniform, index, count)
             revealed = strategy(state) & left
             tokens = logits = None
-            if revealed.any():
-                logits = state.logits[revealed]  # (N, V)
+            where = revealed.nonzero(as_tuple=True)  # once: a GPU is waited for
+            if len(where[0]):
+                logits = state.logits[where]  # (N, V)
                 log_p = log_probabilities(logits, temperature, truncate)
-                tokens = draw_tokens(log_p, token_noise[revealed]) if x0 is None else x0[revealed]
-                costs[revealed] = -log_p.gather(1, tokens[:, None]).squeeze(1)
-                order[revealed] = step + 1
-                xt[revealed] = tokens
+                tokens = draw_tokens(log_p, token_noise[where]) if x0 is None else x0[where]
+                costs[where] = -log_p.gather(1, tokens[:, None]).squeeze(1)
+                order[where] = step + 1
+                xt[where] = tokens
                 left = left & ~revealed
             if state.again is not None:
                 if x0 is not None:

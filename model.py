@@ -50,7 +50,9 @@ class ModelConfig:
         least |= {"mlp_size": 0, "norm_eps": 0, "rope_base": 1}
         for name, limit in least.items():
             if not limit <= getattr(self, name) < math.inf:
-                raise ValueError(f"model.{name}={getattr(self, name)} must be at least {limit}")
+                raise ValueError(
+                    f"model.{name}={getattr(self, name)} must be at least {limit} and finite"
+                )
         K = self.head_size
         if self.n_embd % self.n_head:
             raise ValueError(

@@ -13,7 +13,6 @@ from conftest import TEXT
 from bench import frontier
 from bench import judge as judges
 from nanomdm import cli, strategies
-from nanomdm.errors import UserError
 
 
 class CountingJudge(judges.Judge):
@@ -103,15 +102,8 @@ def test_the_plot_is_written_where_matplotlib_is_installed(measured):
 
 
 def test_without_a_judge_and_without_tokens_there_is_nothing_to_measure(run, trained):
-    words = ["tokens=0", "device=cpu", f"checkpoint={trained}/ckpt.pt"]
-    with pytest.raises(UserError, match="name a judge, or tokens"):
-        frontier.main(
-            cli.section(
-                cli.load_defaults("bench/frontier")
-                | dict(w.split("=") for w in words)
-                | {"tokens": 0}
-            )
-        )
+    result = run("bench.frontier", "tokens=0", "device=cpu", f"checkpoint={trained}/ckpt.pt")
+    assert result.code == 2 and "name a judge, or tokens" in result.err
 
 
 def row(name: str, calls: float, bits: float, entropy: float) -> frontier.Row:
