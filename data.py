@@ -43,14 +43,6 @@ class Corpus:
         check_ids(batch, self.tokenizer.vocab_size, "the train split")
         return torch.from_numpy(batch.astype(np.int64))
 
-    def require(self, block_size: int) -> None:
-        """Raise `UserError` if the train split is shorter than one block."""
-        if len(self.train) < block_size:
-            raise UserError(
-                f"the train split of {self.name} has {len(self.train)} tokens, fewer than "
-                f"model.block_size={block_size}: take a longer text or a smaller block"
-            )
-
 
 def blocks(tokens: np.ndarray | Shards, block_size: int, limit: int = 0) -> list[Tensor]:
     """All of `tokens` as rows (L,), int64, without overlap; the last may be shorter.
@@ -74,7 +66,10 @@ def load(settings, tokenizer: object | None = None, sha256: str = "") -> Corpus:
     Raises `UserError`, also for a text that has not the hash `sha256`, before anything is written.
     """
     if settings.dir:
-        corpus = open_bins(Path(settings.dir), settings.tokenizer, tokenizer)
+        kind = {"kind": settings.tokenizer}
+        if settings.tokenizer == "ids":
+            kind["vocab_size"] = settings.vocab_size
+        corpus = open_bins(Path(settings.dir), kind, tokenizer)
         check_hash(corpus.name, corpus.sha256, sha256)
         return corpus
     cache = Path(os.environ.get("NANOMDM_CACHE", "prepared"))
@@ -89,8 +84,8 @@ def load(settings, tokenizer: object | None = None, sha256: str = "") -> Corpus:
 def check_hash(name: str, found: str, expected: str) -> None:
     if expected and found != expected:
         raise UserError(
-            f"the text of the checkpoint ({name}) has changed since training: restore it, name a "
-            "text by data.path=, or start a new run in another out_dir"
+            f"{name} is not the text that the checkpoint was trained on, or has changed since: "
+            "restore it, name that text by data.path=, or start a new run in another out_dir"
         )
 
 
@@ -136,12 +131,14 @@ def dtype_of(vocab_size: int) -> str:
     return "uint16" if vocab_size <= 2**16 else "uint32"
 
 
-def open_bins(folder: Path, kind: str = "char", tokenizer: object | None = None) -> Corpus:
-    """The corpus in a folder of bins; bins without a meta file have a tokenizer of this `kind`.
+def open_bins(
+    folder: Path, without_meta: dict | None = None, tokenizer: object | None = None
+) -> Corpus:
+    """The corpus in a folder of bins; `without_meta` is the state of their tokenizer if no file is.
 
     Raises `UserError`, also for bins of another tokenizer than the `tokenizer` of a checkpoint.
     """
-    meta = read_meta(folder, tokenizer.state()["kind"] if tokenizer else kind)
+    meta = read_meta(folder, tokenizer.state() if tokenizer else without_meta or {"kind": "char"})
     try:
         own = load_tokenizer(meta["tokenizer"])
     except UserError as error:

@@ -11,8 +11,6 @@ from nanomdm import bounds, checkpoint, cli, devices, report, runlog, texts, tra
 from nanomdm.errors import UserError, visible
 from nanomdm.random import generator
 
-SAMPLING = {"sampling.steps", "sampling.temperature", "sampling.options"}
-
 
 def main(config: cli.Section) -> None:
     report.check_output(config.output)
@@ -28,16 +26,13 @@ def main(config: cli.Section) -> None:
         )
     chosen = bounds.choose(config.eval.bounds, config.sampling.steps, diffusion.sample)
     samplers = bounds.samplers(config.eval.samplers, config.sampling, diffusion.sample)
-    for key in () if samplers else sorted(config.explicit & SAMPLING):
-        if not (key == "sampling.steps" and "discrete" in chosen):
-            print(f"{key} has no effect without eval.samplers", file=sys.stderr)
     scored = choose_texts(config, models)
     dtype = devices.pick_dtype(config.system.dtype, device, training=False)
     for name, loaded in zip(names, models, strict=True):
         print(f"{name}: {loaded.weights}, on {device}")
     how = "exactly" if exact[0] else f"{config.eval.draws} passes"
     print(f"{scored.source}: {scored.tokens:,} tokens, {how}", flush=True)
-    figures = {"checkpoint": names[0], "source": scored.source, "exact": exact[0]}
+    figures = {"checkpoint": names[0], "source": scored.source}
 
     def show(found: dict) -> None:
         figures.update(found)
@@ -46,8 +41,7 @@ def main(config: cli.Section) -> None:
 
     with devices.autocast(device, dtype):
         samples, seconds = measure(models[0], chosen["uniform"], scored, config)
-        show({"seed": config.system.seed, "draws": len(samples.nats)})
-        show(report.likelihood(samples, scored))
+        show({"seed": config.system.seed} | report.likelihood(samples, scored, exact[0]))
         if not exact[0]:
             show(report.cost_by_rate(samples))
             measured = {"uniform": (chosen["uniform"], samples, seconds)}

@@ -23,12 +23,13 @@ def main(config: cli.Section) -> None:
     with as_user_error():
         sampler = strategies.from_config(config.sampling, diffusion.sample, shape.causal)
     lines, canvases = prompts.read(config, loaded.tokenizer, shape.block_size)
+    at_once = prompts.rows_at_once(shape.block_size, shape.vocab_size)
     dtype = devices.pick_dtype(config.system.dtype, device, training=False)
     with folders.open_output(config.output) as output, devices.autocast(device, dtype):
         about = f"{loaded.weights}, on {device}; {sampler.name} ({sampler.label})"
         print(f"{config.checkpoint}: {about}", file=sys.stderr)
         finished, number, different = {}, 0, set()
-        for rows, ids, is_masked in prompts.batches(canvases):
+        for rows, ids, is_masked in prompts.batches(canvases, at_once):
             samples = fill(loaded, sampler, config, rows, ids, is_masked)
             finished.update(zip(rows, samples, strict=True))
             while number in finished:  # in the order of the prompts

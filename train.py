@@ -44,6 +44,7 @@ def main(config: cli.Section) -> None:
                 save(run, "ckpt.pt")
         run.files.require(run.step)
         interrupt.exit(run.step)
+        run.stats.require_result(run.step)
 
 
 # --- One step ------------------------------------------------------------------------------------
@@ -106,7 +107,8 @@ def training_step(run: "Run") -> tuple[Tensor, Tensor]:
 def evaluate(run: "Run", log) -> None:
     """The bound of the EMA weights on val and a part of train; keeps the weights of the best.
 
-    On the same masks every time, and in float32: autocast is for training.
+    On the same masks every time, as many as give a standard error, and in float32: autocast is for
+    training.
     """
     shape, limit, values = run.model.config, run.config.eval.tokens, {}
     quarter = max(1, (limit or len(run.corpus.val)) // 4)
@@ -118,15 +120,15 @@ def evaluate(run: "Run", log) -> None:
             [row.to(run.device) for row in rows],
             mask_id=shape.mask_id,
             generator=generator(run.config.system.seed, "evaluation"),
-            draws=1,
+            draws=1 if shape.causal else math.ceil(bounds.LEAST_ROWS / len(rows)),
         )
         for name, value in bounds.NLLSamples(*found).summary(shape.causal).items():
             values[f"eval/{split}_{name}"] = value
     log.metrics(run.step, values)
-    train, val = values["eval/train_loss"], values["eval/val_loss"]
+    train, val = (runlog.with_error(values, split) for split in ("train", "val"))
     name = "loss" if shape.causal else "bound"
-    log.say(f"step {run.step}: {name} {train:.4f} on train and {val:.4f} on val, nats/token")
-    if val < run.best:
+    log.say(f"step {run.step}: {name} {train} on train and {val} on val, nats/token")
+    if (val := values["eval/val_loss"]) < run.best:
         before, run.best = run.best, val
         if not save(run, "best.pt"):
             run.best = before  # the next bound below the saved one is saved
@@ -179,6 +181,8 @@ class Run:
         with parallel.main_process_first():
             sha256 = state["corpus"]["sha256"] if resumes else ""
             self.corpus = data.load(config.data, loaded and loaded.tokenizer, sha256)
+        if config.data.dir:
+            runs.decide(config, {"data.tokenizer": self.corpus.tokenizer.kind}, config.data.dir)
 
         self.model = build_model(config, self.corpus, loaded).to(device)
         self.model.recompute = settings.activation_checkpointing
@@ -226,7 +230,7 @@ def build_model(config: cli.Section, corpus: data.Corpus, loaded) -> Transformer
             shape = replace(loaded.model.config, dropout=shape["dropout"], causal=shape["causal"])
         else:
             shape = ModelConfig(corpus.tokenizer.vocab_size, **shape)
-    corpus.require(shape.block_size)
+    runs.require_room(config, corpus, shape)
     torch.manual_seed(generator(config.system.seed, "weights").initial_seed())
     model = Transformer(shape)
     if loaded:

@@ -34,16 +34,16 @@ def digest(meta: dict) -> str:
     return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
 
 
-def read_meta(folder: Path, tokenizer_kind: str) -> dict:
+def read_meta(folder: Path, tokenizer: dict) -> dict:
     """What the folder's meta file says, with all keys of `META`.
 
-    Without a meta file the bins are uint16, of the tokenizer gpt2 or byte, whose tokens have the
-    same ids everywhere. Raises `UserError`.
+    Without a meta file the bins are uint16, of the `tokenizer` (its state) gpt2 or byte, whose
+    tokens have the same ids everywhere, or ids, which has no text. Raises `UserError`.
     """
     if not folder.is_dir():
         raise UserError(f"no folder {folder}: check data.dir")
     ours, nanogpts = folder / "meta.json", folder / "meta.pkl"
-    tokenizer = {"kind": tokenizer_kind}
+    kind = tokenizer["kind"]
     try:
         if ours.is_file():
             return _checked(json.loads(ours.read_bytes()))
@@ -53,10 +53,11 @@ def read_meta(folder: Path, tokenizer_kind: str) -> dict:
             tokenizer = {"kind": "char", "characters": characters}
     except Exception as error:  # a damaged pickle or JSON can fail in any way
         raise UserError(f"the meta file in {folder} is damaged ({error}): prepare again") from error
-    if not nanogpts.is_file() and tokenizer_kind not in ("gpt2", "byte"):
+    if not nanogpts.is_file() and kind not in ("gpt2", "byte", "ids"):
         raise UserError(
-            f"{folder} has no meta.json or meta.pkl, and data.tokenizer={tokenizer_kind}: say "
-            "data.tokenizer=gpt2 or data.tokenizer=byte"
+            f"{folder} has no meta.json or meta.pkl, and data.tokenizer={kind}: say "
+            "data.tokenizer=gpt2, data.tokenizer=byte or, for ids of your own below V, "
+            "data.tokenizer=ids data.vocab_size=V"
         )
     return META | {"dtype": "uint16", "tokenizer": tokenizer}
 

@@ -22,12 +22,12 @@ import torch
 from torch import Tensor
 
 from .errors import UserError, as_user_error, check_choice
-from .prompts import Canvas, batches
+from .prompts import Canvas, batches, rows_at_once
 from .random import generator
 from .strategies import EXACT, NONE, STRATEGIES, Sampler, from_config, options_of
 
 MaskedQuery = tuple[Tensor, Tensor, Tensor]
-LOGITS = 2**27  # at once, in a batch that is scored
+LEAST_ROWS = 64  # of a bound in training, each with a mask of its own
 Estimate = tuple[float, float]  # a value and its standard error (nan from one draw)
 
 
@@ -160,7 +160,7 @@ def score(
     """
     rows = list(map(Canvas, texts.rows, texts.predict))
     longest = max(len(row.ids) for row in rows)
-    size = max(1, min(64, LOGITS // (longest * model.config.vocab_size)))
+    size = rows_at_once(longest, model.config.vocab_size)
     nats = torch.zeros(draws, len(rows), dtype=torch.float64)
     calls, impossible = torch.zeros_like(nats), torch.zeros_like(nats)
     for draw in range(draws):
@@ -223,11 +223,11 @@ class NLLSamples(NamedTuple):
         return self._replace(nats=self.nats[:, rows], u=self.u[:, rows], counts=self.counts[rows])
 
     def summary(self, exact: bool = False) -> dict[str, float]:
-        """The figures that a training log has of one pass: loss, ppl and error (of the masks)."""
-        loss, _ = self.bound()
+        """The figures that a training log has: loss, ppl and error (of the masks)."""
+        loss, error = self.bound()
         figures = {"loss": loss, "ppl": math.exp(min(loss, 700.0))}  # beyond 700 it overflows
-        if len(self.counts) > 1 and not exact:
-            figures["error"] = error_within(self)
+        if not exact:
+            figures["error"] = error if len(self.nats) >= 8 else error_within(self)
         return figures
 
 

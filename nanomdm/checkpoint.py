@@ -116,7 +116,6 @@ def load_model(
     other.
     """
     state = UNKNOWN | load(path)
-    state.setdefault("stats", state.get("meter", {}))  # as older checkpoints call them
     if resume and "optimizer" not in state:
         raise UserError(
             f"{path} holds averaged weights only and cannot be resumed: start from them by "
@@ -181,9 +180,12 @@ def load(path: str | Path) -> dict:
     """
     path = Path(path)
     if not path.is_file():
-        raise UserError(
-            f"no checkpoint at {path}: train one with `python train.py`, or check the name"
-        )
+        remedy = "train one with `python train.py`, or check the name"
+        if (path / "config.json").is_file():
+            remedy = f"import it first, `python -m tools.import_weights from={path} to=imported.pt`"
+        elif found := sorted(path.glob("*.pt")):
+            remedy = f"it is a folder, name a file in it, such as {found[0]}"
+        raise UserError(f"no checkpoint at {path}: {remedy}")
     try:
         check_archive(path)
         with warnings.catch_warnings(action="ignore"):  # about what is refused in one line below

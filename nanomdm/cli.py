@@ -8,6 +8,7 @@ import re
 import sys
 import time
 from collections.abc import Callable, Sequence
+from operator import not_
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -19,11 +20,14 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from .errors import UserError, as_user_error, check_choice, optional, visible
+from .runlog import ranking
+from .strategies import STRATEGIES, is_adaptive, options_of
 
 ROOT = Path(__file__).resolve().parents[1]
 CONFIGS = ROOT / "configs"
 RANK = int(os.environ.get("RANK", 0))  # of this process among those of torchrun
 FREE = "sampling.options"  # a dictionary with keys of a strategy's own
+NO_MEMORY = re.compile("(allocate|out of|enough) memory|Unable to allocate")  # of torch and numpy
 RANGES = {  # what a number must be: the condition, and the keys that it holds for
     "positive": (
         lambda x: 0 < x < math.inf,
@@ -50,7 +54,6 @@ RANGES = {  # what a number must be: the condition, and the keys that it holds f
             "sampling.temperature",
             "sampling.length",
             "sampling.options.top_k",
-            "sampling.options.guidance",
             "sampling.options.block_length",
             "sampling.options.gamma",
             "eval.tokens",
@@ -58,6 +61,7 @@ RANGES = {  # what a number must be: the condition, and the keys that it holds f
     ),
     "0 or more and less than 1": (lambda x: 0 <= x < 1, ("training.ema_decay",)),
     "in (0, 1]": (lambda x: 0 < x <= 1, ("sampling.options.top_p",)),
+    "in [0, 100]": (lambda x: 0 <= x <= 100, ("sampling.options.guidance",)),
     "in [0, 1]": (
         lambda x: 0 <= x <= 1,
         ("diffusion.weighting", "sampling.options.threshold", "sampling.options.remask_rate"),
@@ -93,42 +97,6 @@ REPEATED = (
     "training.ema_decay",
     "system.seed",
 )
-# Settings of earlier versions: those that are options now, with the default that each had; all that
-# have another name; and those that are none any more, with the value that each has now.
-NOW_OPTIONS = {
-    "threshold": 0.9,
-    "gamma": 0.1,
-    "remask_rate": 0.05,
-    "top_k": 0,
-    "top_p": 1.0,
-    "guidance": 0.0,
-    "block_length": 0,
-}
-RENAMED = {
-    "sampling.output": "output",
-    "eval.output": "output",
-    "training.eval_tokens": "eval.tokens",
-    **{f"sampling.{name}": f"{FREE}.{name}" for name in NOW_OPTIONS},
-}
-RETIRED = {
-    "model.tie_weights": True,
-    "model.qk_norm": True,
-    "model.mlp_size": 0,
-    "model.norm_eps": 1e-5,
-    "model.rope_base": 10000.0,
-    "diffusion.eps": 1e-3,
-    "diffusion.masking": "bernoulli",
-    "data.cache_dir": "that of the environment variable NANOMDM_CACHE",
-    "training.min_lr_ratio": 0.0,
-    "training.max_skipped": 50,
-    "training.keep": 0,
-    "sampling.remask_unsure": False,
-    "sampling.batch_size": 64,
-    "eval.batch_size": 64,
-    "eval.plot": "",
-    "eval.stride": 0,
-    "system.timeout": 30.0,
-}
 # The settings, or sections of them, that each script reads: others have no effect on it.
 READS = {
     "train.py": (
@@ -137,12 +105,24 @@ READS = {
         "diffusion",
         "data",
         "training",
-        "sampling",
+        "sampling.strategy",
+        "sampling.steps",
+        "sampling.temperature",
+        "sampling.options",
         "eval.tokens",
         "system",
         "logging",
     ),
-    "sample.py": ("checkpoint", "prompt", "num_samples", "output", "sampling", "system"),
+    "sample.py": (
+        "checkpoint",
+        "prompt",
+        "num_samples",
+        "output",
+        "sampling",
+        "system.device",
+        "system.dtype",
+        "system.seed",
+    ),
     "eval.py": (
         "checkpoint",
         "output",
@@ -154,24 +134,48 @@ READS = {
         "sampling.temperature",
         "sampling.options",
         "eval",
-        "system",
+        "system.device",
+        "system.dtype",
+        "system.seed",
         "logging",
     ),
 }
+# Settings that have no effect because of others, which the same script reads: the beginnings of
+# their keys, and what holds for the values of the others then.
+IDLE = (
+    ("data.vocab_size", {"data.tokenizer": ("char", "byte", "gpt2").__contains__}),
+    ("data.dataset", {"data.path": bool}),
+    ("data.dataset", {"data.dir": bool}),
+    ("diffusion.weighting", {"training.objective": "ar".__eq__}),
+    ("eval.tokens", {"training.eval_interval": not_}),
+    ("sampling.", {"training.sample_interval": not_}),
+    ("sampling.steps", {"sampling.strategy": is_adaptive}),
+    ("sampling.options.top_", {"sampling.temperature": not_}),
+    (("sampling.temperature", "sampling.options"), {"eval.samplers": not_}),
+    (
+        "sampling.steps",
+        {
+            "eval.samplers": lambda names: all(map(is_adaptive, names)),
+            "eval.bounds": lambda names: "discrete" not in names,
+        },
+    ),
+    (("logging.name", "logging.project", "logging.tags"), {"logging.wandb": not_}),
+)
 DECIDED = ("model.", "data.tokenizer", "data.vocab_size")  # by a checkpoint
-DECISIVE = ("diffusion.eps", "diffusion.masking", "training.min_lr_ratio")  # of a resumed run
+OPTIONS = {f"sampling.{name}": f"{FREE}.{name}" for each in STRATEGIES for name in options_of(each)}
 
 
 class Section(SimpleNamespace):
     """The configuration, or a section of it: plain values as attributes."""
 
     explicit = frozenset()  # of the whole configuration: the keys that the command line names
+    job = ""  # of the whole configuration, in a sweep: the settings that differ from job to job
 
     def as_dict(self) -> dict:
         return {
             name: value.as_dict() if isinstance(value, Section) else value
             for name, value in vars(self).items()
-            if name != "explicit"
+            if name not in ("explicit", "job")
         }
 
 
@@ -200,27 +204,44 @@ def main(script: Callable, name: str = "config") -> None:
     configs/NAME.yaml holds the settings: a tool or a bench has its own.
 
     What is no bug ends in one line on stderr; a bug keeps its traceback. The exit code is 2 for a
-    mistake of the user's, 1 for what fails at run time (`OSError`, and `FloatingPointError` for
-    training that diverged), 130 for Ctrl-C.
+    mistake of the user's, 1 for what fails at run time (`OSError`, a lack of memory, and
+    `FloatingPointError` for training that diverged, after which a sweep goes on), 130 for Ctrl-C.
     """
     sys.stdout.reconfigure(errors="backslashreplace")  # for terminals that lack a letter
+    swept, code = {}, 0
     try:
         for config in jobs(sys.argv[1:], name):
-            script(config)
-        return
+            if config.job:
+                swept[config.out_dir] = config.job
+            try:
+                script(config)
+            except FloatingPointError as error:
+                code = complain(error, 1)
+        for line in () if RANK else ranking(swept):
+            print(line)
     except OverrideParseException as error:
-        message, code = f"cannot read {error.override}: {error}", 2
+        code = complain(f"cannot read {error.override}: {error}", 2)
     except (UserError, HydraException, OmegaConfBaseException) as error:
-        message, code = str(error), 2
-    except (OSError, FloatingPointError) as error:
-        message, code = str(error), 1
+        code = complain(error, 2)
+    except OSError as error:
+        code = complain(error, 1)
+    except (MemoryError, RuntimeError) as error:
+        if not NO_MEMORY.search(str(error)):
+            raise
+        code = complain(f"not enough memory, take a smaller model, batch or text: {error}", 1)
     except KeyboardInterrupt:
-        message, code = "interrupted", 130
+        code = complain("interrupted", 130)
+    if code:
+        sys.exit(code)
+
+
+def complain(message: object, code: int) -> int:
+    """Print an error in one line; returns the exit code."""
     if code == 2 and RANK:
         time.sleep(10)  # all processes found the same mistake: the first one says it
-    line = visible(" ".join(message.split()))  # a damaged file may be quoted in it
+    line = visible(" ".join(str(message).split()))  # a damaged file may be quoted in it
     print("error:", re.sub("(.{500}).+(.{500})", r"\1 ... \2", line), file=sys.stderr)
-    sys.exit(code)
+    return code
 
 
 def jobs(words, name="config"):
@@ -234,18 +255,34 @@ def jobs(words, name="config"):
     defaults = flat(load_defaults(name))
     choices = read([word for word in words if word not in options], defaults, options)
     script = Path(sys.argv[0]).name
-    reads = READS.get(script, ()) if name == "config" else ()
+    reads = name == "config" and READS.get(script) or tuple(defaults)
     for key, _ in itertools.chain(*choices):
-        if reads and key.startswith(DECIDED) and not key.startswith(reads):
+        if key.startswith(DECIDED) and not key.startswith(reads):
             raise UserError(f"{key}: the checkpoint decides it: leave it out")
     for number, settings in enumerate(itertools.product(*choices)):
         config = configure(settings, name, defaults)
         if options:
             config.out_dir = str(Path(config.out_dir, str(number)))
-        for key, _ in settings:
-            if reads and not (number or RANK or key.startswith((*reads, "experiment"))):
-                print(f"{key} has no effect on {script}", file=sys.stderr)
+            swept = (setting for setting in settings if choices.count([setting]) == 0)
+            config.job = " ".join("=".join(setting) for setting in swept)
+        for key, value in () if number or RANK else settings:
+            if why := without_effect(key, value, config, reads, script):
+                print(f"{key} has no effect {why}", file=sys.stderr)
         yield config
+
+
+def without_effect(key, value, config, reads, script):
+    """Why a setting of the command line has no effect, in words; "" if it has one."""
+    if key == "experiment":
+        return "" if any(k.startswith(reads) for k in experiment(value)) else f"on {script}"
+    if not key.startswith(reads):
+        return f"on {script}"
+    values = flat(config.as_dict())
+    for keys, others in IDLE:
+        known = all(other in values and other.startswith(reads) for other in others)
+        if key.startswith(keys) and known and all(f(values[k]) for k, f in others.items()):
+            return "with " + " and ".join(f"{other}={values[other]}" for other in others)
+    return ""
 
 
 def compose(words: Sequence[str], experiment: str = "") -> Section:
@@ -271,9 +308,7 @@ def read(words, defaults, sweep):
             continue
         if not equals:
             raise UserError(f"{word!r} is no setting: write key=value, as in model.n_layer=6")
-        key = RENAMED.get(key, key)
-        if key in RETIRED:
-            raise UserError(f"{key} is no longer a setting (now {RETIRED[key]!r}): leave it out")
+        key = OPTIONS.get(key, key)
         default, values = defaults.get(key), [text]
         if isinstance(default, str) and not (sweep and key in CHOICES):
             values = [verbatim(text)]
@@ -309,9 +344,8 @@ def configure(settings, name, defaults):
             overrides.append(f"++{key}={value}")
             explicit.add(FREE if key.startswith(f"{FREE}.") else key)
     for key in sorted(explicit - defaults.keys()):
-        related = [k for k in defaults if k.endswith(f".{key}") or k.startswith(f"{key}.")]
-        nearest = related or difflib.get_close_matches(key, defaults, n=1)
-        hint = f"did you mean {nearest[0]}?" if nearest else f"configs/{name}.yaml lists them all"
+        near = nearest(key, defaults)
+        hint = f"did you mean {near}?" if near else f"configs/{name}.yaml lists them all"
         raise UserError(f"no setting {key}: {hint}")
     path = CONFIGS / f"{name}.yaml"
     with hydra.initialize_config_dir(str(path.parent), version_base="1.3"):
@@ -321,11 +355,24 @@ def configure(settings, name, defaults):
     return config
 
 
+def nearest(key, keys):
+    """The known key that somebody may have meant who wrote `key`, or ""."""
+    word = key.rpartition(".")[2]
+    names = {k: k.rpartition(".")[2] for k in keys}
+    found = [k for k, name in names.items() if name == word or k.startswith(f"{key}.")]
+    found += [k for k, name in names.items() if word == "".join(w[0] for w in name.split("_"))]
+    found += difflib.get_close_matches(key, keys, n=1, cutoff=0.7)
+    found += [k for k, name in names.items() if word in name.split("_") or name.startswith(word)]
+    return found[0] if found else ""
+
+
 def checked(values, defaults):
     """The values as attributes, if they are what they must be. Raises `UserError`."""
     values = {key: typed(key, values.get(key), default) for key, default in defaults.items()}
     numbers = values | flat(values.get(FREE, {}), f"{FREE}.")
     for key, value in numbers.items():
+        if type(value) is int and abs(value) >= 2**63:
+            raise UserError(f"{key}={value} is too large: it must be below 2^63")
         for wanted, (holds, keys) in RANGES.items():
             if key in keys and not (isinstance(value, int | float) and holds(value)):
                 raise UserError(f"{key}={value} must be {wanted}")
@@ -349,7 +396,8 @@ def typed(key, value, default):
     elif kind in (int, float) and given in (int, float) and value % 1 == 0:  # 1e3 steps, dropout 0
         value = kind(value)
     if type(value) is not kind:
-        raise UserError(f"{key}={value} is not of type {kind.__name__}, like {default!r}")
+        like = f"[{value}]" if kind is list else repr(default)
+        raise UserError(f"{key}={value} is not of type {kind.__name__}, like {like}")
     return value
 
 
@@ -387,22 +435,12 @@ def resumed(stored: dict, config: Section, whole: bool) -> Section:
             "training.init_from starts a run, training.resume=true continues one: choose"
         )
     defaults, now, before = flat(load_defaults()), flat(config.as_dict()), flat(stored)
-    for key in DECISIVE:
-        today = RETIRED[key]
-        value = typed(key, before.get(key, today), today)
-        if value != today:
-            raise UserError(
-                f"the interrupted run has {key}={value}, which is no longer a setting: finish it "
-                "with the version that began it"
-            )
+    if unknown := before.keys() - defaults.keys():
+        raise UserError(
+            f"the interrupted run has {min(unknown)}, which is no setting of this version: finish "
+            "it with the version that began it"
+        )
     values = {key: typed(key, before.get(key, now[key]), defaults[key]) for key in defaults}
-    for old, key in RENAMED.items():
-        if old in before and key in defaults:
-            values[key] = typed(old, before[old], defaults[key])
-    for name, default in NOW_OPTIONS.items():
-        value = typed(name, before.get(f"sampling.{name}", default), default)
-        if value != default:
-            values[FREE] = values[FREE] | {name: value}
     repeated = REPEATED if whole else ()
     for key in config.explicit.union(repeated, ["out_dir"]):
         if key.startswith((*FIXED, *repeated)) and values[key] != now[key]:

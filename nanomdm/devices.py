@@ -58,6 +58,16 @@ def autocast(device: torch.device, dtype: torch.dtype):
     return nullcontext() if dtype == torch.float32 else torch.autocast(device.type, dtype)
 
 
+def memory(device: torch.device = torch.device("cpu")) -> float:  # noqa: B008
+    """The bytes that a device has, used or free; inf where that is not known."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (AttributeError, ValueError, OSError):  # Windows
+        return math.inf
+
+
 def with_float64(device: torch.device) -> torch.device:
     """The device, or the CPU in the place of MPS, which has no float64."""
     return torch.device("cpu") if device.type == "mps" else device

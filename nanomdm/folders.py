@@ -121,11 +121,9 @@ def _numbered(path: Path, number: int) -> Path:
 def record(folder: str | Path, about: dict) -> None:
     """Add an entry to run.json: how this process was started, with which code, and `about`."""
     path = Path(folder, "run.json")
-    try:
-        entries = list(json.loads(path.read_bytes())) if path.exists() else []
-    except (ValueError, TypeError):  # it is damaged
+    before = entries(folder)
+    if path.exists() and not before:  # it is damaged
         set_aside(folder, (path.name,))
-        entries = []
     started = {
         "time": time.strftime("%Y-%m-%d %H:%M:%S %z"),
         "command": shlex.join(sys.orig_argv),
@@ -135,7 +133,16 @@ def record(folder: str | Path, about: dict) -> None:
         "versions": {"python": platform.python_version()}
         | {name: importlib.metadata.version(name) for name in PACKAGES},
     }
-    write_atomically(path, json.dumps([*entries, started | about], indent=1).encode() + b"\n")
+    write_atomically(path, json.dumps([*before, started | about], indent=1).encode() + b"\n")
+
+
+def entries(folder: str | Path) -> list[dict]:
+    """What run.json has of each start of the run in a folder; [] if there is none, or damaged."""
+    try:
+        found = json.loads(Path(folder, "run.json").read_bytes())
+        return [dict(entry) for entry in found]
+    except (OSError, ValueError, TypeError, RecursionError):
+        return []
 
 
 def git_state(root: Path) -> dict | None:

@@ -78,12 +78,18 @@ def build_optimizer(model: nn.Module, name: str, learning_rate: float, weight_de
     return Optimizers(OPTIMIZERS[name](parameters, learning_rate, weight_decay))
 
 
+def warmup(max_iters: int, wanted: int) -> int:
+    """The steps of the warm-up: at most a quarter of the run."""
+    return min(wanted, max_iters // 4)
+
+
 def learning_rate_factor(step: int, max_iters: int, warmup_iters: int, schedule: str) -> float:
     """The share of the peak rate in step 0 ... max_iters - 1: linear warm-up, then a schedule.
 
     Raises `UserError` for a name that `SCHEDULES` does not have.
     """
     check_choice("training.lr_schedule", schedule, SCHEDULES)
+    warmup_iters = warmup(max_iters, warmup_iters)
     if step < warmup_iters:
         return (step + 1) / (warmup_iters + 1)
     return SCHEDULES[schedule]((step - warmup_iters) / max(1, max_iters - 1 - warmup_iters))
@@ -230,7 +236,6 @@ class StepStats:
     """
 
     def __init__(self, device: torch.device, stored: dict[str, float]):
-        stored = {"consecutive": stored.get("in_a_row", 0.0)} | stored  # as it was once called
         for name in ("loss_avg", "loss_max", "grad_norm_max", "skipped", "consecutive"):
             setattr(self, name, torch.tensor(float(stored.get(name, 0.0)), device=device))
 
@@ -255,6 +260,14 @@ class StepStats:
                 f"loss or gradient was not finite in {int(self.consecutive)} consecutive steps "
                 f"(the limit is {MAX_SKIPPED}): stopped; {where}: resume from there with a lower "
                 "training.learning_rate"
+            )
+
+    def require_result(self, steps: int) -> None:
+        """Raise `FloatingPointError` if more than half of a run's `steps` were skipped."""
+        if 2 * self.skipped > steps:
+            raise FloatingPointError(
+                f"loss or gradient was not finite in {int(self.skipped)} of {steps} steps, which "
+                "were skipped: train again with a lower training.learning_rate"
             )
 
     def read(self) -> dict[str, float]:

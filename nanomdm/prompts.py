@@ -12,6 +12,9 @@ from torch import Tensor
 from .errors import UserError
 
 BLANK = re.compile(r"(?<!\\)(\\*)\[MASK(?:\*(\d+))?\]")
+LIKE_BLANK = re.compile(r"[\[<{]\W*mask\b", re.IGNORECASE)
+MOST = 2**26  # tokens of all samples
+LOGITS = 2**28  # at once, in a batch that is filled: 1 GiB
 
 
 class Canvas(NamedTuple):
@@ -31,8 +34,18 @@ def read(config, tokenizer, context: int) -> tuple[list[str], list[Canvas]]:
         if config.prompt:
             raise UserError("prompt and prompt_file are both given: leave one of them out")
         lines = read_lines(Path(config.prompt_file))
-    lines = [line for line in lines for _ in range(config.num_samples)]
-    return lines, [make_canvas(line, config.sampling.length, tokenizer, context) for line in lines]
+    canvases = [make_canvas(line, config.sampling.length, tokenizer, context) for line in lines]
+    check_size(config.num_samples * sum(len(canvas.ids) for canvas in canvases))
+    times = range(config.num_samples)
+    return [line for line in lines for _ in times], [each for each in canvases for _ in times]
+
+
+def check_size(tokens: int) -> None:
+    if tokens > MOST:
+        raise UserError(
+            f"{tokens:,} tokens are more than one command samples ({MOST:,}): lower "
+            "sampling.length or num_samples"
+        )
 
 
 def read_lines(path: Path) -> list[str]:
@@ -69,17 +82,14 @@ def parse(prompt: str) -> list[str | int]:
 def make_canvas(prompt: str, length: int, tokenizer, context: int) -> Canvas:
     """The canvas of a template with blanks, or of a prompt that a text begins with.
 
-    A prompt without blanks is continued up to `length` tokens (0: the model's `context`). Raises
-    `UserError` where it does not fit, and for a length beside blanks, which have their own.
+    It is continued up to `length` tokens; by 0 a template ends where it ends, and a prompt without
+    blanks at the model's `context`. Raises `UserError` where it does not fit.
     """
     pieces, ids, is_masked = parse(prompt), [], []
-    if len(pieces) > 1 and length:
-        raise UserError(
-            f"sampling.length={length} does not go with [MASK] in the prompt, which says how many "
-            "tokens are missing: leave it out"
-        )
-    if len(pieces) == 1:
-        size, limit = len(tokenizer.encode(pieces[0])), length or context
+    pieces[::2] = (encode(text, tokenizer) for text in pieces[::2])
+    size = sum(piece if isinstance(piece, int) else len(piece) for piece in pieces)
+    if length or len(pieces) == 1:
+        limit = length or context
         if size > limit:
             name = "sampling.length" if length else "model.block_size"
             raise UserError(
@@ -87,15 +97,30 @@ def make_canvas(prompt: str, length: int, tokenizer, context: int) -> Canvas:
                 "larger sampling.length"
             )
         pieces.append(limit - size)
+        size = limit
+    check_size(size)
     for piece in pieces:
         is_blank = isinstance(piece, int)
-        new = torch.zeros(piece, dtype=torch.long) if is_blank else tokenizer.encode(piece)
-        ids.append(torch.as_tensor(new))
+        new = torch.zeros(piece, dtype=torch.long) if is_blank else torch.as_tensor(piece)
+        ids.append(new)
         is_masked.append(torch.full((len(new),), is_blank))
     return Canvas(torch.cat(ids), torch.cat(is_masked))
 
 
-def batches(canvases: list[Canvas], size: int = 64) -> Iterator[tuple[list[int], Tensor, Tensor]]:
+def encode(text: str, tokenizer):
+    try:
+        return tokenizer.encode(text)
+    except UserError as error:
+        hint = "; a blank is written [MASK] or [MASK*n]" if LIKE_BLANK.search(text) else ""
+        raise UserError(f"{error}{hint}") from error
+
+
+def rows_at_once(length: int, vocab_size: int) -> int:
+    """How many rows of that length a batch has: as many as keep to `LOGITS`, and 64 at most."""
+    return max(1, min(64, LOGITS // (length * vocab_size)))
+
+
+def batches(canvases: list[Canvas], size: int) -> Iterator[tuple[list[int], Tensor, Tensor]]:
     """(numbers of the canvases, ids (B, N), is_masked (B, N)), each of canvases of one length.
 
     Attention goes both ways and would see padding.

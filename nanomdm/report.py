@@ -35,9 +35,9 @@ def loss_of(samples, factor: float = 1.0) -> dict:
     return figure(samples.bound(), len(samples.nats) - 1, factor)
 
 
-def likelihood(samples, texts: Texts) -> dict:
+def likelihood(samples, texts: Texts, exact: bool) -> dict:
     """Loss, perplexity and bits per byte of all texts and, if there are several, of each."""
-    figures = _likelihood(samples, texts.sizes)
+    figures = {"draws": len(samples.nats), "exact": exact} | _likelihood(samples, texts.sizes)
     if len(texts.names) > 1:
         figures["documents"] = []
         for number in texts.document.unique().tolist():  # eval.tokens may leave some out
@@ -54,23 +54,24 @@ def _likelihood(samples, sizes: Tensor) -> dict:
         "bytes": size,
         "loss": loss,
         "perplexity": math.exp(loss["value"]),
-        "bits_per_byte": loss_of(samples, samples.tokens / size / math.log(2)),
+        "bits_per_byte": loss_of(samples, samples.tokens / size / math.log(2)) if size else None,
     }
 
 
 def cost_by_rate(samples, bins: int = 20) -> dict:
-    """The cost of a masked token by masking rate, and where it decreases (None: one pass)."""
+    """The cost of a masked token by masking rate, and where it decreases (None: few samples)."""
     df = len(samples.nats) - 1
     curve = [
         {"low": b / bins, "high": (b + 1) / bins} | figure(cost, df)
         for b, cost in enumerate(bounds.curve(samples, bins))
         if not math.isnan(cost[0])
     ]
+    enough = df and len(samples.counts) >= 2 * bins  # a few rows say nothing of 20 rates
     decreases = [
         {"from": (b - 1) / bins, "to": (b + 1) / bins} | figure(step, df)
         for b, step in bounds.decreases(samples, bins)
     ]
-    return {"curve": curve, "decreases": decreases if df else None}
+    return {"curve": curve, "decreases": decreases if enough else None}
 
 
 def side_by_side(measured: dict[str, tuple]) -> dict:
@@ -233,8 +234,11 @@ def likelihood_lines(figures: dict) -> list[str]:
     found = [
         f"loss {text_of(figures['loss'])} nats/token",
         f"perplexity {figures['perplexity']:.2f}",
-        f"bits {text_of(figures['bits_per_byte'])} per byte",
     ]
+    if bits := figures["bits_per_byte"]:
+        found.append(f"bits {text_of(bits)} per byte")
+    if figures["draws"] == 1 and not figures["exact"]:
+        found.append("the error of one pass is not known: raise eval.draws")
     if interval := figures["loss"]["interval"]:
         found.append(f"95% interval {interval[0]:.4f} to {interval[1]:.4f} nats/token")
     return found
@@ -244,7 +248,7 @@ def document_lines(documents: list[dict]) -> list[str]:
     width = max(len(name) for name in ("document", *(each["name"] for each in documents)))
     rows = [
         f"{each['name']:<{width}} {each['tokens']:>10,}  {text_of(each['loss']):<16}  "
-        f"{text_of(each['bits_per_byte'])}"
+        f"{text_of(each['bits_per_byte']) if each['bits_per_byte'] else ''}"
         for each in documents
     ]
     return [f"{'document':<{width}} {'tokens':>10}  {'nats/token':<16}  bits/byte", *rows]

@@ -13,12 +13,16 @@ from typing import BinaryIO, TextIO
 
 from . import folders, parallel
 from .errors import visible, write_atomically
-from .tracking import import_wandb, start_wandb
+from .optim import warmup
+from .tracking import import_wandb, run_id, start_wandb
 
 try:
     from tqdm import tqdm
 except ImportError:
     tqdm = None
+
+
+FEW = 8  # contexts: a validation split with less is worth a warning
 
 
 def echo(line: str, file: TextIO | None = None) -> None:
@@ -129,8 +133,16 @@ def start_message(config: SimpleNamespace, first_step: int, about: dict) -> str:
         f"{about['dtype']}{', compiled' if about['compiled'] else ''}; "
         f"steps {first_step} to {last_step}, results in {config.out_dir}"
     )
+    settings, val = config.training, about["tokens"]["val"]
     if first_step >= last_step:
         message += "\nnothing is left to do: raise training.max_iters to go on"
+    elif first_step < (steps := warmup(last_step, settings.warmup_iters)) < settings.warmup_iters:
+        message += f"\nthe warm-up takes {steps} steps, a quarter of the run"
+    if settings.eval_interval and val < FEW * config.model.block_size:
+        message += (
+            f"\n{val:,} tokens to validate are few: the bound on them, by which best.pt is chosen, "
+            "says little about other texts"
+        )
     return message
 
 
@@ -189,6 +201,25 @@ def _is_entry(line: bytes, last_step: int) -> bool:
         return False
 
 
+def ranking(jobs: dict[str, str]) -> list[str]:
+    """The runs of a sweep, {out_dir: settings}, as lines: by the lowest loss on val of each."""
+    rows = []
+    for folder, settings in jobs.items():
+        lines = Path(folder, "metrics.jsonl").read_bytes().splitlines()
+        found = [json.loads(line) for line in lines if b"eval/val_loss" in line]
+        losses = [(entry["eval/val_loss"] or math.inf, with_error(entry, "val")) for entry in found]
+        loss, text = min(losses, default=(math.inf, "not evaluated"))
+        rows.append((loss, f"{text:<16}  {folder}  {settings}"))
+    header = ["runs of the sweep by their lowest loss on val, nats/token:"] if rows else []
+    return header + [line for _, line in sorted(rows)]
+
+
+def with_error(figures: dict[str, float], split: str) -> str:
+    """eval/SPLIT_loss ± eval/SPLIT_error of an evaluation; an exact loss has no error."""
+    loss, error = (figures.get(f"eval/{split}_{name}") for name in ("loss", "error"))
+    return f"{loss:.4f}" if error is None else f"{loss:.4f} ± {error:.4f}"
+
+
 class Interrupt(ExitStack):
     """Turns Ctrl-C and SIGTERM into a request to save and exit; a third Ctrl-C ends at once.
 
@@ -245,6 +276,7 @@ def open_log(run) -> Log | NullLog:
         return NullLog()
     if run.config.logging.wandb:
         import_wandb()  # if it is missing, nothing has been touched yet
+        about["wandb_id"] = run_id(run.config.out_dir, run.step)
     config = run.config.as_dict()
     for path in folders.begin(run.config.out_dir, run.step, about | {"config": config}):
         echo(f"an earlier run's file is kept as {path}")

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import torch
 
-from . import checkpoint, cli, optim, parallel, runlog
+from . import checkpoint, cli, devices, optim, parallel, runlog
 from .errors import UserError, check_choice
 
 
@@ -24,20 +24,42 @@ def starting_point(config, Transformer, ModelConfig) -> tuple:
     loaded = checkpoint.load_model(path, "cpu", Transformer, ModelConfig, resumes)
     if resumes:
         config = cli.resumed(loaded.config, config, whole=wish == "auto")
+        before = cli.flat(loaded.config).get("training.max_iters", config.training.max_iters)
+        announce_schedule(config.training, before, loaded.state["step"])
     shape = loaded.model.config
     decided = {f"model.{name}": getattr(shape, name) for name in vars(config.model)}
     del decided["model.dropout"]
     decided["data.tokenizer"] = loaded.tokenizer.state()["kind"]
+    decide(config, decided, "the checkpoint")
+    return config, loaded, resumes
+
+
+def decide(config, decided: dict, source: str) -> None:
+    """Set the settings `decided`, which follow from `source`.
+
+    Raises `UserError` where the command line names another value of one.
+    """
     for key, value in decided.items():
         section, name = key.split(".")
         section = getattr(config, section)
         if key in config.explicit and getattr(section, name) != value:
             raise UserError(
-                f"{key}={getattr(section, name)} is not what the checkpoint has ({value}): leave "
-                "it out (or its experiment), or train from the beginning"
+                f"{key}={getattr(section, name)} is not what {source} has ({value}): leave it out "
+                "(or its experiment), or train from the beginning"
             )
         setattr(section, name, value)
-    return config, loaded, resumes
+
+
+def announce_schedule(settings, before: int, step: int) -> None:
+    """Print how the learning rate goes on where a resumed run had another number of steps."""
+    now = settings.max_iters
+    if now != before and 0 < step < now and parallel.world().is_main:
+        last, new = (
+            optim.learning_rate_factor(i, n, settings.warmup_iters, settings.lr_schedule)
+            for i, n in ((step - 1, before), (step, now))
+        )
+        rates = f"the learning rate goes from {last:.0%} to {new:.0%} of its peak"
+        print(f"training.max_iters was {before} and is {now}: {rates}", file=sys.stderr)
 
 
 def check(config) -> None:
@@ -45,6 +67,34 @@ def check(config) -> None:
     settings = config.training
     check_choice("training.lr_schedule", settings.lr_schedule, optim.SCHEDULES)
     parallel.world().check_batch(settings.batch_size, settings.grad_accum)
+
+
+def require_room(config, corpus, shape) -> None:
+    """Raise `UserError` for a block longer than the text, or more memory than the device has.
+
+    At the least each weight takes itself, its gradient, its average and a moment, and each token
+    half of what a CPU was measured to keep of it for the backward pass (docs/LOG.md).
+    """
+    settings, processes, tokens = config.training, parallel.world().size, len(corpus.train)
+    if tokens < shape.block_size:
+        raise UserError(
+            f"the train split of {corpus.name} has {tokens} tokens, fewer than model.block_size="
+            f"{shape.block_size}: set model.block_size={tokens} or less, or take a longer text"
+        )
+    device = devices.pick_device(config.system.device)
+    layers, rows = shape.n_layer, settings.batch_size / (settings.grad_accum * processes)
+    weights = shape.n_embd * (12 * layers * shape.n_embd + shape.vocab_size)
+    weights /= processes if config.system.parallel == "fsdp" else 1
+    kept = 1 if settings.activation_checkpointing else layers
+    kept *= rows * shape.block_size * shape.n_embd * (64 if device.type == "cpu" else 16)
+    gibibytes = [n / 2**30 for n in (16 * weights, kept, devices.memory(device))]
+    if sum(gibibytes[:2]) > gibibytes[2]:
+        model, batch, memory = (f"{n:,.1f} GiB" for n in gibibytes)
+        raise UserError(
+            f"training takes at least {model} for the model and {batch} for {rows:,.0f} rows, and "
+            f"{device} has {memory}: lower model.n_embd, model.n_layer, model.block_size or "
+            "training.batch_size, or raise training.grad_accum"
+        )
 
 
 class Files:

@@ -214,6 +214,11 @@ class Sampler:
 GENERAL = {"top_k": 0, "top_p": 1.0, "guidance": 0.0, "block_length": 0}  # of any strategy
 
 
+def is_adaptive(name: str) -> bool:
+    """Whether a strategy takes as many steps as it needs, so that `steps` has no effect."""
+    return getattr(STRATEGIES.get(name), "adaptive", False)
+
+
 def options_of(name: str) -> list[str]:
     """The options that a strategy takes: its own arguments and those of any."""
     strategy = STRATEGIES[name]

@@ -8,6 +8,7 @@ import time
 import urllib.request
 from pathlib import Path
 
+from .devices import memory
 from .errors import UserError, write_atomically
 
 SHAKESPEARE_URL = (
@@ -19,6 +20,7 @@ PLAYS = HERE / "corpora/plays.txt"  # in a wheel
 if not PLAYS.exists():
     PLAYS = HERE.parent / "corpora/plays.txt"  # in a checkout
 SUFFIXES = (".txt", ".md", ".jsonl")
+MEMORY = 11  # bytes that each byte of a text takes while it is turned into ids (docs/LOG.md)
 
 
 def find_text(dataset: str, path: str, cache: str | Path) -> tuple[str, str]:
@@ -49,12 +51,20 @@ def read_text(path: str | Path) -> str:
 
 def documents(path: str | Path) -> list[tuple[str, str]]:
     """(name, text) of a file, or of each in a folder, in the order of their names."""
-    path = Path(path)
+    path, files = Path(path), [Path(path)]
+    if path.is_dir():
+        files = sorted(p for p in path.rglob("*") if p.suffix.lower() in SUFFIXES and p.is_file())
+        if not files:
+            raise UserError(f"no {', '.join(SUFFIXES)} file in {path}: name another folder or file")
+    size, has = sum(file.stat().st_size for file in files if file.is_file()), memory()
+    if MEMORY * size > has:
+        raise UserError(
+            f"{path} has {size / 2**30:.1f} GiB, and reading it would take {MEMORY} times as much "
+            f"memory, which is {has / 2**30:.1f} GiB: make shards for data.dir, by `python -m "
+            f"tools.prepare dataset={path}`"
+        )
     if not path.is_dir():
         return [(path.name, _read_file(path))]
-    files = sorted(p for p in path.rglob("*") if p.suffix.lower() in SUFFIXES and p.is_file())
-    if not files:
-        raise UserError(f"no {', '.join(SUFFIXES)} file in {path}: name another folder or file")
     return [(file.relative_to(path).as_posix(), _read_file(file)) for file in files]
 
 
@@ -62,7 +72,7 @@ def _read_file(path: Path) -> str:
     if not path.is_file():
         raise UserError(f"no file or folder {path}: check data.path")
     try:
-        text = path.read_bytes().decode("utf-8-sig")
+        text = path.read_bytes().decode("utf-8-sig").replace("\r\n", "\n")  # of Windows
     except UnicodeDecodeError as error:
         raise UserError(f"{path} is not UTF-8 (byte {error.start}): convert it first") from None
     if path.suffix.lower() == ".jsonl":

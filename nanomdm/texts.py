@@ -22,7 +22,7 @@ class Texts(NamedTuple):
     rows: list[Tensor]  # each (L,)
     predict: list[Tensor]  # each (L,) bool
     document: Tensor  # (N,): the number of each row's document
-    sizes: Tensor  # (N,): bytes of what is predicted
+    sizes: Tensor  # (N,): bytes of what is predicted; 0 where the ids stand for no text
 
     @property
     def tokens(self) -> int:
@@ -84,7 +84,8 @@ def cut(
         ids = documents[number][1]
         rows.append(torch.from_numpy(ids[start:stop].astype(np.int64)))
         predict.append(torch.arange(start, stop) >= first)
-        sizes.append(len(tokenizer.decode_bytes(ids[first:stop].tolist())))
+        size = len(tokenizer.decode_bytes(ids[first:stop].tolist())) if tokenizer.has_text else 0
+        sizes.append(size)
     return Texts(
         source=source,
         names=[name for name, _ in documents],

@@ -2,6 +2,7 @@
 
 import netrc
 import os
+import secrets
 import socket
 import sys
 from contextlib import suppress
@@ -9,11 +10,12 @@ from pathlib import Path
 from types import SimpleNamespace
 from urllib.parse import urlsplit
 
+from . import folders
 from .errors import optional
 
 
 def start_wandb(config: SimpleNamespace, about: dict):
-    """Start a W&B run, which records the configuration and `about`.
+    """Start a W&B run, which records the configuration and `about`, or go on in `about`'s wandb_id.
 
     Without a login or a network the run is offline, and a line on stderr says so. The environment
     variable WANDB_MODE takes precedence.
@@ -28,19 +30,33 @@ def start_wandb(config: SimpleNamespace, about: dict):
         tags=settings.tags,
         mode=mode,
         dir=config.out_dir,
+        id=about.get("wandb_id"),
+        resume="allow",
         config=config.as_dict() | about,
     )
+
+
+def run_id(out_dir: str, first_step: int) -> str:
+    """The W&B run that a resumed run goes on in, as run.json says; a new one at step 0.
+
+    The environment variable WANDB_RUN_ID takes precedence.
+    """
+    before = folders.entries(out_dir) if first_step else []
+    ids = [entry["wandb_id"] for entry in before if entry.get("wandb_id")]
+    return os.environ.get("WANDB_RUN_ID") or (ids[-1] if ids else secrets.token_hex(4))
 
 
 def log_evaluation(config: SimpleNamespace, figures: dict) -> None:
     """Send an evaluation's figures (nanomdm/report.py) and curve, as a run of their own."""
     Path(config.out_dir).mkdir(parents=True, exist_ok=True)
     run, wandb = start_wandb(config, {"evaluated": figures["checkpoint"]}), import_wandb()
-    run.log({f"eval/{name}": figures[name]["value"] for name in ("loss", "bits_per_byte")})
-    run.log({f"eval/{row['name']}": row["value"] for row in figures.get("samplers", ())})
+    rows = {row["name"]: row for row in figures.get("samplers", ())}
+    rows |= {name: figures[name] for name in ("loss", "bits_per_byte") if figures[name]}
+    for name, row in rows.items():
+        run.log({f"eval/{name}": row["value"], f"eval/{name}_error": row["standard_error"]})
     if "curve" in figures:
-        rows = [[(row["low"] + row["high"]) / 2, row["value"]] for row in figures["curve"]]
-        table = wandb.Table(["share masked", "nats per masked token"], rows)
+        points = [[(row["low"] + row["high"]) / 2, row["value"]] for row in figures["curve"]]
+        table = wandb.Table(["share masked", "nats per masked token"], points)
         line = wandb.plot.line(table, *table.columns, title="cost by masking rate")
         run.log({"eval/cost_by_masking_rate": line})
     run.finish()

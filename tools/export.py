@@ -93,7 +93,7 @@ def write_network(folder: Path, loaded: Loaded) -> None:
         },
         "dtype": str(next(iter(weights.values())).dtype).removeprefix("torch."),
         "tie_word_embeddings": False,  # model.py shares them by itself
-        "vocab_size": network.vocab_size,
+        "vocab_size": network.vocab_size + 1,  # ids that it reads: the mask is one
         "mask_token_id": network.mask_id,
         "eos_token_id": loaded.tokenizer.eos,
         "network": asdict(network),
@@ -180,7 +180,6 @@ def command(config: dict) -> str:
     """The training command: every setting that is not its default, except those of the machine."""
     words, trained = ["python train.py"], cli.flat(config)
     defaults = cli.flat(cli.load_defaults())
-    defaults |= {key: cli.RETIRED[key] for key in cli.DECISIVE}
     for key, default in defaults.items():
         value = trained.get(key, default)
         if "." not in key or key.startswith(LEFT_OUT) or value == default:
@@ -195,9 +194,10 @@ def command(config: dict) -> str:
 def bound_of(config: Section, state: dict, figures: dict | None) -> str:
     """The bound with its error if it was measured, else the lowest value of the run."""
     if figures:
-        loss, bits = (with_error(figures[key]) for key in ("loss", "bits_per_byte"))
         over = f"{figures['source']}, {figures['tokens']:,} tokens, {figures['draws']} passes"
-        return f"{loss} nats per token, {bits} bits per byte ({over})"
+        bits = figures["bits_per_byte"]
+        bits = f", {with_error(bits)} bits per byte" if bits else ""
+        return f"{with_error(figures['loss'])} nats per token{bits} ({over})"
     known = ""
     if "best" in state:
         known = f"{state['best']:.4f} nats per token is the lowest of its run, in one pass; "

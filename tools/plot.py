@@ -92,6 +92,12 @@ def read_runs(paths: Sequence[str]) -> list[Run]:
     return [Run(" ".join(n).strip(), *run) for n, *run in zip(names, entries, configs, strict=True)]
 
 
+def runs_in(path: Path) -> list[str]:
+    """The path, or the runs in a folder that is none itself, as a sweep's."""
+    inside = sorted(str(file.parent) for file in path.glob("*/metrics.jsonl"))
+    return inside if inside and not Path(path, "metrics.jsonl").exists() else [str(path)]
+
+
 def read_metrics(path: Path) -> dict[int, dict[str, float]]:
     """The figures in a metrics.jsonl by step, in rising order. Raises `UserError`.
 
@@ -250,8 +256,8 @@ def import_pyplot():
 def main(config: Section) -> None:
     if config.x not in X:
         raise UserError(f"x={config.x} is unknown: choose steps or seconds")
-    pyplot, runs = import_pyplot(), read_runs(config.runs)
-    first = Path(config.runs[0])
+    pyplot, paths = import_pyplot(), [run for path in config.runs for run in runs_in(Path(path))]
+    runs, first = read_runs(paths), Path(config.runs[0])
     beside = (first if first.is_dir() else first.parent) / "metrics"
     output = config.output.removesuffix(".png").removesuffix(".svg") or str(beside)
     Path(output).parent.mkdir(parents=True, exist_ok=True)
