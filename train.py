@@ -203,6 +203,7 @@ class Run:
         if resumes:
             self.optimizer.load_state_dict(state["optimizer"])
             self.scaler.load_state_dict(state.get("scaler") or self.scaler.state_dict())
+            runs.announce_schedule(settings, state)
         self.files = runs.Files(config.out_dir, self.step, device)
         # Every n-th row is in a micro-batch: the last one has the latest times, and most masks.
         B, n = settings.batch_size, settings.grad_accum * parallel.world().size

@@ -116,6 +116,7 @@ def load_model(
     other.
     """
     state = UNKNOWN | load(path)
+    state.setdefault("stats", state.get("meter", {}))  # as older checkpoints call them
     if resume and "optimizer" not in state:
         raise UserError(
             f"{path} holds averaged weights only and cannot be resumed: start from them by "

@@ -162,7 +162,12 @@ IDLE = (
     (("logging.name", "logging.project", "logging.tags"), {"logging.wandb": not_}),
 )
 DECIDED = ("model.", "data.tokenizer", "data.vocab_size")  # by a checkpoint
-OPTIONS = {f"sampling.{name}": f"{FREE}.{name}" for each in STRATEGIES for name in options_of(each)}
+# Options of a strategy, with their defaults, which may be written without `.options`; and what a
+# run of an earlier version may have stored: a setting of another name, and settings that are gone.
+OPTIONS = {name: value for each in STRATEGIES for name, value in options_of(each).items()}
+RENAMED = {"training.eval_tokens": "eval.tokens"}
+RENAMED |= {f"sampling.{name}": f"{FREE}.{name}" for name in OPTIONS}
+GONE = {"diffusion.eps": 1e-3, "diffusion.masking": "bernoulli", "training.min_lr_ratio": 0.0}
 
 
 class Section(SimpleNamespace):
@@ -263,7 +268,8 @@ def jobs(words, name="config"):
         config = configure(settings, name, defaults)
         if options:
             config.out_dir = str(Path(config.out_dir, str(number)))
-            swept = (setting for setting in settings if choices.count([setting]) == 0)
+        if options and "training" in reads:
+            swept = (setting for setting in settings if [setting] not in choices)
             config.job = " ".join("=".join(setting) for setting in swept)
         for key, value in () if number or RANK else settings:
             if why := without_effect(key, value, config, reads, script):
@@ -308,7 +314,7 @@ def read(words, defaults, sweep):
             continue
         if not equals:
             raise UserError(f"{word!r} is no setting: write key=value, as in model.n_layer=6")
-        key = OPTIONS.get(key, key)
+        key = RENAMED.get(key, key)
         default, values = defaults.get(key), [text]
         if isinstance(default, str) and not (sweep and key in CHOICES):
             values = [verbatim(text)]
@@ -371,7 +377,7 @@ def checked(values, defaults):
     values = {key: typed(key, values.get(key), default) for key, default in defaults.items()}
     numbers = values | flat(values.get(FREE, {}), f"{FREE}.")
     for key, value in numbers.items():
-        if type(value) is int and abs(value) >= 2**63:
+        if type(value) is int and abs(value) >= 2**63 and not key.endswith("seed"):
             raise UserError(f"{key}={value} is too large: it must be below 2^63")
         for wanted, (holds, keys) in RANGES.items():
             if key in keys and not (isinstance(value, int | float) and holds(value)):
@@ -435,12 +441,20 @@ def resumed(stored: dict, config: Section, whole: bool) -> Section:
             "training.init_from starts a run, training.resume=true continues one: choose"
         )
     defaults, now, before = flat(load_defaults()), flat(config.as_dict()), flat(stored)
-    if unknown := before.keys() - defaults.keys():
-        raise UserError(
-            f"the interrupted run has {min(unknown)}, which is no setting of this version: finish "
-            "it with the version that began it"
-        )
+    for key, today in GONE.items():
+        if (value := typed(key, before.get(key, today), today)) != today:
+            raise UserError(
+                f"the interrupted run has {key}={value}, which is no longer a setting: finish it "
+                "with the version that began it"
+            )
+    for old, key in RENAMED.items():
+        if old in before and key in defaults:
+            before[key] = before[old]
     values = {key: typed(key, before.get(key, now[key]), defaults[key]) for key in defaults}
+    for name, default in OPTIONS.items():
+        value = typed(name, before.get(f"sampling.{name}", default), default)
+        if value != default:
+            values[FREE] = values[FREE] | {name: value}
     repeated = REPEATED if whole else ()
     for key in config.explicit.union(repeated, ["out_dir"]):
         if key.startswith((*FIXED, *repeated)) and values[key] != now[key]:

@@ -236,6 +236,7 @@ class StepStats:
     """
 
     def __init__(self, device: torch.device, stored: dict[str, float]):
+        stored = {"consecutive": stored.get("in_a_row", 0.0)} | stored  # as it was once called
         for name in ("loss_avg", "loss_max", "grad_norm_max", "skipped", "consecutive"):
             setattr(self, name, torch.tensor(float(stored.get(name, 0.0)), device=device))
 

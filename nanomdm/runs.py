@@ -24,8 +24,6 @@ def starting_point(config, Transformer, ModelConfig) -> tuple:
     loaded = checkpoint.load_model(path, "cpu", Transformer, ModelConfig, resumes)
     if resumes:
         config = cli.resumed(loaded.config, config, whole=wish == "auto")
-        before = cli.flat(loaded.config).get("training.max_iters", config.training.max_iters)
-        announce_schedule(config.training, before, loaded.state["step"])
     shape = loaded.model.config
     decided = {f"model.{name}": getattr(shape, name) for name in vars(config.model)}
     del decided["model.dropout"]
@@ -50,15 +48,18 @@ def decide(config, decided: dict, source: str) -> None:
         setattr(section, name, value)
 
 
-def announce_schedule(settings, before: int, step: int) -> None:
+def announce_schedule(settings, state: dict) -> None:
     """Print how the learning rate goes on where a resumed run had another number of steps."""
-    now = settings.max_iters
-    if now != before and 0 < step < now and parallel.world().is_main:
-        last, new = (
-            optim.learning_rate_factor(i, n, settings.warmup_iters, settings.lr_schedule)
-            for i, n in ((step - 1, before), (step, now))
-        )
-        rates = f"the learning rate goes from {last:.0%} to {new:.0%} of its peak"
+    step, now = state["step"], settings.max_iters
+    before = cli.flat(state["config"]).get("training.max_iters", now)
+    if not 0 < step < now or not parallel.world().is_main:
+        return
+    last, new = (
+        f"{optim.learning_rate_factor(i, n, settings.warmup_iters, settings.lr_schedule):.0%}"
+        for i, n in ((step - 1, before), (step, now))
+    )
+    if now != before and last != new:
+        rates = f"the learning rate goes from {last} to {new} of its peak"
         print(f"training.max_iters was {before} and is {now}: {rates}", file=sys.stderr)
 
 

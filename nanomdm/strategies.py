@@ -219,11 +219,11 @@ def is_adaptive(name: str) -> bool:
     return getattr(STRATEGIES.get(name), "adaptive", False)
 
 
-def options_of(name: str) -> list[str]:
-    """The options that a strategy takes: its own arguments and those of any."""
+def options_of(name: str) -> dict[str, float]:
+    """The options of a strategy, its own arguments and those of any, with their defaults."""
     strategy = STRATEGIES[name]
-    own = list(inspect.signature(strategy).parameters)[1:] if callable(strategy) else []
-    return [*own, *GENERAL]
+    own = inspect.signature(strategy).parameters if callable(strategy) else {}
+    return {option: p.default for option, p in own.items() if p.default is not p.empty} | GENERAL
 
 
 def from_config(section, sample: Callable, causal: bool = False) -> Sampler:

@@ -94,10 +94,13 @@ def names(line: str, parts: str) -> bool:
         ("system.device=cpu:", "system.device=cpu: | auto | cpu"),
         ("system.dtype=float64", "system.dtype=float64 | float32 | bfloat16 | float16"),
         ("system.compile=maybe", "system.compile=maybe | auto, true, false"),
-        ("data.tokenizer=word", "data.tokenizer=word | char, byte, gpt2, bpe"),
+        ("data.tokenizer=word", "data.tokenizer=word | char, byte, ids, gpt2, bpe"),
         ("data.path= data.dataset=wikipedia", "data.dataset=wikipedia | shakespeare | plays"),
         ("data.tokenizer=bpe data.vocab_size=-5", "data.vocab_size=-5 | 256"),
         ("data.tokenizer=bpe data.vocab_size=255", "data.vocab_size=255 | 256"),
+        ("model.n_embd=1000000", "training takes at least | GiB for the model | cpu has | lower"),
+        ("model.n_layer=1000000000", "training takes at least | GiB for the model | lower"),
+        ("training.batch_size=100000000", "100,000,000 rows | training.batch_size | grad_accum"),
         ("training.resume=true out_dir=elsewhere", "elsewhere/ckpt.pt | train one"),
         ("training.init_from=nowhere.pt", "no checkpoint at nowhere.pt | check the name"),
         ("data.dir=bins", "data.path and data.dir | leave one"),
@@ -118,6 +121,9 @@ def test_a_setting_that_train_cannot_use(refusal, words, named):
         (["prompt=KING Ω"], "no character 'Ω' (position 5) | data.tokenizer=byte"),
         (["prompt=KING\t"], "no character '\\t' (position 4) | data.tokenizer=byte"),
         (["num_samples=0"], "num_samples=0 | positive"),
+        (["num_samples=100000000"], "3,200,000,000 tokens | num_samples"),
+        (["sampling.length=10000000000"], "10,000,000,000 tokens | lower sampling.length"),
+        (["prompt=K[MASK*10000000000]"], "10,000,000,001 tokens | lower"),
         (["sampling.steps=0"], "sampling.steps=0 | positive"),
         (["sampling.temperature=-1"], "sampling.temperature=-1.0 | 0 or more"),
         (["sampling.top_p=0"], "sampling.options.top_p=0 | (0, 1]"),
@@ -130,11 +136,13 @@ def test_a_setting_that_train_cannot_use(refusal, words, named):
         (["sampling.options={gamma: -1}"], "sampling.options.gamma=-1 | 0 or more"),
         (["sampling.options={gamma: inf}"], "sampling.options.gamma=inf | 0 or more"),
         (["sampling.options.top_k=-1"], "sampling.options.top_k=-1 | 0 or more"),
-        (["sampling.options.guidance=-1"], "sampling.options.guidance=-1 | 0 or more"),
+        (["sampling.options.guidance=-1"], "sampling.options.guidance=-1 | [0, 100]"),
         (["sampling.options.block_length=-1"], "sampling.options.block_length=-1 | 0 or more"),
         (["sampling.options.speed=1"], "sampling.options.speed | no option of spread | top_k"),
         (["prompt=KING[MASK*0]"], "[MASK*0] | at least one token"),
-        (["prompt=K[MASK]", "sampling.length=9"], "sampling.length=9 | [MASK] | leave it out"),
+        (["prompt=KI[MASK]", "sampling.length=2"], "3 tokens | sampling.length is 2 | shorten"),
+        (["prompt=KI [mask]"], "no character '[' | a blank is written [MASK] or [MASK*n]"),
+        (["prompt=KI <Mask>"], "no character '<' | a blank is written [MASK] or [MASK*n]"),
         (["prompt_file=nowhere.txt"], "prompt_file=nowhere.txt | No such file | UTF-8 text"),
         (["prompt_file=out"], "prompt_file=out | directory | UTF-8 text"),
         (["prompt_file=blank.txt"], "prompt_file=blank.txt | no prompt | one a line"),
@@ -144,7 +152,7 @@ def test_a_setting_that_train_cannot_use(refusal, words, named):
         (["system.dtype=float64"], "system.dtype=float64 | float32 | bfloat16 | float16"),
         (["model.n_layer=2"], "model.n_layer | checkpoint | leave it out"),
         (["checkpoint=nowhere.pt"], "no checkpoint at nowhere.pt | check the name"),
-        (["checkpoint=out"], "no checkpoint at out | check the name"),
+        (["checkpoint=out"], "no checkpoint at out | name a file in it, such as out/best.pt"),
     ],
 )
 def test_a_setting_that_sample_cannot_use(refusal, words, named):
@@ -292,7 +300,7 @@ def bins(tmp_path):
     ("ids", "meta", "named"),
     [
         ([0, 1, 2] * 50, AB, "train.bin | token 2 | vocabulary of 2 | another tokenizer"),
-        ([0] * 31, AB, "31 tokens | model.block_size=32 | smaller block"),
+        ([0] * 31, AB, "31 tokens | model.block_size=32 | set model.block_size=31 or less"),
         ([], AB, "train.bin | empty | prepare"),
         ([0] * 99, AB | {"dtype": "float16"}, "meta | uint16 or uint32 | prepare"),
         ([0] * 99, AB | {"tokenizer": {"kind": "word"}}, "bins | word | prepare"),
@@ -453,3 +461,16 @@ def test_a_run_is_resumed_when_its_text_lies_elsewhere_and_is_the_same(
 def test_weights_are_not_started_from_as_another_network(refusal, words, named):
     Path("other.txt").write_text("Ω" * 99)
     assert names(refusal("init_from", *words), named)
+
+
+def test_the_folder_of_an_export_is_answered_with_the_way_to_import_it(refusal):
+    Path("hub").mkdir()
+    Path("hub/config.json").write_text("{}")
+    line = refusal("sample", "checkpoint=hub")
+    assert names(line, "no checkpoint at hub | python -m tools.import_weights from=hub to=")
+
+
+def test_another_tokenizer_than_the_bins_have_is_refused(refusal, bins):
+    bins([0, 1] * 50, AB)
+    line = refusal("train", "data.path=", "data.dir=bins", "data.tokenizer=byte")
+    assert names(line, "data.tokenizer=byte | bins has (char) | leave it out")

@@ -31,7 +31,7 @@ from test_strategies import spread_law
 
 import diffusion
 from diffusion import any_order, nll_from_logits, stratified_pairs
-from nanomdm import bounds, strategies
+from nanomdm import bounds, prompts, strategies
 from nanomdm.bounds import BOUNDS, NLLSamples
 from nanomdm.errors import UserError
 from nanomdm.random import generator
@@ -415,7 +415,7 @@ def test_more_rows_than_a_batch_has_are_numbered_through(monkeypatch):
     spread = choose([], ["spread"], steps=2)["spread"].strategy
     rows = list(LOOP.draw(150, 3))
     whole = scored(spread, rows, draws=2).nats
-    monkeypatch.setattr(bounds, "LOGITS", 7 * LOOP.L * LOOP.V)  # seven rows at once
+    monkeypatch.setattr(prompts, "LOGITS", 7 * LOOP.L * LOOP.V)  # seven rows at once
     torch.testing.assert_close(scored(spread, rows, draws=2).nats, whole, rtol=0, atol=1e-12)
 
 

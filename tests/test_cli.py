@@ -1,6 +1,7 @@
 """The command line: any text arrives as it is, and a mistake is answered in one line."""
 
 import inspect
+import json
 import shutil
 import signal
 import subprocess
@@ -8,6 +9,7 @@ import sys
 from contextlib import suppress
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from conftest import ROOT, SCRIPTS, TINY, environment
@@ -20,6 +22,7 @@ import train
 from nanomdm import cli, texts
 from nanomdm.errors import UserError
 from nanomdm.runlog import Log
+from tools import view
 
 EXPERIMENTS = sorted(path.stem for path in (cli.CONFIGS / "experiment").glob("*.yaml"))
 DEFAULTS = cli.flat(cli.load_defaults())
@@ -61,7 +64,8 @@ def configure(run, monkeypatch):
         calls = []
         with monkeypatch.context() as patch:
             patch.setitem(SCRIPTS, "train.py", calls.append)
-            patch.setitem(cli.READS, "train.py", ())
+            patch.setitem(cli.READS, "train.py", ("",))
+            patch.setattr(cli, "IDLE", ())
             result = run("train.py", *words)
         assert result == (0, "", "")
         return [(config.as_dict(), config.explicit) for config in calls]
@@ -343,31 +347,24 @@ def test_every_key_that_is_named_in_a_table_is_a_setting():
     tables = {key for key in tables if not key.startswith("sampling.options.")}
     assert tables - DEFAULTS.keys() == {"experiment"}
     assert all(any(key.startswith(fixed) for key in DEFAULTS) for fixed in cli.FIXED)
-    assert not DEFAULTS.keys() & (cli.RENAMED.keys() | cli.RETIRED.keys())
+    assert not DEFAULTS.keys() & (cli.RENAMED.keys() | cli.GONE.keys())
 
 
 # --- Settings of earlier versions, and without effect -------------------------------------------
 
 
-@pytest.mark.parametrize("old", cli.RENAMED)
-def test_a_setting_is_known_by_its_old_name(configure, old):
-    new = cli.RENAMED[old]
-    value = {"output": "a.json", "eval.tokens": 7}.get(new, 1)
-    [(config, explicit)] = configure(f"{old}={value}")
-    assert get(config, new) == value
+@pytest.mark.parametrize("short", cli.RENAMED)
+def test_an_option_may_be_written_as_a_setting(configure, short):
+    new = cli.RENAMED[short]
+    [(config, explicit)] = configure(f"{short}=1")
+    assert get(config, new) == 1
     assert explicit == {"sampling.options" if "options" in new else new}
-
-
-@pytest.mark.parametrize("key", cli.RETIRED)
-def test_a_setting_that_is_no_longer_one_is_answered_with_the_value_that_it_has_now(refusal, key):
-    line = refusal(f"{key}=1")
-    assert f"{key} is no longer a setting (now {cli.RETIRED[key]!r})" in line
 
 
 def test_a_setting_without_effect_is_said_in_one_line(run, monkeypatch):
     monkeypatch.setitem(SCRIPTS, "sample.py", lambda config: None)
     monkeypatch.setitem(cli.READS, "sample.py", ("prompt", "sampling."))
-    words = ("prompt=x", "prompt_file=y", "sampling.steps=3", "experiment=small")
+    words = ("prompt=x", "prompt_file=y", "sampling.steps=3")
     assert run("sample.py", *words, "training.max_iters=3") == (
         0,
         "",
@@ -376,6 +373,130 @@ def test_a_setting_without_effect_is_said_in_one_line(run, monkeypatch):
     assert run("sample.py", "-m", *words, "out_dir=a", "num_samples=1,2").err == (
         "out_dir has no effect on sample.py\nnum_samples has no effect on sample.py\n"
     )
+
+
+@pytest.mark.parametrize(
+    ("script", "words", "why"),
+    [
+        ("train.py", "data.vocab_size=9", "with data.tokenizer=char"),
+        ("train.py", "data.path=a.txt data.dataset=plays", "with data.path=a.txt"),
+        ("train.py", "data.dir=a data.dataset=plays", "with data.dir=a"),
+        ("train.py", "training.objective=ar diffusion.weighting=1", "with training.objective=ar"),
+        ("train.py", "training.eval_interval=0 eval.tokens=9", "with training.eval_interval=0"),
+        ("train.py", "training.sample_interval=0 sampling.steps=3", "sample_interval=0"),
+        ("train.py", "sampling.strategy=eb sampling.steps=3", "with sampling.strategy=eb"),
+        ("train.py", "logging.name=x", "with logging.wandb=False"),
+        ("train.py", "logging.tags=[x]", "with logging.wandb=False"),
+        ("train.py", "sampling.length=3", "on train.py"),
+        ("train.py", "checkpoint=x", "on train.py"),
+        (
+            "sample.py",
+            "sampling.strategy=threshold sampling.steps=3",
+            "sampling.strategy=threshold",
+        ),
+        ("sample.py", "sampling.temperature=0 sampling.options.top_p=0.5", "temperature=0.0"),
+        ("sample.py", "system.compile=true", "on sample.py"),
+        ("sample.py", "data.path=x", "on sample.py"),
+        ("sample.py", "+experiment=small", "on sample.py"),
+        ("eval.py", "sampling.temperature=2", "with eval.samplers=[]"),
+        ("eval.py", "eval.samplers=[eb] sampling.steps=2", "eval.samplers=['eb'] and eval.bounds="),
+        ("eval.py", "data.vocab_size=9", ""),
+        ("tools.view", "sampling.strategy=eb sampling.steps=3", "with sampling.strategy=eb"),
+        ("train.py", "data.tokenizer=bpe data.vocab_size=300", None),
+        ("train.py", "logging.interval=3", None),
+        ("train.py", "+experiment=small", None),
+        ("sample.py", "sampling.strategy=margin sampling.steps=3", None),
+        ("eval.py", "eval.bounds=[discrete] sampling.steps=2", None),
+        ("eval.py", "eval.samplers=[eb,margin] sampling.steps=2", None),
+        ("tools.view", "sampling.steps=3", None),
+    ],
+)
+def test_an_explicit_setting_never_goes_unheard(run, monkeypatch, script, words, why):
+    """It is said, in one line, why the last of the words has no effect; or, None, nothing is."""
+    nothing = lambda config: None  # noqa: E731
+    if script in SCRIPTS:
+        monkeypatch.setitem(SCRIPTS, script, nothing)
+    else:
+        monkeypatch.setattr(view, "main", nothing)
+    result = run(script, *words.split())
+    key = words.split()[-1].split("=")[0].lstrip("+")
+    if why == "":
+        assert result.code == 2 and "the checkpoint decides it" in result.err
+    elif why is None:
+        assert result == (0, "", "")
+    else:
+        assert result.code == 0 and result.err.count("\n") == 1
+        assert result.err.startswith(f"{key} has no effect ") and why in result.err
+
+
+@pytest.mark.parametrize(
+    ("word", "meant"),
+    [
+        ("lr", "training.learning_rate"),
+        ("training.lr", "training.learning_rate"),
+        ("optimizer.lr", "training.learning_rate"),
+        ("batch", "training.batch_size"),
+        ("temp", "sampling.temperature"),
+        ("model.layers", "model.n_layer"),
+        ("training.seed", "system.seed"),
+        ("sampling.output", "output"),
+        ("sampling.stepz", "sampling.steps"),
+    ],
+)
+def test_a_key_that_somebody_may_mean_is_found(refusal, word, meant):
+    assert f"no setting {word}: did you mean {meant}?" in refusal(f"{word}=3")
+
+
+@pytest.mark.parametrize(
+    "word", ["training.max_iters=1e30", "sampling.options={block_length: 99999999999999999999}"]
+)
+def test_a_number_beyond_64_bits_is_too_large(refusal, word):
+    assert "is too large: it must be below 2^63" in refusal(word)
+
+
+@pytest.mark.parametrize(
+    "allocate",
+    [lambda: torch.empty(2**60), lambda: np.empty(2**50)],
+    ids=["torch", "numpy"],
+)
+def test_a_lack_of_memory_is_one_line(run, monkeypatch, allocate):
+    monkeypatch.setitem(SCRIPTS, "train.py", lambda config: allocate())
+    result = run("train.py")
+    assert (result.code, result.out, result.err.count("\n")) == (1, "", 1)
+    assert result.err.startswith("error: not enough memory, take a smaller model, batch or text")
+
+
+def test_another_error_of_torch_keeps_its_traceback(run, monkeypatch):
+    monkeypatch.setitem(SCRIPTS, "train.py", lambda config: torch.zeros(2) @ torch.zeros(3))
+    with pytest.raises(RuntimeError, match="size"):
+        run("train.py")
+
+
+def test_a_sweep_goes_on_after_a_run_that_diverges_and_ranks_its_runs(run, text_file):
+    words = (*TINY, f"data.path={text_file}", "out_dir=sweep", "training.sample_interval=0")
+    result = run("train.py", "-m", *words, "training.learning_rate=1e30,3e-3,1e-2")
+    assert result.code == 1
+    assert "error: loss or gradient was not finite in" in result.err
+    header, *ranked = result.out.splitlines()[-4:]
+    assert header.startswith("runs of the sweep by their lowest loss on val")
+    assert ranked[0].endswith("sweep/2  training.learning_rate=0.01")
+    assert ranked[1].endswith("sweep/1  training.learning_rate=0.003")
+    assert ranked[2].endswith("sweep/0  training.learning_rate=1e+30")
+    for line in ranked:
+        folder = line.split()[3]
+        entries = map(json.loads, Path(folder, "metrics.jsonl").read_text().splitlines())
+        bounds = [e for e in entries if "eval/val_loss" in e]
+        best = min(bounds, key=lambda e: e["eval/val_loss"])
+        assert line.startswith(f"{best['eval/val_loss']:.4f} ± {best['eval/val_error']:.4f} ")
+
+
+def test_a_sweep_without_evaluations_lists_its_runs(run, text_file):
+    words = (*TINY, f"data.path={text_file}", "training.sample_interval=0")
+    result = run("train.py", "-m", *words, "training.eval_interval=0", "system.seed=1,2")
+    assert [line.split()[:3] for line in result.out.splitlines()[-2:]] == [
+        ["not", "evaluated", "out/0"],
+        ["not", "evaluated", "out/1"],
+    ]
 
 
 def test_only_the_first_process_says_that_a_setting_has_no_effect(run, monkeypatch):
@@ -530,11 +651,14 @@ def test_what_the_command_line_names_is_known_of_the_whole_and_no_setting(config
 # --- Resuming -----------------------------------------------------------------------------------
 
 
+EARLIER = {"training.keep": 0, "sampling.top_p": 1.0, "sampling.threshold": 0.9}
+
+
 def stored(changes: dict) -> dict:
     """What a run of an earlier version stored: it had more settings."""
     values = cli.load_defaults()
     del values["output"], values["sampling"]["options"]
-    for key, value in (cli.RETIRED | {"training.eval_tokens": 0} | changes).items():
+    for key, value in (EARLIER | cli.GONE | {"training.eval_tokens": 0} | changes).items():
         section, name = key.split(".")
         values[section][name] = value
     return values

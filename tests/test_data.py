@@ -47,7 +47,7 @@ class Large(Tokenizer):
 
 
 def test_an_unknown_tokenizer_is_refused_with_the_choices(tmp_path):
-    message = r"data\.tokenizer=word is unknown: choose one of char, byte, gpt2, bpe"
+    message = r"data\.tokenizer=word is unknown: choose one of char, byte, ids, gpt2, bpe"
     with pytest.raises(ValueError, match=message):
         prepare(tmp_path, kind="word")
 
@@ -213,13 +213,13 @@ def test_a_meta_file_that_runs_code_is_refused_before_it_runs(tmp_path):
 
 
 def test_bins_without_a_meta_file_need_to_be_told_their_tokenizer(tmp_path):
-    message = r"no meta\.json or meta\.pkl, .*: say data\.tokenizer=gpt2 or data\.tokenizer=byte"
+    message = r"no meta\.json or meta\.pkl, .*=gpt2, .*=byte or, for ids .*=ids data\.vocab_size=V"
     with pytest.raises(ValueError, match=message):
         open_bins(nanogpt(tmp_path))
 
 
 def test_bins_without_a_meta_file_open_with_the_tokenizer_that_they_are_told(tmp_path):
-    corpus = open_bins(nanogpt(tmp_path, train=(72, 105)), kind="byte")
+    corpus = open_bins(nanogpt(tmp_path, train=(72, 105)), without_meta={"kind": "byte"})
     assert corpus.tokenizer.decode(corpus.train.tolist()) == "Hi"
 
 
@@ -431,16 +431,6 @@ def test_ids_beyond_what_was_scanned_are_refused_when_they_are_drawn(tmp_path, m
     corpus = open_bins(nanogpt(tmp_path, CHARACTERS, train=(0, 1, 7)))
     with pytest.raises(ValueError, match="train split holds the token 7, beyond .* of 3"):
         corpus.batch(1, 3, generator())
-
-
-def test_a_split_shorter_than_a_block_is_refused_with_both_lengths():
-    message = r"split of count has 7 tokens, fewer than model\.block_size=8: take a longer text"
-    with pytest.raises(ValueError, match=message):
-        counting(7).require(8)
-
-
-def test_a_split_of_exactly_one_block_is_enough():
-    assert counting(8).require(8) is None
 
 
 @pytest.mark.parametrize("length", [1, 8, 10, 16])

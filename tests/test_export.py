@@ -1,6 +1,7 @@
 """A folder for transformers: the same network, the same ids, and a card that claims nothing."""
 
 import json
+import logging
 import random
 import re
 import shlex
@@ -25,6 +26,7 @@ from tools import export, hf_tokenizer
 transformers = pytest.importorskip("transformers")
 pytest.importorskip("safetensors")
 POEM = "The owl and the pussycat went to sea in a beautiful pea-green boat.\n" * 20
+WARNINGS = []  # of loading what was exported
 SHAPE = {"block_size": 32, "n_layer": 2, "n_head": 2, "n_embd": 32}
 
 
@@ -41,8 +43,12 @@ def exported(tmp_path_factory, trained):
         settings = vars(cli.section(cli.load_defaults("tools/export")))
         settings |= {"checkpoint": f"{trained}/ckpt.pt", "to": str(folder)}
         export.main(cli.section(settings))
+        handler = logging.Handler()
+        handler.emit = WARNINGS.append
+        logging.getLogger("transformers").addHandler(handler)
         model = transformers.AutoModelForMaskedLM.from_pretrained(folder, trust_remote_code=True)
-        tokenizer = transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        tokenizer = transformers.PreTrainedTokenizerFast.from_pretrained(folder)
+        logging.getLogger("transformers").removeHandler(handler)
     return trained / "ckpt.pt", folder, model.eval(), tokenizer
 
 
@@ -54,6 +60,10 @@ def ours(exported):
 def drawn_ids(network: ModelConfig) -> torch.Tensor:
     generator = torch.Generator().manual_seed(0)
     return torch.randint(0, network.vocab_size + 1, (3, network.block_size), generator=generator)
+
+
+def test_what_is_exported_loads_without_a_warning(exported):
+    assert [record.getMessage() for record in WARNINGS] == []
 
 
 # --- The network --------------------------------------------------------------------------------
@@ -218,7 +228,9 @@ def test_the_example_of_the_card_runs(exported, monkeypatch, capsys):
     monkeypatch.setattr(
         transformers.AutoModelForMaskedLM, "from_pretrained", lambda *_, **__: model
     )
-    monkeypatch.setattr(transformers.AutoTokenizer, "from_pretrained", lambda *_, **__: tokenizer)
+    monkeypatch.setattr(
+        transformers.PreTrainedTokenizerFast, "from_pretrained", lambda *_, **__: tokenizer
+    )
     exec(code, {})
     assert re.fullmatch(r"The ..\n", capsys.readouterr().out, re.S)
 
@@ -227,7 +239,7 @@ def test_the_example_of_the_page_runs(exported, monkeypatch, capsys):
     page = (ROOT / "docs" / "interchange.md").read_text()
     code = re.search(r"```python\n(.*?)```", page, re.S)[1].replace("the king", "The crown")
     _, _, model, tokenizer = exported
-    for name, what in (("AutoModelForMaskedLM", model), ("AutoTokenizer", tokenizer)):
+    for name, what in (("AutoModelForMaskedLM", model), ("PreTrainedTokenizerFast", tokenizer)):
         monkeypatch.setattr(
             getattr(transformers, name), "from_pretrained", lambda *_, w=what, **__: w
         )

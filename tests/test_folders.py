@@ -248,3 +248,10 @@ def test_a_run_json_that_is_damaged_is_kept_under_another_name(tmp_path):
     record(tmp_path, {"step": 1})
     assert json.loads((tmp_path / "run.json").read_text())[0]["step"] == 1
     assert (tmp_path / "run-1.json").read_text() == "[{"
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"7", b"[7]", b"[" * 10**5])
+def test_a_run_json_that_is_damaged_has_no_entries(tmp_path, content):
+    assert folders.entries(tmp_path) == []
+    (tmp_path / "run.json").write_bytes(content)
+    assert folders.entries(tmp_path) == []

@@ -241,3 +241,14 @@ def test_a_mistake_is_answered_in_one_line(run, tmp_path, words, named):
     write(tmp_path / "a", [training(10)])
     result = run("tools.plot", *words)
     assert (result.code, result.err.count("\n")) == (2, 1) and named in result.err
+
+
+def test_a_sweeps_folder_stands_for_its_runs(run, tmp_path):
+    for name in ("0", "1"):
+        write(tmp_path / "sweep" / name, [training(1), evaluation(1, 2.0)])
+    assert plot.runs_in(tmp_path / "sweep") == [str(tmp_path / "sweep" / name) for name in "01"]
+    assert plot.runs_in(tmp_path / "sweep" / "0") == [str(tmp_path / "sweep" / "0")]
+    result = run("tools.plot", "sweep")
+    assert result.code == 0 and Path("sweep/metrics.svg").exists()
+    svg = Path("sweep/metrics.svg").read_text()
+    assert "0: 2.000 ± 0.010" in svg and "1: 2.000 ± 0.010" in svg

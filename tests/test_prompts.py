@@ -62,5 +62,17 @@ def test_each_canvas_is_in_one_batch_of_canvases_of_its_length(size):
 
 
 def test_canvases_of_one_length_share_a_batch():
-    batches = [rows for rows, _, _ in prompts.batches(canvases(5, 9, 5, 5, 9))]
+    batches = [rows for rows, _, _ in prompts.batches(canvases(5, 9, 5, 5, 9), 64)]
     assert batches == [[0, 2, 3], [1, 4]]
+
+
+@pytest.mark.parametrize(("length", "size"), [(0, 4), (4, 4), (9, 9)])
+def test_a_template_goes_on_to_the_length_if_there_is_one(length, size):
+    canvas = prompts.make_canvas("a[MASK*2]b", length, ByteTokenizer(), context=8)
+    assert len(canvas.ids) == size
+    assert canvas.is_masked.tolist() == [False, True, True, False, *[True] * (size - 4)]
+
+
+@pytest.mark.parametrize(("vocab_size", "rows"), [(65, 64), (50_257, 5), (2**30, 1)])
+def test_a_batch_has_as_many_rows_as_its_logits_leave_room_for(vocab_size, rows):
+    assert prompts.rows_at_once(1024, vocab_size) == rows

@@ -45,7 +45,7 @@ def test_a_figure_without_an_error_has_no_interval_and_is_valid_json():
 
 
 def test_the_likelihood_is_per_token_and_per_byte():
-    figures = report.likelihood(TWO_DRAWS, texts_of([0, 0, 0], [3, 3, 10], ["a"]))
+    figures = report.likelihood(TWO_DRAWS, texts_of([0, 0, 0], [3, 3, 10], ["a"]), False)
     assert (figures["tokens"], figures["bytes"]) == (8, 16)
     assert figures["loss"]["value"] == 1.6875 and figures["perplexity"] == math.exp(1.6875)
     assert figures["loss"]["standard_error"] == pytest.approx(0.1875)  # (1.875 - 1.5) / 2
@@ -55,7 +55,7 @@ def test_the_likelihood_is_per_token_and_per_byte():
 
 def test_each_document_has_figures_of_its_own_but_one_that_a_limit_left_out():
     texts = texts_of([0, 2, 2], [3, 3, 10], ["a", "b", "c"])
-    a, c = report.likelihood(TWO_DRAWS, texts)["documents"]
+    a, c = report.likelihood(TWO_DRAWS, texts, False)["documents"]
     assert (a["name"], a["tokens"], a["loss"]["value"]) == ("a", 2, 1.5)
     assert (c["name"], c["tokens"], c["loss"]["value"]) == ("c", 6, 1.75)
 
@@ -230,7 +230,9 @@ def test_what_a_bound_leaves_open_depends_on_which_is_lower(difference, exact, s
 
 
 def test_the_lines_of_a_likelihood():
-    figures = report.likelihood(TWO_DRAWS, texts_of([0, 0, 1], [3, 3, 10], ["a", "long name"]))
+    figures = report.likelihood(
+        TWO_DRAWS, texts_of([0, 0, 1], [3, 3, 10], ["a", "long name"]), False
+    )
     assert report.lines(figures) == [
         "loss 1.6875 ± 0.1875 nats/token",
         "perplexity 5.41",
@@ -295,3 +297,27 @@ def test_the_lines_of_a_comparison():
 def test_the_line_of_a_verdict_names_the_better_model():
     line = report.lines({"against": compared(shifted(0.0), shifted(5.0))})[-1]
     assert line.startswith("verdict: a.pt is better, by 0.4") and line.endswith("nats/token (95%)")
+
+
+def test_a_text_of_few_rows_says_nothing_about_decreases():
+    draws = [[4.0, 3.0, 2.0, 1.0] * 9 + [1.0] * 3] * 8  # 39 rows
+    assert report.cost_by_rate(samples_of(draws, [4] * 39))["decreases"] is None
+    assert (
+        report.cost_by_rate(samples_of([each + [1.0] for each in draws], [4] * 40))["decreases"]
+        is not None
+    )
+
+
+def test_one_pass_says_that_its_error_is_not_known():
+    one = TWO_DRAWS._replace(nats=TWO_DRAWS.nats[:1], u=TWO_DRAWS.u[:1])
+    texts = texts_of([0, 0, 0], [3, 3, 10], ["a"])
+    said = "the error of one pass is not known: raise eval.draws"
+    assert said in report.lines(report.likelihood(one, texts, False))
+    assert said not in report.lines(report.likelihood(one, texts, True))
+    assert said not in report.lines(report.likelihood(TWO_DRAWS, texts, False))
+
+
+def test_ids_without_text_have_no_bits_per_byte():
+    figures = report.likelihood(TWO_DRAWS, texts_of([0, 0, 1], [0, 0, 0], ["a", "b"]), False)
+    assert figures["bits_per_byte"] is None
+    assert not any("bits" in line for line in report.lines(figures)[:3])

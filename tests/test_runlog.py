@@ -335,24 +335,30 @@ ABOUT = {
 
 
 @pytest.mark.parametrize(
-    ("first_step", "parallel", "changes", "expected"),
+    ("first_step", "parallel", "warmup", "changes", "expected"),
     [
-        (0, "auto", {}, "on cpu, float32; steps 0 to 20, results in out"),
-        (5, "auto", {"compiled": True}, "on cpu, float32, compiled; steps 5 to 20"),
-        (0, "auto", {"processes": 2}, "on cpu in 2 processes (copies), float32"),
-        (0, "fsdp", {"processes": 2}, "on cpu in 2 processes (shards), float32"),
-        (20, "auto", {}, "nothing is left to do: raise training.max_iters"),
+        (0, "auto", 2, {}, "on cpu, float32; steps 0 to 20, results in out"),
+        (5, "auto", 2, {"compiled": True}, "on cpu, float32, compiled; steps 5 to 20"),
+        (0, "auto", 2, {"processes": 2}, "on cpu in 2 processes (copies), float32"),
+        (0, "fsdp", 2, {"processes": 2}, "on cpu in 2 processes (shards), float32"),
+        (20, "auto", 2, {}, "nothing is left to do: raise training.max_iters"),
+        (0, "auto", 6, {}, "the warm-up takes 5 steps, a quarter of the run"),
+        (0, "auto", 2, {"tokens": {"train": 9_000, "val": 63}}, "63 tokens to validate are few"),
     ],
 )
-def test_the_first_lines_describe_corpus_model_and_run(first_step, parallel, changes, expected):
+def test_the_first_lines_describe_corpus_model_and_run(
+    first_step, parallel, warmup, changes, expected
+):
     config = SimpleNamespace(
-        training=SimpleNamespace(max_iters=20),
+        training=SimpleNamespace(max_iters=20, warmup_iters=warmup, eval_interval=5),
+        model=SimpleNamespace(block_size=8),
         system=SimpleNamespace(parallel=parallel),
         out_dir="out",
     )
     message = start_message(config, first_step, ABOUT | changes)
     assert message.startswith("corpus kings.txt (sha256 0123456789ab): 9,000 tokens to train on")
     assert "model of 12,345 parameters on cpu" in message and expected in message
+    assert ("warm-up" in message, "are few" in message) == (warmup > 5, "tokens" in changes)
 
 
 # --- Ctrl-C -------------------------------------------------------------------------------------

@@ -3,14 +3,18 @@
 import hashlib
 import json
 import os
+import subprocess
+import sys
 import threading
 import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
+from conftest import environment
 
 from nanomdm import text
+from nanomdm.errors import UserError
 from nanomdm.text import download, find_text, read_text, shakespeare
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -28,9 +32,9 @@ def written(path: Path, content: bytes | str) -> Path:
 
 
 @pytest.mark.parametrize("name", ["a.txt", "a.md", "a.any"])
-def test_a_file_is_read_as_it_is(name, tmp_path):
-    content = "Ünï\r\n\n😀 \t"
-    assert read_text(written(tmp_path / name, content)) == content
+def test_a_file_is_read_as_it_is_but_for_line_ends_of_windows(name, tmp_path):
+    content = "Ünï\r\n\n😀\r \t"
+    assert read_text(written(tmp_path / name, content)) == "Ünï\n\n😀\r \t"
 
 
 def test_a_byte_order_mark_is_no_part_of_the_text(tmp_path):
@@ -341,3 +345,35 @@ def test_the_documents_of_a_folder_are_named_by_their_paths_in_order(tmp_path):
     (tmp_path / "b" / "one.md").write_text("1")
     (tmp_path / "a.txt").write_text("2")
     assert text.documents(tmp_path) == [("a.txt", "2"), ("b/one.md", "1")]
+
+
+def test_a_text_that_the_memory_cannot_hold_is_answered_with_the_way_that_can(
+    tmp_path, monkeypatch
+):
+    path = written(tmp_path / "a.txt", "x" * 100)
+    monkeypatch.setattr(text, "memory", lambda: 1100)
+    assert read_text(path) == "x" * 100
+    monkeypatch.setattr(text, "memory", lambda: 1099)
+    for each in (path, tmp_path):
+        with pytest.raises(UserError, match=rf"tools\.prepare dataset={each}"):
+            read_text(each)
+
+
+def test_the_memory_that_a_text_takes_is_what_the_limit_says(tmp_path):
+    """In a process of its own, whose peak it is; the text is large beside what Python needs."""
+    code = """
+import resource, sys
+from types import SimpleNamespace
+import data
+peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+size, before = 2**25, peak()
+open("a.txt", "w").write("The crown.\\n" * (size // 11))
+settings = SimpleNamespace(dir="", path="a.txt", dataset="", tokenizer="char", vocab_size=0)
+data.load(settings)
+print((peak() - before) / size)
+"""
+    pytest.importorskip("resource")
+    env = environment(NANOMDM_CACHE=str(tmp_path))
+    command = [sys.executable, "-c", code]
+    taken = float(subprocess.check_output(command, cwd=tmp_path, env=env, text=True))
+    assert text.MEMORY - 3 < taken < text.MEMORY

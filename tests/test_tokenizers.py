@@ -12,6 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from nanomdm import tokenizers
 from nanomdm.errors import UserError
 from nanomdm.tokenizers import (
     TOKENIZERS,
@@ -20,6 +21,7 @@ from nanomdm.tokenizers import (
     CharTokenizer,
     GPT2Tokenizer,
     HFTokenizer,
+    IdTokenizer,
     choices,
     load_tokenizer,
     train_tokenizer,
@@ -267,3 +269,36 @@ def test_a_bpe_with_a_regular_expression_from_outside_is_refused(bpe):
 
 def test_what_only_imported_weights_bring_is_no_choice():
     assert "hf" in TOKENIZERS and "hf" not in choices()
+
+
+# --- Ids without text -----------------------------------------------------------------------------
+
+
+def test_ids_are_written_as_numbers():
+    ids = IdTokenizer(1500)
+    assert ids.encode(" 7  1499\n0").tolist() == [7, 1499, 0]
+    assert ids.decode([7, 1499, 0]) == "7 1499 0 "
+    assert not ids.has_text and ids.vocab_size == 1500
+    assert load_tokenizer(ids.state()).encode("3 ").tolist() == [3]
+
+
+@pytest.mark.parametrize("text", ["1500", "-1", "x", "1.5", "7 x"])
+def test_what_is_no_id_is_refused_with_the_limit(text):
+    with pytest.raises(UserError, match=f"'{text.split()[-1]}' is no id from 0 to 1499"):
+        IdTokenizer(1500).encode(text)
+
+
+@pytest.mark.parametrize("vocab_size", [0, -3, 2.5, "9"])
+def test_ids_need_a_vocabulary(vocab_size):
+    with pytest.raises(UserError, match=f"data.vocab_size={vocab_size} must be positive"):
+        IdTokenizer(vocab_size)
+
+
+@few
+@given(st.lists(st.sampled_from(["\n", " ", "  \n", "owl", "sea.", "\n\n", "\t", "é"])))
+def test_a_bpe_gives_a_text_in_parts_the_ids_of_the_whole(bpe, pieces):
+    text = "".join(pieces)
+    whole = bpe.tokenizer.encode(text).ids
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tokenizers, "AT_ONCE", 3)
+        assert bpe.encode(text).tolist() == whole

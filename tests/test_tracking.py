@@ -320,3 +320,44 @@ def test_a_real_offline_run_holds_the_samples(offline):
     rows = [row for table in tables for row in json.loads(table.read_text())["data"]]
     assert sorted(step for step, _ in rows) == [6, 12]
     assert all(text in result.stdout for _, text in rows)
+
+
+# --- One run there for one run here --------------------------------------------------------------
+
+
+def test_a_resumed_run_goes_on_in_the_first_ones_and_a_new_one_does_not(train, wandb):
+    train()
+    train("training.resume=true", "training.max_iters=14")
+    train("training.resume=true", "training.max_iters=16")
+    train()
+    first, second, third, new = (started["id"] for started in wandb.started)
+    assert first == second == third != new and len(first) == 8
+    assert all(started["resume"] == "allow" for started in wandb.started)
+
+
+def test_each_run_of_a_sweep_keeps_its_own(train, wandb):
+    words = ("-m", "system.seed=1,2", *SHORT)
+    train(*words)
+    train(*words, "training.resume=true", "training.max_iters=2")
+    ids = [started["id"] for started in wandb.started]
+    assert ids[:2] == ids[2:] and ids[0] != ids[1]
+
+
+def test_the_users_own_id_takes_precedence(train, wandb, monkeypatch):
+    monkeypatch.setenv("WANDB_RUN_ID", "mine")
+    train(*SHORT)
+    assert wandb.started[0]["id"] == "mine"
+
+
+def test_an_evaluation_is_a_run_of_its_own_and_has_its_errors(run, trained, wandb, monkeypatch):
+    monkeypatch.setattr(Stub, "log", lambda self, values: self.logged.append((0, values)))
+    monkeypatch.setattr(Stub, "finish", lambda self: None)
+    wandb.plot = SimpleNamespace(line=lambda *words, **options: None)
+    words = (f"checkpoint={trained}/ckpt.pt", "logging.wandb=true", "eval.tokens=256")
+    assert run("eval.py", *words, "output=figures.json").code == 0
+    figures = json.loads(Path("figures.json").read_text())
+    sent = {key: value for _, values in wandb.logged for key, value in values.items()}
+    for name in ("loss", "bits_per_byte"):
+        assert sent[f"eval/{name}"] == figures[name]["value"]
+        assert sent[f"eval/{name}_error"] == figures[name]["standard_error"] > 0
+    assert wandb.started[0]["id"] is None

@@ -2,19 +2,24 @@
 
 import hashlib
 import json
+import math
+import re
 import signal
 import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from conftest import ROOT, TEXT, TINY, environment
 from torch._dynamo.utils import counters
 
-from nanomdm import checkpoint, runlog
+from nanomdm import checkpoint, optim, runlog
 
 STEPS = 12  # of TINY
+FIGURE = r"\d\.\d{4} ± \d\.\d{4}"
+BOUND_LINE = rf"step \d+: bound {FIGURE} on train and {FIGURE} on val, nats/token"
 
 
 @pytest.fixture
@@ -180,8 +185,73 @@ def test_best_pt_holds_the_weights_with_the_lowest_bound(train):
 
 def test_the_bound_in_the_log_is_the_one_that_eval_prints(run, trained):
     logged = metrics(trained)[-1]["eval/val_loss"]
-    printed = run("eval.py", f"checkpoint={trained}/ckpt.pt", "eval.draws=1", TINY[-1])
-    assert f"loss {logged:.4f} nats/token" in printed.out
+    printed = run("eval.py", f"checkpoint={trained}/ckpt.pt", "eval.draws=2", TINY[-1])
+    assert f"loss {logged:.4f} ± " in printed.out
+
+
+def test_every_bound_that_is_printed_has_its_error(run, text_file):
+    result = run("train.py", *TINY, f"data.path={text_file}")
+    lines = [line for line in result.out.splitlines() if "bound" in line]
+    assert len(lines) == 2
+    assert all(re.fullmatch(BOUND_LINE, line) for line in lines)
+
+
+@pytest.mark.parametrize("characters", [400, 1_100])
+def test_the_error_of_a_bound_on_few_rows_is_what_other_masks_differ_by(run, tmp_path, characters):
+    (tmp_path / "short.txt").write_text(TEXT[:characters])
+    words = ("data.path=short.txt", "training.sample_interval=0")
+    assert "tokens to validate are few" in run("train.py", *TINY, *words).out
+    words += (*TINY[4:], "training.init_from=out/best.pt", "training.max_iters=1")
+    words += ("training.learning_rate=1e-12", "out_dir=seeds")
+    found = []
+    for seed in range(12):
+        assert run("train.py", *words, f"system.seed={seed}").code == 0
+        found.append([line for line in metrics("seeds") if "eval/val_loss" in line][-1])
+    values = torch.tensor([line["eval/val_loss"] for line in found])
+    errors = torch.tensor([line["eval/val_error"] for line in found])
+    assert 0.5 < values.std() / errors.mean() < 1.6
+
+
+def test_the_rate_of_a_run_that_is_made_longer_is_announced(run, text_file):
+    words = (*TINY, f"data.path={text_file}", "training.sample_interval=0")
+    run("train.py", *words)
+    longer = run("train.py", *words, "training.resume=true", "training.max_iters=24")
+    line = "training.max_iters was 12 and is 24: the learning rate goes from 0% to 52% of its peak"
+    assert line in longer.err
+    last, first = [row["train/lr"] for row in metrics() if "train/lr" in row][11:13]
+    assert last == 0 and first == pytest.approx(11 / 21 * 5e-3)
+
+
+@pytest.mark.parametrize(("finite", "code"), [(6, 0), (5, 1)])
+def test_a_run_whose_steps_were_mostly_skipped_fails_with_a_last_word(
+    run, text_file, monkeypatch, finite, code
+):
+    add = optim.StepStats.add
+
+    def broken(self, loss, grad_norm, step):
+        return add(self, loss, grad_norm if step <= finite else grad_norm * math.nan, step)
+
+    monkeypatch.setattr(optim.StepStats, "add", broken)
+    result = run("train.py", *TINY, f"data.path={text_file}", "training.sample_interval=0")
+    said = f"not finite in {12 - finite} of 12 steps, which were skipped: train again with a lower"
+    assert result.code == code and (said in result.err) == bool(code)
+    assert checkpoint.load("out/ckpt.pt")["step"] == STEPS
+
+
+def test_ids_of_ones_own_without_a_meta_file_are_trained_on_sampled_and_scored(run):
+    rng = np.random.default_rng(0)
+    for split, count in (("train", 900), ("val", 100)):
+        rng.integers(0, 1500, count).astype(np.uint16).tofile(f"{split}.bin")
+    ids = ("data.dir=.", "data.tokenizer=ids", "data.vocab_size=1500")
+    assert "1500 symbols" in run("train.py", *TINY, *ids).out
+    resumed = run("train.py", "training.resume=true", "training.max_iters=13", "data.dir=.")
+    assert resumed.code == 0, resumed.err
+    sample = run("sample.py", "prompt=7 [MASK*2] 1499", "sampling.steps=2").out.split()
+    assert sample[0] == "7" and len(sample) == 4 and sample[3] == "1499"
+    assert all(0 <= int(word) < 1500 for word in sample)
+    printed = run("eval.py", "output=figures.json").out
+    assert "nats/token" in printed and "bits" not in printed
+    assert json.loads(Path("figures.json").read_text())["bits_per_byte"] is None
 
 
 def test_a_second_run_keeps_the_first_ones_files(train):

@@ -180,7 +180,7 @@ def command(config: dict) -> str:
     """The training command: every setting that is not its default, except those of the machine."""
     words, trained = ["python train.py"], cli.flat(config)
     defaults = cli.flat(cli.load_defaults())
-    for key, default in defaults.items():
+    for key, default in (defaults | cli.GONE).items():
         value = trained.get(key, default)
         if "." not in key or key.startswith(LEFT_OUT) or value == default:
             continue
