@@ -20,7 +20,7 @@ PLAYS = HERE / "corpora/plays.txt"  # in a wheel
 if not PLAYS.exists():
     PLAYS = HERE.parent / "corpora/plays.txt"  # in a checkout
 SUFFIXES = (".txt", ".md", ".jsonl")
-MEMORY = 11  # bytes that each byte of a text takes while it is turned into ids (docs/LOG.md)
+MEMORY = 12  # bytes that each byte of a text takes while it is turned into ids (docs/LOG.md)
 
 
 def find_text(dataset: str, path: str, cache: str | Path) -> tuple[str, str]:

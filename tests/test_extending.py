@@ -181,8 +181,8 @@ class Words(Tokenizer):
 
 def test_a_tokenizer_is_among_the_choices():
     TOKENIZERS["words"] = Words
-    assert choices() == ["char", "byte", "gpt2", "bpe", "words"]
-    with pytest.raises(ValueError, match="choose one of char, byte, gpt2, bpe, words$"):
+    assert choices() == ["char", "byte", "ids", "gpt2", "bpe", "words"]
+    with pytest.raises(ValueError, match="choose one of char, byte, ids, gpt2, bpe, words$"):
         train_tokenizer("word", "a word", 9, 9)
 
 

@@ -411,7 +411,7 @@ def refusal(run, tmp_path, folder):
         (("dataset=one.jsonl",), "raise val=0.1"),
         (("dataset=one.jsonl", "val=0.999"), "lower val=0.999"),
         (("dataset=other.jsonl",), "column=text: choose one of body"),
-        (("tokenizer=words",), "choose char, byte, gpt2, bpe or a .json"),
+        (("tokenizer=words",), "choose char, byte, ids, gpt2, bpe or a .json"),
         (("tokenizer=none.json",), "cannot read tokenizer=none.json"),
         (("tokenizer=bpe", "vocab_size=5"), "vocab_size=5"),
         (("val=0",), "val=0.0"),

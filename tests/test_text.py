@@ -351,9 +351,9 @@ def test_a_text_that_the_memory_cannot_hold_is_answered_with_the_way_that_can(
     tmp_path, monkeypatch
 ):
     path = written(tmp_path / "a.txt", "x" * 100)
-    monkeypatch.setattr(text, "memory", lambda: 1100)
+    monkeypatch.setattr(text, "memory", lambda: 1200)
     assert read_text(path) == "x" * 100
-    monkeypatch.setattr(text, "memory", lambda: 1099)
+    monkeypatch.setattr(text, "memory", lambda: 1199)
     for each in (path, tmp_path):
         with pytest.raises(UserError, match=rf"tools\.prepare dataset={each}"):
             read_text(each)
@@ -361,19 +361,19 @@ def test_a_text_that_the_memory_cannot_hold_is_answered_with_the_way_that_can(
 
 def test_the_memory_that_a_text_takes_is_what_the_limit_says(tmp_path):
     """In a process of its own, whose peak it is; the text is large beside what Python needs."""
+    (tmp_path / "a.txt").write_text("The crown.\n" * (2**25 // 11))
     code = """
 import resource, sys
 from types import SimpleNamespace
 import data
 peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-size, before = 2**25, peak()
-open("a.txt", "w").write("The crown.\\n" * (size // 11))
+before = peak()
 settings = SimpleNamespace(dir="", path="a.txt", dataset="", tokenizer="char", vocab_size=0)
 data.load(settings)
-print((peak() - before) / size)
+print((peak() - before) / 2**25)
 """
     pytest.importorskip("resource")
     env = environment(NANOMDM_CACHE=str(tmp_path))
     command = [sys.executable, "-c", code]
     taken = float(subprocess.check_output(command, cwd=tmp_path, env=env, text=True))
-    assert text.MEMORY - 3 < taken < text.MEMORY
+    assert text.MEMORY - 5 < taken < text.MEMORY + 1

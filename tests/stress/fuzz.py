@@ -218,7 +218,8 @@ def use_run(folder: Path):
 
 def use_bins(name: str, folder: Path):
     corpus = data.open_bins(folder / name)
-    corpus.require(8)
+    if len(corpus.train) < 8:
+        raise UserError("too short")
     batch = corpus.batch(4, 8, torch.Generator().manual_seed(1))
     decoded = [corpus.tokenizer.decode(row) for row in (*batch.tolist(), corpus.val[:].tolist())]
     return corpus.tokenizer.state(), corpus.name, corpus.sha256, corpus.train[:].tolist(), decoded
