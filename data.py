@@ -120,7 +120,7 @@ def write_bins(folder: Path, splits: dict[str, np.ndarray], tokenizer, about: di
     dtype = dtype_of(tokenizer.vocab_size)
     meta = about | {"dtype": dtype, "tokenizer": tokenizer.state(), "tokens": {}, "shards": {}}
     for split, ids in splits.items():
-        content = ids.astype(dtype).tobytes()
+        content = ids.astype(dtype)
         write_atomically(folder / f"{split}.bin", content)
         meta["tokens"][split], meta["shards"][f"{split}.bin"] = len(ids), sha256_of(content)
     meta["check"] = digest(meta)

@@ -79,8 +79,8 @@ def build_optimizer(model: nn.Module, name: str, learning_rate: float, weight_de
 
 
 def warmup(max_iters: int, wanted: int) -> int:
-    """The steps of the warm-up: at most a quarter of the run."""
-    return min(wanted, max_iters // 4)
+    """The steps of the warm-up: at most half of the run."""
+    return min(wanted, max_iters // 2)
 
 
 def learning_rate_factor(step: int, max_iters: int, warmup_iters: int, schedule: str) -> float:

@@ -342,7 +342,7 @@ ABOUT = {
         (0, "auto", 2, {"processes": 2}, "on cpu in 2 processes (copies), float32"),
         (0, "fsdp", 2, {"processes": 2}, "on cpu in 2 processes (shards), float32"),
         (20, "auto", 2, {}, "nothing is left to do: raise training.max_iters"),
-        (0, "auto", 6, {}, "the warm-up takes 5 steps, a quarter of the run"),
+        (0, "auto", 11, {}, "the warm-up takes 10 steps, half of the run"),
         (0, "auto", 2, {"tokens": {"train": 9_000, "val": 63}}, "63 tokens to validate are few"),
     ],
 )
@@ -358,7 +358,7 @@ def test_the_first_lines_describe_corpus_model_and_run(
     message = start_message(config, first_step, ABOUT | changes)
     assert message.startswith("corpus kings.txt (sha256 0123456789ab): 9,000 tokens to train on")
     assert "model of 12,345 parameters on cpu" in message and expected in message
-    assert ("warm-up" in message, "are few" in message) == (warmup > 5, "tokens" in changes)
+    assert ("warm-up" in message, "are few" in message) == (warmup > 10, "tokens" in changes)
 
 
 # --- Ctrl-C -------------------------------------------------------------------------------------
