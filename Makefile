@@ -9,6 +9,7 @@ run: $(VENV)/run.done
 	$(BIN)/python train.py
 	$(BIN)/python sample.py prompt="ROMEO:" sampling.temperature=0.8
 	$(BIN)/python eval.py
+	@echo "to go on: source $(BIN)/activate, then python sample.py and every other command of the README"
 
 test: $(VENV)/dev.done
 	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile

@@ -120,7 +120,7 @@ def write_bins(folder: Path, splits: dict[str, np.ndarray], tokenizer, about: di
     dtype = dtype_of(tokenizer.vocab_size)
     meta = about | {"dtype": dtype, "tokenizer": tokenizer.state(), "tokens": {}, "shards": {}}
     for split, ids in splits.items():
-        content = ids.astype(dtype)
+        content = ids.astype(dtype).data
         write_atomically(folder / f"{split}.bin", content)
         meta["tokens"][split], meta["shards"][f"{split}.bin"] = len(ids), sha256_of(content)
     meta["check"] = digest(meta)
@@ -150,5 +150,5 @@ def open_bins(
     return Corpus(meta["corpus"] or folder.name, sha256, own, train, val)
 
 
-def sha256_of(content: bytes | np.ndarray) -> str:
+def sha256_of(content: bytes | memoryview) -> str:
     return hashlib.sha256(content).hexdigest()

@@ -57,7 +57,9 @@ def visible(text: str, stream=None) -> str:
     return CONTROL.sub(lambda match: ascii(match[0])[1:-1], text)
 
 
-def write_atomically(path: str | Path, content: bytes | Callable[[BinaryIO], None]) -> None:
+def write_atomically(
+    path: str | Path, content: bytes | memoryview | Callable[[BinaryIO], None]
+) -> None:
     """Write a file that is the old one or the new one whenever the power fails, never a part.
 
     `content` is its bytes, or a function that writes them to a binary file. A process that is
