@@ -7,6 +7,7 @@ import shlex
 import shutil
 import sys
 
+import numpy as np
 import pytest
 import torch
 import yaml
@@ -59,6 +60,9 @@ def folder(tmp_path, trained, monkeypatch):
     tokenizer = train_tokenizer("char", TEXT, split=0, vocab_size=0)
     splits = {split: tokenizer.encode(TEXT) for split in data.SPLITS}
     data.write_bins(tmp_path / "prepared" / "shakespeare_char", splits, tokenizer, {})
+    (tmp_path / "prepared" / "games").mkdir()
+    for split in data.SPLITS:
+        np.arange(400, dtype=np.uint16).tofile(tmp_path / "prepared" / "games" / f"{split}.bin")
     monkeypatch.setenv("WANDB_MODE", "disabled")
     return tmp_path
 
