@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Generator, Tensor
 
+from nanomdm import folders
 from nanomdm.bins import Shards, check_ids, digest, open_split, read_meta
 from nanomdm.errors import UserError, write_atomically
 from nanomdm.text import find_text
@@ -100,6 +101,8 @@ def prepare(
     """
     sha256 = sha256_of(text.encode())
     recipe = tokenizer.state() if tokenizer else [kind, vocab_size]
+    with folders.writable(cache, "NANOMDM_CACHE"):
+        cache.mkdir(parents=True, exist_ok=True)
     folder = cache / f"{name}-{sha256_of(json.dumps([sha256, recipe]).encode())[:12]}"
     if not (folder / "meta.json").is_file():
         split = int(0.9 * len(text))

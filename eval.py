@@ -24,6 +24,8 @@ def main(config: cli.Section) -> None:
             f"{min(about_masks)} is about masks, and {names[0]} is autoregressive, scored exactly: "
             "leave it out"
         )
+    if all(exact):
+        cli.ignored(config, {"eval.draws"}, f"{names[0]} is autoregressive, scored exactly")
     chosen = bounds.choose(config.eval.bounds, config.sampling.steps, diffusion.sample)
     samplers = bounds.samplers(config.eval.samplers, config.sampling, diffusion.sample)
     scored = choose_texts(config, models)

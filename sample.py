@@ -22,6 +22,9 @@ def main(config: cli.Section) -> None:
     shape = loaded.model.config
     with as_user_error():
         sampler = strategies.from_config(config.sampling, diffusion.sample, shape.causal)
+    if shape.causal:
+        keys = {"sampling.strategy", "sampling.steps"}
+        cli.ignored(config, keys, f"{config.checkpoint} is autoregressive")
     lines, canvases = prompts.read(config, loaded.tokenizer, shape.block_size)
     at_once = prompts.rows_at_once(shape.block_size, shape.vocab_size)
     dtype = devices.pick_dtype(config.system.dtype, device, training=False)

@@ -53,6 +53,8 @@ def read_meta(folder: Path, tokenizer: dict) -> dict:
             tokenizer = {"kind": "char", "characters": characters}
     except Exception as error:  # a damaged pickle or JSON can fail in any way
         raise UserError(f"the meta file in {folder} is damaged ({error}): prepare again") from error
+    if not any(folder.glob("*.bin")):
+        raise UserError(f"no .bin file in data.dir={folder}: texts go by data.path={folder}")
     if not nanogpts.is_file() and kind not in ("gpt2", "byte", "ids"):
         raise UserError(
             f"{folder} has no meta.json or meta.pkl, and data.tokenizer={kind}: say "
@@ -151,5 +153,5 @@ def check_ids(tokens: np.ndarray, vocab_size: int, source: str) -> None:
     if tokens.size and int(tokens.max()) >= vocab_size:
         raise UserError(
             f"{source} holds the token {int(tokens.max())}, beyond its vocabulary of {vocab_size}: "
-            "it is damaged, or was made with another tokenizer"
+            "it is damaged, or was made with another tokenizer or data.vocab_size"
         )

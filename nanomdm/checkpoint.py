@@ -184,8 +184,8 @@ def load(path: str | Path) -> dict:
         remedy = "train one with `python train.py`, or check the name"
         if (path / "config.json").is_file():
             remedy = f"import it first, `python -m tools.import_weights from={path} to=imported.pt`"
-        elif found := sorted(path.glob("*.pt")):
-            remedy = f"it is a folder, name a file in it, such as {found[0]}"
+        elif (path / "ckpt.pt").is_file():
+            remedy = f"it is a folder, name a file in it, such as {path / 'ckpt.pt'}"
         raise UserError(f"no checkpoint at {path}: {remedy}")
     try:
         check_archive(path)
@@ -194,8 +194,8 @@ def load(path: str | Path) -> dict:
         state = plain(state)
     except Exception as error:  # a damaged or foreign file can fail anywhere in the two readers
         raise UserError(
-            f"{path} is damaged or no checkpoint ({_one_line(error)[:80]}): take an older one or "
-            "train again"
+            f"{path} is damaged or no checkpoint ({_one_line(error)[:80]}): check the name, take "
+            "an older one or train again"
         ) from error
     if not isinstance(state, dict) or state.get("format") != FORMAT:
         raise UserError(

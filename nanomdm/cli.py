@@ -143,14 +143,19 @@ READS = {
 # Settings that have no effect because of others, which the same script reads: the beginnings of
 # their keys, and what holds for the values of the others then.
 IDLE = (
+    ("data.vocab_size", {"data.dir": bool, "data.tokenizer": lambda name: name != "ids"}),
     ("data.vocab_size", {"data.tokenizer": ("char", "byte", "gpt2").__contains__}),
     ("data.dataset", {"data.path": bool}),
     ("data.dataset", {"data.dir": bool}),
-    ("diffusion.weighting", {"training.objective": "ar".__eq__}),
+    (
+        ("diffusion.weighting", "sampling.strategy", "sampling.steps"),
+        {"training.objective": "ar".__eq__},
+    ),
     ("eval.tokens", {"training.eval_interval": not_}),
     ("sampling.", {"training.sample_interval": not_}),
     ("sampling.steps", {"sampling.strategy": is_adaptive}),
     ("sampling.options.top_", {"sampling.temperature": not_}),
+    ("sampling.options.guidance", {"prompt": not_, "prompt_file": not_}),
     (("sampling.temperature", "sampling.options"), {"eval.samplers": not_}),
     (
         "sampling.steps",
@@ -212,16 +217,19 @@ def main(script: Callable, name: str = "config") -> None:
     mistake of the user's, 1 for what fails at run time (`OSError`, a lack of memory, and
     `FloatingPointError` for training that diverged, after which a sweep goes on), 130 for Ctrl-C.
     """
-    sys.stdout.reconfigure(errors="backslashreplace")  # for terminals that lack a letter
+    if sys.stdout:  # it may be closed
+        sys.stdout.reconfigure(errors="backslashreplace")  # for terminals that lack a letter
     swept, code = {}, 0
     try:
-        for config in jobs(sys.argv[1:], name):
+        for config in jobs(sys.argv[1:], name, script):
             if config.job:
                 swept[config.out_dir] = config.job
             try:
                 script(config)
             except FloatingPointError as error:
                 code = complain(error, 1)
+                if config.job:
+                    swept[config.out_dir] += " (failed)"
         for line in () if RANK else ranking(swept):
             print(line)
     except OverrideParseException as error:
@@ -249,7 +257,7 @@ def complain(message: object, code: int) -> int:
     return code
 
 
-def jobs(words, name="config"):
+def jobs(words, name="config", script=None):
     """Yield the configuration that the words describe; in a sweep, that of each job."""
     options = {word for word in words if word.startswith("-")}
     if options & {"-h", "--help"}:
@@ -259,8 +267,11 @@ def jobs(words, name="config"):
         raise UserError(f"no option {min(unknown)} here: a setting is key=value, without dashes")
     defaults = flat(load_defaults(name))
     choices = read([word for word in words if word not in options], defaults, options)
-    script = Path(sys.argv[0]).name
-    reads = name == "config" and READS.get(script) or tuple(defaults)
+    named = Path(sys.argv[0]).name
+    if named not in READS:  # a script of the user's own that calls one of ours
+        named = f"{getattr(script, '__module__', '')}.py"
+    reads = name == "config" and READS.get(named) or tuple(defaults)
+    said = {""}
     for key, _ in itertools.chain(*choices):
         if key.startswith(DECIDED) and not key.startswith(reads):
             raise UserError(f"{key}: the checkpoint decides it: leave it out")
@@ -268,12 +279,17 @@ def jobs(words, name="config"):
         config = configure(settings, name, defaults)
         if options:
             config.out_dir = str(Path(config.out_dir, str(number)))
+            if config.output:
+                path = Path(config.output)
+                config.output = str(path.with_stem(f"{path.stem}-{number}"))
         if options and "training" in reads:
             swept = (setting for setting in settings if [setting] not in choices)
             config.job = " ".join("=".join(setting) for setting in swept)
-        for key, value in () if number or RANK else settings:
-            if why := without_effect(key, value, config, reads, script):
-                print(f"{key} has no effect {why}", file=sys.stderr)
+        for key, value in () if RANK else settings:
+            why = without_effect(key, value, config, reads, named)
+            if (line := why and f"{key} has no effect {why}") not in said:
+                said.add(line)
+                print(line, file=sys.stderr)
         yield config
 
 
@@ -289,6 +305,12 @@ def without_effect(key, value, config, reads, script):
         if key.startswith(keys) and known and all(f(values[k]) for k, f in others.items()):
             return "with " + " and ".join(f"{other}={values[other]}" for other in others)
     return ""
+
+
+def ignored(config: Section, keys: set[str], why: str) -> None:
+    """Print that explicit settings have no effect, where that shows only in a checkpoint."""
+    for key in sorted(config.explicit & keys):
+        print(f"{key} has no effect: {why}", file=sys.stderr)
 
 
 def compose(words: Sequence[str], experiment: str = "") -> Section:
@@ -321,6 +343,8 @@ def read(words, defaults, sweep):
         elif isinstance(default, list) and re.fullmatch(r"""\[[^]["']+]""", text):
             texts = [verbatim(item.strip()) for item in text[1:-1].split(",")]
             values = [f"[{','.join(texts)}]"]
+        elif isinstance(default, list) and text[:1] not in ("[", "$") and not sweep:
+            values = [verbatim(text)]  # which is no list, and refused as such
         elif sweep:
             override = OverridesParser.create().parse_override(f"{key}={text}")
             values = override.sweep_string_iterator() if override.is_sweep_override() else values
@@ -350,7 +374,7 @@ def configure(settings, name, defaults):
             overrides.append(f"++{key}={value}")
             explicit.add(FREE if key.startswith(f"{FREE}.") else key)
     for key in sorted(explicit - defaults.keys()):
-        near = nearest(key, defaults)
+        near = nearest(key, [*defaults, *(RENAMED if name == "config" else ())])
         hint = f"did you mean {near}?" if near else f"configs/{name}.yaml lists them all"
         raise UserError(f"no setting {key}: {hint}")
     path = CONFIGS / f"{name}.yaml"
@@ -365,10 +389,12 @@ def nearest(key, keys):
     """The known key that somebody may have meant who wrote `key`, or ""."""
     word = key.rpartition(".")[2]
     names = {k: k.rpartition(".")[2] for k in keys}
+    near = difflib.get_close_matches(word, names.values(), n=1, cutoff=0.75)
     found = [k for k, name in names.items() if name == word or k.startswith(f"{key}.")]
     found += [k for k, name in names.items() if word == "".join(w[0] for w in name.split("_"))]
-    found += difflib.get_close_matches(key, keys, n=1, cutoff=0.7)
     found += [k for k, name in names.items() if word in name.split("_") or name.startswith(word)]
+    found += [k for k, name in names.items() if name in near]
+    found += difflib.get_close_matches(key, keys, n=1, cutoff=0.75)
     return found[0] if found else ""
 
 
@@ -387,6 +413,8 @@ def checked(values, defaults):
             check_choice(key, values[key], names)
     if values.get("data.path") and values.get("data.dir"):
         raise UserError("data.path and data.dir are both given: leave one of them empty")
+    if values.get("output") and values["output"] == values.get("checkpoint"):
+        raise UserError(f"output={values['output']} is the checkpoint itself: name another file")
     if values.get("logging.wandb"):
         optional("wandb", "logging.wandb=true")
     return section(values)

@@ -6,7 +6,7 @@ import shutil
 import sys
 import sysconfig
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from pathlib import Path
 
 import torch
@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from .errors import UserError
 
+CONTAINER = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
 WORTH_COMPILING = 500  # steps on a CPU after which the start-up time is earned back (docs/LOG.md)
 
 
@@ -62,10 +63,13 @@ def memory(device: torch.device = torch.device("cpu")) -> float:  # noqa: B008
     """The bytes that a device has, used or free; inf where that is not known."""
     if device.type == "cuda":
         return torch.cuda.get_device_properties(device).total_memory
-    try:
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    except (AttributeError, ValueError, OSError):  # Windows
-        return math.inf
+    found = [math.inf]
+    with suppress(AttributeError, ValueError, OSError):  # Windows
+        found.append(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
+    for limit in CONTAINER:
+        with suppress(ValueError, OSError):  # none, or not there
+            found.append(int(Path(limit).read_text()))
+    return min(found)
 
 
 def with_float64(device: torch.device) -> torch.device:

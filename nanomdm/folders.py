@@ -38,13 +38,11 @@ def locked(folder: str | Path, key: str = "out_dir"):
         yield
         return
     path, is_new = Path(folder, LOCK), not Path(folder).exists()
-    try:
+    if not str(folder):
+        raise UserError(f"{key} is empty: name a folder, {key}=. for this one")
+    with writable(folder, key):
         path.parent.mkdir(parents=True, exist_ok=True)
         file = _take(path, key)
-    except OSError as error:
-        raise UserError(
-            f"cannot write into {key}={folder} ({error.strerror}): choose another {key}"
-        ) from error
     try:
         yield
     finally:
@@ -82,6 +80,17 @@ def _take(path: Path, key: str) -> TextIO:
     file.write(f"{os.getpid()} on {socket.gethostname()}")
     file.flush()
     return file
+
+
+@contextmanager
+def writable(folder: str | Path, key: str):
+    """Turn an `OSError` of writing into a folder into a `UserError`, which names the setting."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(
+            f"cannot write into {key}={folder} ({error.strerror}): choose another {key}"
+        ) from error
 
 
 # --- Files of a run -----------------------------------------------------------------------------

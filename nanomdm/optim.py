@@ -259,7 +259,7 @@ class StepStats:
         if self.consecutive >= MAX_SKIPPED:
             raise FloatingPointError(
                 f"loss or gradient was not finite in {int(self.consecutive)} consecutive steps "
-                f"(the limit is {MAX_SKIPPED}): stopped; {where}: resume from there with a lower "
+                f"(the limit is {MAX_SKIPPED}): stopped; {where}: try again with a lower "
                 "training.learning_rate"
             )
 

@@ -4,6 +4,7 @@ Every function also works where there is one process alone, and then costs nothi
 """
 
 import os
+import warnings
 from collections.abc import Callable
 from contextlib import contextmanager
 from datetime import timedelta
@@ -133,9 +134,10 @@ def distribute(kind: str, model: nn.Module, average: nn.Module, dtype: torch.dty
     if kind == "fsdp":
         shard(average, torch.float32)
         return shard(model, dtype)
-    return nn.parallel.DistributedDataParallel(
-        model, broadcast_buffers=False, gradient_as_bucket_view=True
-    )
+    with warnings.catch_warnings(action="ignore", category=FutureWarning):  # torch 2.13 renames it
+        return nn.parallel.DistributedDataParallel(
+            model, broadcast_buffers=False, gradient_as_bucket_view=True
+        )
 
 
 def shard(model: nn.Module, dtype: torch.dtype) -> nn.Module:

@@ -1,6 +1,7 @@
 """Prompts: templates with blanks, as canvases."""
 
 import re
+import sys
 from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
@@ -44,7 +45,7 @@ def check_size(tokens: int) -> None:
     if tokens > MOST:
         raise UserError(
             f"{tokens:,} tokens are more than one command samples ({MOST:,}): lower "
-            "sampling.length or num_samples"
+            "sampling.length, the blanks of the prompt or num_samples"
         )
 
 
@@ -108,11 +109,15 @@ def make_canvas(prompt: str, length: int, tokenizer, context: int) -> Canvas:
 
 
 def encode(text: str, tokenizer):
+    found = LIKE_BLANK.search(text)
+    hint = f"{found[0]}...: a blank is written [MASK] or [MASK*n]" if found else ""
     try:
-        return tokenizer.encode(text)
-    except UserError as error:
-        hint = "; a blank is written [MASK] or [MASK*n]" if LIKE_BLANK.search(text) else ""
-        raise UserError(f"{error}{hint}") from error
+        ids = tokenizer.encode(text)
+    except ValueError as error:  # also of a tokenizer of the user's own
+        raise UserError(f"{hint}; {error}" if hint else str(error)) from error
+    if hint:
+        print(f"{hint}, this is text", file=sys.stderr)
+    return ids
 
 
 def rows_at_once(length: int, vocab_size: int) -> int:

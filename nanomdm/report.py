@@ -240,7 +240,7 @@ def likelihood_lines(figures: dict) -> list[str]:
     if figures["draws"] == 1 and not figures["exact"]:
         found.append("the error of one pass is not known: raise eval.draws")
     if interval := figures["loss"]["interval"]:
-        found.append(f"95% interval {interval[0]:.4f} to {interval[1]:.4f} nats/token")
+        found.append(f"95% interval {interval[0]:.4f} to {interval[1]:.4f} over the masks")
     return found
 
 

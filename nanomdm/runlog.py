@@ -137,7 +137,7 @@ def start_message(config: SimpleNamespace, first_step: int, about: dict) -> str:
     if first_step >= last_step:
         message += "\nnothing is left to do: raise training.max_iters to go on"
     elif first_step < (steps := warmup(last_step, settings.warmup_iters)) < settings.warmup_iters:
-        message += f"\nthe warm-up takes {steps} steps, half of the run"
+        message += f"\nthe warm-up takes half of the run, {steps} steps"
     if settings.eval_interval and val < FEW * config.model.block_size:
         message += (
             f"\n{val:,} tokens to validate are few: the bound on them, by which best.pt is chosen, "

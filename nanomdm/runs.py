@@ -74,7 +74,7 @@ def require_room(config, corpus, shape) -> None:
     """Raise `UserError` for a block longer than the text, or more memory than the device has.
 
     At the least each weight takes itself, its gradient, its average and a moment, and each token
-    half of what a CPU was measured to keep of it for the backward pass (docs/LOG.md).
+    most of what a CPU was measured to keep of it for the backward pass (docs/LOG.md).
     """
     settings, processes, tokens = config.training, parallel.world().size, len(corpus.train)
     if tokens < shape.block_size:
@@ -87,7 +87,7 @@ def require_room(config, corpus, shape) -> None:
     weights = shape.n_embd * (12 * layers * shape.n_embd + shape.vocab_size)
     weights /= processes if config.system.parallel == "fsdp" else 1
     kept = 1 if settings.activation_checkpointing else layers
-    kept *= rows * shape.block_size * shape.n_embd * (64 if device.type == "cpu" else 16)
+    kept *= rows * shape.block_size * shape.n_embd * (100 if device.type == "cpu" else 16)
     gibibytes = [n / 2**30 for n in (16 * weights, kept, devices.memory(device))]
     if sum(gibibytes[:2]) > gibibytes[2]:
         model, batch, memory = (f"{n:,.1f} GiB" for n in gibibytes)

@@ -235,12 +235,17 @@ def from_config(section, sample: Callable, causal: bool = False) -> Sampler:
     name = "left_to_right" if causal else section.strategy
     if name not in STRATEGIES:
         raise ValueError(f"sampling.strategy={name} is unknown: choose {', '.join(STRATEGIES)}")
-    for option in section.options:
-        if option not in options_of(name):
+    known = options_of(name)
+    for option, value in section.options.items():
+        if option not in known:
+            others = [f"of {other}" for other in STRATEGIES if option in options_of(other)]
+            but = f" but {' and '.join(others)}" if others else ""
             raise ValueError(
-                f"sampling.options.{option} is no option of {name}: choose "
-                f"{', '.join(options_of(name))}"
+                f"sampling.options.{option} is no option of {name}{but}: choose {', '.join(known)}"
             )
+        kind = type(known[option])
+        if not isinstance(value, (kind, int) if kind is float else kind):
+            raise ValueError(f"sampling.options.{option}={value} is not of type {kind.__name__}")
     strategy, general = STRATEGIES[name], GENERAL | section.options
     if own := {option: general.pop(option) for option in section.options if option not in GENERAL}:
         strategy = partial(strategy, **own)

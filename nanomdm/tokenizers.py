@@ -105,8 +105,8 @@ class IdTokenizer(Tokenizer):
         words = text.split()
         if wrong := [w for w in words if not (w.isdecimal() and int(w) < self.vocab_size)]:
             raise UserError(
-                f"{wrong[0]!r} is no id from 0 to {self.vocab_size - 1}: write ids with spaces "
-                "between them, or set a larger data.vocab_size"
+                f"{wrong[0]!r} is no id from 0 to {self.vocab_size - 1}: write ids below "
+                "data.vocab_size with spaces between them"
             )
         return np.array(list(map(int, words)), np.int64)
 
@@ -298,4 +298,7 @@ def load_tokenizer(state: dict):
     except UserError:
         raise
     except Exception as error:  # the tokenizers library raises bare ones
-        raise UserError(f"no tokenizer of this project ({error!r})") from error
+        raise UserError(
+            f"no tokenizer of this project ({error!r}): if it is one of your own, run the script "
+            "that adds it"
+        ) from error

@@ -12,6 +12,7 @@ import torch
 from conftest import TINY
 
 from nanomdm import checkpoint
+from nanomdm.strategies import STRATEGIES
 
 NO_FOLDER = "/dev/null/x"  # a file as parent: not even root can make it
 
@@ -152,7 +153,7 @@ def test_a_setting_that_train_cannot_use(refusal, words, named):
         (["system.dtype=float64"], "system.dtype=float64 | float32 | bfloat16 | float16"),
         (["model.n_layer=2"], "model.n_layer | checkpoint | leave it out"),
         (["checkpoint=nowhere.pt"], "no checkpoint at nowhere.pt | check the name"),
-        (["checkpoint=out"], "no checkpoint at out | name a file in it, such as out/best.pt"),
+        (["checkpoint=out"], "no checkpoint at out | name a file in it, such as out/ckpt.pt"),
     ],
 )
 def test_a_setting_that_sample_cannot_use(refusal, words, named):
@@ -474,3 +475,51 @@ def test_another_tokenizer_than_the_bins_have_is_refused(refusal, bins):
     bins([0, 1] * 50, AB)
     line = refusal("train", "data.path=", "data.dir=bins", "data.tokenizer=byte")
     assert names(line, "data.tokenizer=byte | bins has (char) | leave it out")
+
+
+def test_a_folder_without_bins_is_answered_with_the_way_for_texts(refusal):
+    Path("texts").mkdir()
+    line = refusal("train", "data.path=", "data.dir=texts")
+    assert names(line, "no .bin file in data.dir=texts | data.path=texts")
+
+
+def test_an_output_in_the_place_of_the_checkpoint_is_refused(refusal):
+    line = refusal("sample", "output=out/ckpt.pt")
+    assert names(line, "output=out/ckpt.pt is the checkpoint itself | another file")
+
+
+def test_an_empty_out_dir_is_refused(refusal):
+    assert names(refusal("train", "out_dir="), "out_dir is empty | out_dir=.")
+
+
+def test_a_cache_that_cannot_be_written_is_named(refusal, monkeypatch):
+    monkeypatch.setenv("NANOMDM_CACHE", NO_FOLDER)
+    line = refusal("train", "data.tokenizer=byte")
+    assert names(line, f"NANOMDM_CACHE={NO_FOLDER} | choose another")
+
+
+def test_an_option_of_another_type_is_refused_with_the_type(refusal, monkeypatch):
+    def mine(state, pull: float = 1.0):
+        raise AssertionError
+
+    monkeypatch.setitem(STRATEGIES, "mine", mine)
+    words = ("sampling.strategy=mine", "sampling.options={pull: abc}")
+    assert names(refusal("sample", *words), "sampling.options.pull=abc | not of type float")
+
+
+def test_a_misspelt_blank_that_is_text_is_said(run, text_file):
+    words = ("data.tokenizer=byte", f"data.path={text_file}", "training.max_iters=1")
+    assert run("train.py", *TINY, *words).code == 0
+    result = run("sample.py", "prompt=a [mask] b", "sampling.steps=2")
+    assert result.out.startswith("a [mask] b")
+    assert "[mask...: a blank is written [MASK] or [MASK*n], this is text" in result.err
+
+
+def test_what_an_autoregressive_network_ignores_is_said(run, text_file):
+    words = ("training.objective=ar", f"data.path={text_file}", "training.sample_interval=0")
+    assert run("train.py", *TINY[:-4], *TINY[-2:], *words).code == 0
+    sampled = run("sample.py", "sampling.strategy=margin", "sampling.steps=3")
+    for key in ("sampling.steps", "sampling.strategy"):
+        assert f"{key} has no effect: out/ckpt.pt is autoregressive" in sampled.err
+    scored = run("eval.py", "eval.draws=3")
+    assert "eval.draws has no effect: out/ckpt.pt is autoregressive, scored exactly" in scored.err

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT, SCRIPTS, TINY, environment
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from omegaconf import OmegaConf
 
@@ -129,6 +129,7 @@ def test_texts_that_mean_something_to_hydra_arrive_as_they_are(start):
 @given(st.lists(ARGUMENTS, min_size=len(FREE_TEXT), max_size=len(FREE_TEXT)))
 def test_any_text_arrives_as_it_is(texts):
     by_key = dict(zip(FREE_TEXT, texts, strict=True)) | {"data.dir": ""}
+    assume(not by_key["output"] or by_key["output"] != by_key["checkpoint"])
     assert composed(by_key) == by_key
 
 
@@ -398,6 +399,9 @@ def test_a_setting_without_effect_is_said_in_one_line(run, monkeypatch):
         ("sample.py", "system.compile=true", "on sample.py"),
         ("sample.py", "data.path=x", "on sample.py"),
         ("sample.py", "+experiment=small", "on sample.py"),
+        ("sample.py", "sampling.options.guidance=2", "with prompt= and prompt_file="),
+        ("train.py", "training.objective=ar sampling.strategy=eb", "training.objective=ar"),
+        ("train.py", "data.dir=a data.vocab_size=9", "with data.dir=a and data.tokenizer=char"),
         ("eval.py", "sampling.temperature=2", "with eval.samplers=[]"),
         ("eval.py", "eval.samplers=[eb] sampling.steps=2", "eval.samplers=['eb'] and eval.bounds="),
         ("eval.py", "data.vocab_size=9", ""),
@@ -440,6 +444,7 @@ def test_an_explicit_setting_never_goes_unheard(run, monkeypatch, script, words,
         ("model.layers", "model.n_layer"),
         ("training.seed", "system.seed"),
         ("sampling.output", "output"),
+        ("top_p", "sampling.top_p"),
         ("sampling.stepz", "sampling.steps"),
     ],
 )
@@ -481,13 +486,43 @@ def test_a_sweep_goes_on_after_a_run_that_diverges_and_ranks_its_runs(run, text_
     assert header.startswith("runs of the sweep by their lowest loss on val")
     assert ranked[0].endswith("sweep/2  training.learning_rate=0.01")
     assert ranked[1].endswith("sweep/1  training.learning_rate=0.003")
-    assert ranked[2].endswith("sweep/0  training.learning_rate=1e+30")
+    assert ranked[2].endswith("sweep/0  training.learning_rate=1e+30 (failed)")
     for line in ranked:
         folder = line.split()[3]
         entries = map(json.loads, Path(folder, "metrics.jsonl").read_text().splitlines())
         bounds = [e for e in entries if "eval/val_loss" in e]
         best = min(bounds, key=lambda e: e["eval/val_loss"])
         assert line.startswith(f"{best['eval/val_loss']:.4f} ± {best['eval/val_error']:.4f} ")
+
+
+def test_a_note_of_a_sweep_is_said_once_at_the_jobs_that_it_is_about(run, monkeypatch):
+    monkeypatch.setitem(SCRIPTS, "sample.py", lambda config: None)
+    words = ("sampling.strategy=spread,eb,threshold", "sampling.steps=4", "system.seed=1,2")
+    assert run("sample.py", "-m", *words).err.splitlines() == [
+        "sampling.steps has no effect with sampling.strategy=eb",
+        "sampling.steps has no effect with sampling.strategy=threshold",
+    ]
+
+
+def test_the_jobs_of_a_sweep_have_an_output_each(run, monkeypatch):
+    monkeypatch.setitem(SCRIPTS, "eval.py", lambda config: print(config.output))
+    result = run("eval.py", "-m", "output=a/b.json", "eval.draws=1,2")
+    assert result.out == "a/b-0.json\na/b-1.json\n"
+
+
+def test_a_script_of_the_users_own_has_the_notes_of_the_one_that_it_calls(run, monkeypatch, capfd):
+    import sample
+
+    monkeypatch.setattr(sys, "argv", ["my/run.py", "training.max_iters=5", "checkpoint=nowhere"])
+    with pytest.raises(SystemExit):
+        cli.main(sample.main)
+    assert capfd.readouterr().err.startswith("training.max_iters has no effect on sample.py\n")
+
+
+def test_a_closed_stdout_is_no_error(tmp_path):
+    code = "from nanomdm import cli; cli.main(lambda config: print(config.prompt))"
+    command = f"'{sys.executable}' -c '{code}' >&-"
+    assert subprocess.run(command, shell=True, cwd=tmp_path, env=environment()).returncode == 0
 
 
 def test_a_sweep_without_evaluations_lists_its_runs(run, text_file):

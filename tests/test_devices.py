@@ -1,5 +1,7 @@
 """nanomdm/devices.py: the rules that measurements led to, and the capacity of a batch."""
 
+import math
+
 import pytest
 import torch
 from problems import seeded
@@ -98,3 +100,12 @@ def test_no_interleaved_part_of_a_batch_masks_more_tokens_than_its_capacity(part
 def test_a_larger_eps_masks_no_more_tokens_than_its_capacity():
     most = max(masked_in_a_batch(range(32), 128, 32, seed, eps=0.1) for seed in range(500))
     assert most <= capacity(range(32), 128, 32, eps=0.1)
+
+
+@pytest.mark.parametrize(("content", "limit"), [("max", math.inf), ("1000", 1000)])
+def test_the_memory_is_that_of_the_container(tmp_path, monkeypatch, content, limit):
+    (tmp_path / "limit").write_text(f"{content}\n")
+    monkeypatch.setattr(devices, "CONTAINER", ())
+    machine = devices.memory()
+    monkeypatch.setattr(devices, "CONTAINER", (str(tmp_path / "limit"), str(tmp_path / "none")))
+    assert machine > 2**28 and devices.memory() == min(machine, limit)

@@ -237,7 +237,7 @@ def test_the_lines_of_a_likelihood():
         "loss 1.6875 ± 0.1875 nats/token",
         "perplexity 5.41",
         "bits 1.2173 ± 0.1353 per byte",
-        "95% interval -0.6949 to 4.0699 nats/token",
+        "95% interval -0.6949 to 4.0699 over the masks",
         "document      tokens  nats/token        bits/byte",
         "a                  4  1.5000 ± 0.0000   1.4427 ± 0.0000",
         "long name          4  1.8750 ± 0.3750   1.0820 ± 0.2164",

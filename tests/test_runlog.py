@@ -342,7 +342,7 @@ ABOUT = {
         (0, "auto", 2, {"processes": 2}, "on cpu in 2 processes (copies), float32"),
         (0, "fsdp", 2, {"processes": 2}, "on cpu in 2 processes (shards), float32"),
         (20, "auto", 2, {}, "nothing is left to do: raise training.max_iters"),
-        (0, "auto", 11, {}, "the warm-up takes 10 steps, half of the run"),
+        (0, "auto", 11, {}, "the warm-up takes half of the run, 10 steps"),
         (0, "auto", 2, {"tokens": {"train": 9_000, "val": 63}}, "63 tokens to validate are few"),
     ],
 )

@@ -519,10 +519,13 @@ def test_the_settings_of_a_run_reach_the_sampler(settings, options):
     "settings, message",
     [
         ({"strategy": "greedy"}, "greedy is unknown: choose stochastic, confidence, spread"),
-        ({"options": {"gamma": 1}}, "options.gamma is no option of stochastic: choose top_k"),
+        (
+            {"options": {"gamma": 1}},
+            "options.gamma is no option of stochastic but of eb: choose top_k",
+        ),
         (
             {"strategy": "eb", "options": {"threshold": 1}},
-            "options.threshold is no option of eb: choose gamma, top_k",
+            "options.threshold is no option of eb but of threshold: choose gamma",
         ),
     ],
 )

@@ -21,7 +21,7 @@ from model import ModelConfig, Transformer
 from nanomdm import cli, devices, strategies
 from nanomdm.checkpoint import Loaded, load_model
 from nanomdm.cli import Section
-from nanomdm.errors import UserError, as_user_error
+from nanomdm.errors import UserError, as_user_error, check_choice
 from nanomdm.random import generator
 
 
@@ -84,6 +84,7 @@ def main(config: Section) -> None:
         raise UserError("the harness needs a package: pip install lm_eval") from None
     if not config.tasks:
         raise UserError("no tasks: name some, as in tasks=[lambada_openai]")
+    check_choice("strategy", config.strategy, strategies.STRATEGIES)
     device = devices.pick_device(config.device)
     loaded = load_model(config.checkpoint, device, Transformer, ModelConfig)
     results = lm_eval.simple_evaluate(

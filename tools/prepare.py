@@ -195,8 +195,8 @@ def check_documents(documents: dict[str, int], source: sources.Source) -> None:
 def main(config: Section) -> None:
     if config.shard_tokens < 1:
         raise UserError(f"shard_tokens={config.shard_tokens} must be at least 1")
-    if config.processes < 0:
-        raise UserError(f"processes={config.processes} must be 0 (one for each core) or more")
+    if not 0 <= config.processes <= 1024:
+        raise UserError(f"processes={config.processes} must be 0 (one for each core) to 1024")
     where = (config.dataset, config.name, config.revision, config.split, config.column)
     cut = (config.begins, config.separator, config.limit, config.val)
     source = sources.Source(*where, *cut)
