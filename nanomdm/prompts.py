@@ -13,7 +13,7 @@ from torch import Tensor
 from .errors import UserError
 
 BLANK = re.compile(r"(?<!\\)(\\*)\[MASK(?:\*(\d+))?\]")
-LIKE_BLANK = re.compile(r"[\[<{]\W*mask\b", re.IGNORECASE)
+LIKE_BLANK = re.compile(r"[\[<{]\W*mask\b[^\]>}]{0,9}[\]>}]?", re.IGNORECASE)
 MOST = 2**26  # tokens of all samples
 LOGITS = 2**28  # at once, in a batch that is filled: 1 GiB
 
@@ -109,14 +109,16 @@ def make_canvas(prompt: str, length: int, tokenizer, context: int) -> Canvas:
 
 
 def encode(text: str, tokenizer):
-    found = LIKE_BLANK.search(text)
-    hint = f"{found[0]}...: a blank is written [MASK] or [MASK*n]" if found else ""
+    """The ids of a text of a prompt; says where it may be meant to hold a blank."""
+    found, hint = LIKE_BLANK.search(text), ""
+    if found and not BLANK.fullmatch(found[0]):  # which somebody has written with a backslash
+        hint = f"{found[0]} is no blank, which is written [MASK] or [MASK*n]"
     try:
         ids = tokenizer.encode(text)
     except ValueError as error:  # also of a tokenizer of the user's own
-        raise UserError(f"{hint}; {error}" if hint else str(error)) from error
+        raise UserError(f"{hint}: {error}" if hint else str(error)) from error
     if hint:
-        print(f"{hint}, this is text", file=sys.stderr)
+        print(hint, file=sys.stderr)
     return ids
 
 

@@ -142,8 +142,8 @@ def test_a_setting_that_train_cannot_use(refusal, words, named):
         (["sampling.options.speed=1"], "sampling.options.speed | no option of spread | top_k"),
         (["prompt=KING[MASK*0]"], "[MASK*0] | at least one token"),
         (["prompt=KI[MASK]", "sampling.length=2"], "3 tokens | sampling.length is 2 | shorten"),
-        (["prompt=KI [mask]"], "no character '[' | a blank is written [MASK] or [MASK*n]"),
-        (["prompt=KI <Mask>"], "no character '<' | a blank is written [MASK] or [MASK*n]"),
+        (["prompt=KI [mask]"], "[mask] is no blank, which is written [MASK] or [MASK*n]: | no character '['"),
+        (["prompt=KI <Mask>"], "<Mask> is no blank, which is written [MASK] | no character '<'"),
         (["prompt_file=nowhere.txt"], "prompt_file=nowhere.txt | No such file | UTF-8 text"),
         (["prompt_file=out"], "prompt_file=out | directory | UTF-8 text"),
         (["prompt_file=blank.txt"], "prompt_file=blank.txt | no prompt | one a line"),
@@ -512,7 +512,8 @@ def test_a_misspelt_blank_that_is_text_is_said(run, text_file):
     assert run("train.py", *TINY, *words).code == 0
     result = run("sample.py", "prompt=a [mask] b", "sampling.steps=2")
     assert result.out.startswith("a [mask] b")
-    assert "[mask...: a blank is written [MASK] or [MASK*n], this is text" in result.err
+    assert "[mask] is no blank, which is written [MASK] or [MASK*n]\n" in result.err
+    assert "is no blank" not in run("sample.py", "prompt=\\[MASK]", "sampling.steps=2").err
 
 
 def test_what_an_autoregressive_network_ignores_is_said(run, text_file):
