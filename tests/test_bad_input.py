@@ -142,7 +142,10 @@ def test_a_setting_that_train_cannot_use(refusal, words, named):
         (["sampling.options.speed=1"], "sampling.options.speed | no option of spread | top_k"),
         (["prompt=KING[MASK*0]"], "[MASK*0] | at least one token"),
         (["prompt=KI[MASK]", "sampling.length=2"], "3 tokens | sampling.length is 2 | shorten"),
-        (["prompt=KI [mask]"], "[mask] is no blank, which is written [MASK] or [MASK*n]: | no character '['"),
+        (
+            ["prompt=KI [mask]"],
+            "[mask] is no blank, which is written [MASK] or [MASK*n]: | no character '['",
+        ),
         (["prompt=KI <Mask>"], "<Mask> is no blank, which is written [MASK] | no character '<'"),
         (["prompt_file=nowhere.txt"], "prompt_file=nowhere.txt | No such file | UTF-8 text"),
         (["prompt_file=out"], "prompt_file=out | directory | UTF-8 text"),
