@@ -59,9 +59,9 @@ def documents(path: str | Path) -> list[tuple[str, str]]:
     size, has = sum(file.stat().st_size for file in files if file.is_file()), memory()
     if MEMORY * size > has:
         raise UserError(
-            f"{path} has {size / 2**30:.1f} GiB, and reading it would take {MEMORY} times as much "
-            f"memory, which is {has / 2**30:.1f} GiB: make shards for data.dir, by `python -m "
-            f"tools.prepare dataset={path}`"
+            f"reading {path} takes {MEMORY} times its {size / 2**30:.1f} GiB, and the memory has "
+            f"{has / 2**30:.1f} GiB: make shards for data.dir, by `python -m tools.prepare "
+            f"dataset={path}`"
         )
     if not path.is_dir():
         return [(path.name, _read_file(path))]

@@ -15,7 +15,7 @@ from .errors import optional
 
 
 def start_wandb(config: SimpleNamespace, about: dict):
-    """Start a W&B run, which records the configuration and `about`, or go on in `about`'s wandb_id.
+    """Start a W&B run, or go on in that of `about["wandb_id"]`, with configuration and `about`.
 
     Without a login or a network the run is offline, and a line on stderr says so. The environment
     variable WANDB_MODE takes precedence.
