@@ -29,7 +29,7 @@ from nanomdm.cli import Section
 from nanomdm.errors import UserError
 from nanomdm.random import generator
 from nanomdm.runlog import progress
-from nanomdm.strategies import STRATEGIES
+from nanomdm.strategies import STRATEGIES, is_adaptive
 
 BUDGETS = (4, 8, 16, 32)  # calls within which the best strategy is named, besides the context
 ANY_ORDER, SCORED = "any-order bound", ("score_calls", "nats", "nats_error")
@@ -171,10 +171,6 @@ def settings_of(config: Section, context: int) -> list[Section]:
 def sampling(strategy: str, steps: int = 1, options=None, temperature: float = 1.0) -> Section:
     """A section `sampling` of config.yaml."""
     return Section(strategy=strategy, steps=steps, options=options or {}, temperature=temperature)
-
-
-def is_adaptive(strategy: str) -> bool:
-    return getattr(STRATEGIES[strategy], "adaptive", False)
 
 
 def sample_and_measure(

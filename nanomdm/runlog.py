@@ -207,7 +207,7 @@ def ranking(jobs: dict[str, str]) -> list[str]:
     for folder, settings in jobs.items():
         lines = Path(folder, "metrics.jsonl").read_bytes().splitlines()
         found = [json.loads(line) for line in lines if b"eval/val_loss" in line]
-        losses = [(entry["eval/val_loss"] or math.inf, with_error(entry, "val")) for entry in found]
+        losses = [(e["eval/val_loss"], with_error(e, "val")) for e in found if e["eval/val_loss"]]
         loss, text = min(losses, default=(math.inf, "not evaluated"))
         rows.append((loss, f"{text:<16}  {folder}  {settings}"))
     header = ["runs of the sweep by their lowest loss on val, nats/token:"] if rows else []

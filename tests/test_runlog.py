@@ -16,7 +16,7 @@ import pytest
 from conftest import ROOT, TINY, environment, files_limited_to
 
 from nanomdm import checkpoint, runlog
-from nanomdm.runlog import Interrupt, Log, NullLog, progress, start_message
+from nanomdm.runlog import Interrupt, Log, NullLog, progress, ranking, start_message
 
 
 @pytest.fixture
@@ -470,3 +470,15 @@ def test_ctrl_c_leaves_metrics_up_to_the_step_that_was_saved(interrupted):
     folder, *_ = interrupted
     step = checkpoint.load(folder / "out" / "ckpt.pt")["step"]
     assert [entry["step"] for entry in entries(folder / "out")] == list(range(1, step + 1))
+
+
+def test_a_ranking_leaves_out_losses_that_were_not_finite(tmp_path):
+    for name, losses in (("a", [None, 2.5]), ("b", [None]), ("c", [2.0, 3.0])):
+        rows = [
+            {"step": i, "eval/val_loss": x, "eval/val_error": 0.1} for i, x in enumerate(losses)
+        ]
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    _, *lines = ranking({str(tmp_path / name): f"run={name}" for name in "abc"})
+    assert [line.split()[0] for line in lines] == ["2.0000", "2.5000", "not"]
+    assert [line[-1] for line in lines] == ["c", "a", "b"]

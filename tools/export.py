@@ -18,7 +18,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from model import ModelConfig, Transformer
-from nanomdm import cli
+from nanomdm import cli, report
 from nanomdm.checkpoint import Loaded, load_model
 from nanomdm.cli import Section
 from nanomdm.errors import UserError, optional
@@ -196,18 +196,13 @@ def bound_of(config: Section, state: dict, figures: dict | None) -> str:
     if figures:
         over = f"{figures['source']}, {figures['tokens']:,} tokens, {figures['draws']} passes"
         bits = figures["bits_per_byte"]
-        bits = f", {with_error(bits)} bits per byte" if bits else ""
-        return f"{with_error(figures['loss'])} nats per token{bits} ({over})"
+        bits = f", {report.text_of(bits)} bits per byte" if bits else ""
+        return f"{report.text_of(figures['loss'])} nats per token{bits} ({over})"
     known = ""
     if "best" in state:
-        known = f"{state['best']:.4f} nats per token is the lowest of its run, in one pass; "
+        known = f"{state['best']:.4f} nats per token is the lowest of its run, without its error; "
     measure = f"python eval.py checkpoint={config.checkpoint} output=figures.json"
     return f"{known}`{measure}` measures it with its error, for `figures=` of tools.export"
-
-
-def with_error(figure: dict) -> str:
-    error = figure["standard_error"]
-    return f"{figure['value']:.4f}" + ("" if error is None else f" ± {error:.4f}")
 
 
 if __name__ == "__main__":

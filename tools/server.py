@@ -79,8 +79,7 @@ class Demo:
         data = {
             "subtitle": f"{limits.checkpoint} · {loaded.state['step']} training steps",
             "strategies": {  # whether they take a number of steps
-                name: not hasattr(strategy, "adaptive")
-                for name, strategy in strategies.STRATEGIES.items()
+                name: not strategies.is_adaptive(name) for name in strategies.STRATEGIES
             },
             "limits": {"length": limits.length, "steps": limits.steps, "largest": LARGEST},
             "defaults": WANTED | {"text": limits.prompt, "length": limits.length},
