@@ -196,7 +196,7 @@ def test_every_bound_that_is_printed_has_its_error(run, text_file):
     assert all(re.fullmatch(BOUND_LINE, line) for line in lines)
 
 
-@pytest.mark.parametrize("characters", [400, 1_100])
+@pytest.mark.parametrize("characters", [200, 1_100])  # one block to validate, and four
 def test_the_error_of_a_bound_on_few_rows_is_what_other_masks_differ_by(run, tmp_path, characters):
     (tmp_path / "short.txt").write_text(TEXT[:characters])
     words = ("data.path=short.txt", "training.sample_interval=0")
