@@ -3,6 +3,12 @@
 A corpus is two memory-mapped splits of token ids in nanoGPT's format: train.bin and val.bin, or any
 number of shards train_*.bin and val_*.bin. nanomdm/text.py finds the text, nanomdm/tokenizers.py
 turns it into tokens, nanomdm/bins.py opens and checks .bin files and what a meta file says of them.
+
+Its layout says what a row of the network's input is:
+    stream     any window of one text
+    documents  the same, of documents that an end token follows: a text can begin and end
+    rows       a line of the text, all of one length: grids, molecules, games
+    pairs      a prompt and its answer, with an end token after each; only the answer is predicted
 """
 
 import hashlib
@@ -10,15 +16,17 @@ import json
 import os
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Generator, Tensor
 
-from nanomdm import folders
-from nanomdm.bins import Shards, check_ids, digest, open_split, read_meta
+from nanomdm import folders, text
+from nanomdm.bins import Shards, check_ids, digest, find, open_split, read_meta
 from nanomdm.errors import UserError, write_atomically
-from nanomdm.text import find_text
+from nanomdm.texts import encode, split_texts
 from nanomdm.tokenizers import load_tokenizer, train_tokenizer
 
 SPLITS = ("train", "val")
@@ -33,28 +41,75 @@ class Corpus:
     tokenizer: object
     train: np.ndarray | Shards
     val: np.ndarray | Shards
+    layout: str = "stream"
+    row_length: int = 0  # of the layout `rows`, where it is known
+
+    def rows(self, split: str, block_size: int, overlap: bool = False) -> "Rows":
+        """The rows of a split: of a stream without overlap, or all of them, to train on."""
+        if self.row_length not in (0, block_size):
+            raise UserError(
+                f"the rows of {self.name} have {self.row_length} tokens: set "
+                f"model.block_size={self.row_length}, or start from a checkpoint that has it"
+            )
+        return Rows(getattr(self, split), block_size, self.layout, self.tokenizer, overlap)
+
+
+class Row(NamedTuple):
+    ids: Tensor  # (L,)
+    predict: Tensor  # (L,) bool: the tokens that are predicted; the rest is context
+    counted: int  # tokens that a figure is divided by: of an answer, one of its end tokens
+
+
+class Rows:
+    """The rows of a split, L = `length` tokens each; without `overlap`, the last may be shorter.
+
+    Pairs are filled up with end tokens, which are predicted, too: so a network learns where to end
+    (LLaDA, arXiv 2502.09992). Those that are longer than L are left out.
+    """
+
+    def __init__(self, tokens, length: int, layout: str, tokenizer, overlap: bool = False):
+        self.tokens, self.length, self.tokenizer = tokens, length, tokenizer
+        self.left_out, self.has_pairs = 0, layout == "pairs"
+        if self.has_pairs:
+            ends = find(tokens, tokenizer.eos)[1::2] + 1
+            starts = np.append(0, ends[:-1])
+            self.starts = starts[ends - starts <= length]
+            self.left_out = len(starts) - len(self.starts)
+        elif overlap and layout != "rows":
+            self.starts = range(len(tokens) - length + 1)
+        else:
+            self.starts = range(0, len(tokens), length)
+
+    def __len__(self) -> int:
+        return len(self.starts)
+
+    def __getitem__(self, i: int) -> Row:
+        start = self.starts[i]
+        ids = torch.from_numpy(self.tokens[start : start + self.length].astype(np.int64))
+        if not self.has_pairs:
+            return Row(ids, torch.ones_like(ids, dtype=torch.bool), len(ids))
+        eos = self.tokenizer.eos
+        prompt, answer = (ids == eos).nonzero()[:2, 0].tolist()
+        ids = F.pad(ids[:answer], (0, self.length - answer), value=eos)
+        return Row(ids, torch.arange(self.length) > prompt, answer - prompt)
 
     def batch(
-        self, batch_size: int, block_size: int, generator: Generator, rows: Tensor | None = None
-    ) -> Tensor:
-        """Random blocks of the train split (B, L), int64; `rows` picks some of the `batch_size`."""
-        starts = torch.randint(len(self.train) - block_size + 1, (batch_size,), generator=generator)
-        starts = starts if rows is None else starts[rows]
-        batch = np.stack([self.train[i : i + block_size] for i in starts.tolist()])
-        check_ids(batch, self.tokenizer.vocab_size, "the train split")
-        return torch.from_numpy(batch.astype(np.int64))
+        self, batch_size: int, generator: Generator, rows: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Random rows and which tokens to predict, both (B, L); `rows` picks some of the batch."""
+        chosen = torch.randint(len(self), (batch_size,), generator=generator)
+        chosen = chosen if rows is None else chosen[rows]
+        ids, predict, _ = zip(*(self[i] for i in chosen.tolist()), strict=True)
+        x0 = torch.stack(ids)
+        check_ids(x0.numpy(), self.tokenizer.vocab_size, "the train split")
+        return x0, torch.stack(predict)
 
-
-def blocks(tokens: np.ndarray | Shards, block_size: int, limit: int = 0) -> list[Tensor]:
-    """All of `tokens` as rows (L,), int64, without overlap; the last may be shorter.
-
-    With a `limit`, as many rows as hold that many tokens, spread evenly.
-    """
-    starts = range(0, len(tokens), block_size)
-    if 0 < limit < len(tokens):
-        keep = max(1, limit // block_size)
-        starts = [starts[i * len(starts) // keep] for i in range(keep)]
-    return [torch.from_numpy(tokens[i : i + block_size].astype(np.int64)) for i in starts]
+    def spread(self, limit: int = 0) -> list[Row]:
+        """All rows or, with a `limit`, as many as hold that many tokens, spread evenly."""
+        keep = len(self)
+        if 0 < limit < len(self.tokens):
+            keep = max(1, min(keep, limit // self.length))
+        return [self[i * len(self) // keep] for i in range(keep)]
 
 
 # --- From text to a corpus -----------------------------------------------------------------------
@@ -70,16 +125,17 @@ def load(settings, tokenizer: object | None = None, sha256: str = "") -> Corpus:
         kind = {"kind": settings.tokenizer}
         if settings.tokenizer == "ids":
             kind["vocab_size"] = settings.vocab_size
-        corpus = open_bins(Path(settings.dir), kind, tokenizer)
+        corpus = open_bins(Path(settings.dir), kind, tokenizer, getattr(settings, "rows", False))
         check_hash(corpus.name, corpus.sha256, sha256)
         return corpus
     cache = Path(os.environ.get("NANOMDM_CACHE", "prepared"))
-    name, text = find_text(settings.dataset, settings.path, cache)
+    rows = getattr(settings, "rows", False)  # which older checkpoints lack
+    content = text.find(settings.dataset, settings.path, cache, rows)
     if not settings.path:
-        settings.dataset = name  # without a network it is another one, and so after a resume
+        settings.dataset = content.name  # without a network it is another one, as after a resume
     if sha256:
-        check_hash(name, sha256_of(text.encode()), sha256)
-    return prepare(text, name, settings.tokenizer, settings.vocab_size, cache, tokenizer)
+        check_hash(content.name, sha256_of(content.text.encode()), sha256)
+    return prepare(content, settings.tokenizer, settings.vocab_size, cache, tokenizer)
 
 
 def check_hash(name: str, found: str, expected: str) -> None:
@@ -91,26 +147,32 @@ def check_hash(name: str, found: str, expected: str) -> None:
 
 
 def prepare(
-    text: str, name: str, kind: str, vocab_size: int, cache: Path, tokenizer: object | None = None
+    content: text.Content, kind: str, vocab_size: int, cache: Path, tokenizer: object | None = None
 ) -> Corpus:
-    """Tokenize `text` into a folder of `cache`, once for each text and recipe of a tokenizer.
+    """Tokenize `content` into a folder of `cache`, once for each text and recipe of a tokenizer.
 
-    A recipe is a kind and a size, or the tokenizer of a checkpoint.
-    The first 90% of the characters are train, the rest is val, as in nanoGPT. Raises `UserError`
-    for an unknown `kind` of tokenizer, and for text that a given `tokenizer` cannot encode.
+    A recipe is a kind and a size, or the tokenizer of a checkpoint. The first 90% are train, the
+    rest is val: of the characters of a stream, as in nanoGPT, or whole documents, pairs or rows.
+    Raises `UserError` for an unknown `kind` of tokenizer, and for text that a given `tokenizer`
+    cannot encode.
     """
-    sha256 = sha256_of(text.encode())
+    content = content.for_tokenizer(tokenizer)
+    sha256, layout = sha256_of(content.text.encode()), content.layout
     recipe = tokenizer.state() if tokenizer else [kind, vocab_size]
     with folders.writable(cache, "NANOMDM_CACHE"):
         cache.mkdir(parents=True, exist_ok=True)
-    folder = cache / f"{name}-{sha256_of(json.dumps([sha256, recipe]).encode())[:12]}"
+    folder = f"{content.name}-{sha256_of(json.dumps([sha256, layout, recipe]).encode())[:12]}"
+    folder = cache / folder
     if not (folder / "meta.json").is_file():
-        split = int(0.9 * len(text))
-        if not split:
-            raise UserError(f"{name} has {len(text)} characters: too few to train on")
-        tokenizer = tokenizer or train_tokenizer(kind, text, split, vocab_size)
-        ids = {"train": tokenizer.encode(text[:split]), "val": tokenizer.encode(text[split:])}
-        write_bins(folder, ids, tokenizer, {"corpus": name, "sha256": sha256})
+        splits = dict(zip(SPLITS, split_texts(content), strict=True))
+        tokenizer = tokenizer or train_tokenizer(
+            kind, content.text, len("\n".join(splits["train"])), vocab_size, content.has_ends
+        )
+        ids = {name: encode(texts, layout, tokenizer) for name, texts in splits.items()}
+        about = {"corpus": content.name, "sha256": sha256, "layout": layout}
+        if layout == "rows":
+            about["row_length"] = len(ids["val"]) // len(splits["val"])
+        write_bins(folder, ids, tokenizer, about)
     return open_bins(folder)
 
 
@@ -135,11 +197,15 @@ def dtype_of(vocab_size: int) -> str:
 
 
 def open_bins(
-    folder: Path, without_meta: dict | None = None, tokenizer: object | None = None
+    folder: Path,
+    without_meta: dict | None = None,
+    tokenizer: object | None = None,
+    rows: bool = False,
 ) -> Corpus:
     """The corpus in a folder of bins; `without_meta` is the state of their tokenizer if no file is.
 
-    Raises `UserError`, also for bins of another tokenizer than the `tokenizer` of a checkpoint.
+    A stream may be one of `rows`, of model.block_size tokens each. Raises `UserError`, also for
+    bins of another tokenizer than the `tokenizer` of a checkpoint.
     """
     meta = read_meta(folder, tokenizer.state() if tokenizer else without_meta or {"kind": "char"})
     try:
@@ -150,7 +216,10 @@ def open_bins(
         raise UserError(f"{folder} was made with another tokenizer than the checkpoint has")
     train, val = (open_split(folder, split, meta, own.vocab_size) for split in SPLITS)
     sha256 = meta["sha256"] or sha256_of(val[:].tobytes())
-    return Corpus(meta["corpus"] or folder.name, sha256, own, train, val)
+    layout = "rows" if rows else meta["layout"]
+    return Corpus(
+        meta["corpus"] or folder.name, sha256, own, train, val, layout, meta["row_length"]
+    )
 
 
 def sha256_of(content: bytes | memoryview) -> str:

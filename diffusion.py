@@ -37,15 +37,19 @@ def mask_tokens(
     mask_id: int,
     generator: Generator | None = None,
     rows: Tensor | None = None,
+    predict: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Mask each token of x0 (B, L) independently with probability `p_mask`, a number or (B, 1).
 
-    `rows` (B,) are the rows' numbers in a larger batch, if x0 is a part of one. Returns (xt,
+    `rows` (B,) are the rows' numbers in a larger batch, if x0 is a part of one. Tokens outside
+    `predict` (B, L) are context, and stay. Returns (xt,
     is_masked), both (B, L). Carry `is_masked` along: `xt == mask_id` is no substitute where a
     caller's mask id is one that the data may hold.
     """
     noise = hash_noise(draw_seed(generator), _rows(x0, rows), x0.size(1))
     is_masked = (noise < p_mask).to(x0.device)  # (B, L)
+    if predict is not None:
+        is_masked &= predict
     return x0.masked_fill(is_masked, mask_id), is_masked
 
 
@@ -60,6 +64,7 @@ def masked_diffusion_loss(
     generator: Generator | None = None,
     eps: float = 1e-3,
     weighting: float = 1.0,
+    predict: Tensor | None = None,
     share: tuple[Tensor, int] | None = None,
     nll: Callable | None = None,
 ) -> Tensor:
@@ -71,6 +76,7 @@ def masked_diffusion_loss(
 
     x0 (B, L) are clean ids. The times are stratified over the batch: row i of n has t uniform in
     [i / n, (i + 1) / n). If x0 is a part of a larger batch, `share` is (its rows in it (B,), n).
+    Tokens outside `predict` (B, L) are context: never masked, and not counted in L.
 
     A `weighting` g below 1 is another objective, which learns faster: the weight (2 - g) / p_mask^g
     gives rows with few masks less weight; the factor 2 - g makes the expected loss c where each
@@ -84,10 +90,19 @@ def masked_diffusion_loss(
     rows, n = share or (_rows(x0, None), len(x0))
     t = (rows[:, None] + hash_noise(draw_seed(generator), rows, 1)) / n  # (B, 1)
     p_mask = mask_probability(t, eps)
-    xt, is_masked = mask_tokens(x0, p_mask, mask_id, generator, rows)
+    xt, is_masked = mask_tokens(x0, p_mask, mask_id, generator, rows, predict)
     costs = nll(xt, x0, is_masked)  # (B, L), 0 where nothing is masked
     weight = (2 - weighting) * p_mask**-weighting  # (B, 1)
-    return (costs * weight.to(costs)).mean()
+    return mean_cost(costs * weight.to(costs), predict)
+
+
+def mean_cost(costs: Tensor, predict: Tensor | None = None) -> Tensor:
+    """The mean of costs (B, L) over the rows of what each token of a row costs.
+
+    They are 0 outside `predict` (B, L), and only the tokens in it count.
+    """
+    counts = costs.size(1) if predict is None else predict.sum(dim=1)
+    return (costs.sum(dim=1) / counts).mean()
 
 
 def nll_from_logits(model: Callable, xt: Tensor, x0: Tensor, where: Tensor) -> Tensor:

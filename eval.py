@@ -28,6 +28,8 @@ def main(config: cli.Section) -> None:
         cli.ignored(config, {"eval.draws"}, f"{names[0]} is autoregressive, scored exactly")
     chosen = bounds.choose(config.eval.bounds, config.sampling.steps, diffusion.sample)
     samplers = bounds.samplers(config.eval.samplers, config.sampling, diffusion.sample)
+    greedy = ["left_to_right"] if exact[0] else config.eval.samplers or ["confidence"]
+    greedy = bounds.samplers(greedy, config.sampling, diffusion.sample, temperature=0.0)
     scored = choose_texts(config, models)
     dtype = devices.pick_dtype(config.system.dtype, device, training=False)
     for name, loaded in zip(names, models, strict=True):
@@ -56,6 +58,12 @@ def main(config: cli.Section) -> None:
                 found = measure(models[0], bound, scored, config)
                 rows.append(report.sampler(name, bound, *found, uniform=samples))
             show({"samplers": rows})
+        if models[0].layout == "pairs":
+            rows = []
+            for name, bound in greedy.items():
+                found, _ = measure(models[0], bound, scored, config)
+                rows.append(report.matches(name, found))
+            show({"matches": rows})
         if len(models) > 1:
             other, _ = measure(models[1], bounds.BOUNDS["uniform"], scored, config)
             show(report.comparison(samples, other, names, exact))
@@ -75,14 +83,15 @@ def measure(
     alone, so that two models are compared on the same masks.
     """
     model, start = loaded.model, time.perf_counter()
-    bound = bounds.AUTOREGRESSIVE if model.config.causal else bound
+    if model.config.causal and not bound.strategy:
+        bound = bounds.AUTOREGRESSIVE
     draws, seed = 1 if bound.exact else config.eval.draws, config.system.seed
     with runlog.progress(draws * bound.calls * sum(map(len, scored.rows)), "token") as advance:
         if bound.strategy:
             found = bounds.score(
                 bound.strategy, model, scored, draws=draws, seed=seed, advance=advance
             )
-            return found, time.perf_counter() - start
+            return found.counting(scored.counts), time.perf_counter() - start
 
         def nll(xt, targets, where):
             advance(xt.numel())
@@ -97,19 +106,25 @@ def measure(
             generator=generator(seed, "evaluation"),
             draws=draws,
         )
-    return bounds.NLLSamples(*found), time.perf_counter() - start
+    samples = bounds.NLLSamples(*found).counting(scored.counts)
+    return samples, time.perf_counter() - start
 
 
 def choose_texts(config: cli.Section, models: list[checkpoint.Loaded]) -> texts.Texts:
     """All of data.path, or the validation split that data.dir, data.dataset or the run names."""
-    tokenizer = models[0].tokenizer
+    tokenizer, layout = models[0].tokenizer, models[0].layout
+    if any(loaded.layout != layout and "pairs" in (loaded.layout, layout) for loaded in models):
+        raise UserError(
+            "one of the checkpoints answers prompts, the other does not: compare equals"
+        )
     if any(loaded.tokenizer.state() != tokenizer.state() for loaded in models):
         raise UserError(
             f"{config.eval.against} has another tokenizer than {config.checkpoint}: evaluate each "
             "by itself and compare bits per byte"
         )
     if "data.path" in config.explicit and config.data.path:
-        source, documents = config.data.path, texts.read(config.data.path, tokenizer)
+        source = config.data.path
+        documents = texts.read(source, tokenizer, layout)
     else:
         settings, sha256 = config.data, ""
         if not (config.data.dir or "data.dataset" in config.explicit):
@@ -124,6 +139,9 @@ def choose_texts(config: cli.Section, models: list[checkpoint.Loaded]) -> texts.
         source = f"validation split of {corpus.name}"
         documents = [(source, corpus.val)]
     context = min(loaded.model.config.block_size for loaded in models)
+    if layout in ("rows", "pairs"):
+        found = [(name, data.Rows(ids, context, layout, tokenizer)) for name, ids in documents]
+        return texts.whole(source, found, tokenizer, limit=config.eval.tokens)
     return texts.cut(source, documents, tokenizer, context, limit=config.eval.tokens)
 
 

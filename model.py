@@ -35,6 +35,9 @@ class ModelConfig:
     tie_weights: bool = True  # the head uses the rows of the embedding
     qk_norm: bool = True  # queries and keys are normalised
     conv_width: int = 0  # positions that a short convolution sees; 0 for none
+    learned_positions: bool = (
+        False  # also a vector for each: where a place has a meaning of its own
+    )
     mlp_size: int = 0  # width of the SwiGLU layer; 0 for 8/3 of n_embd
     norm_eps: float = 1e-5  # of the RMSNorms
     rope_base: float = 10000.0  # longest wavelength of the rotary embedding, over 2 pi
@@ -208,6 +211,9 @@ class Transformer(nn.Module):
         super().__init__()
         self.config = config
         self.embedding = nn.Embedding(config.vocab_size + 1, config.n_embd)
+        self.positions = None
+        if config.learned_positions:
+            self.positions = nn.Parameter(torch.zeros(config.block_size, config.n_embd))
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layer))
         self.norm = nn.RMSNorm(config.n_embd, eps=config.norm_eps)
         self.head = (
@@ -246,7 +252,10 @@ class Transformer(nn.Module):
             )
         if self.config.causal:
             xt = F.pad(xt[:, :-1], (1, 0), value=self.config.mask_id)
-        x = self.dropout(self.embedding(xt))  # (B, L, D)
+        x = self.embedding(xt)  # (B, L, D)
+        if self.positions is not None:
+            x = x + self.positions[:L]
+        x = self.dropout(x)
         cos, sin = self.cos[:L], self.sin[:L]
         for block in self.blocks:
             if self.recompute and self.training:

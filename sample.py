@@ -25,15 +25,15 @@ def main(config: cli.Section) -> None:
     if shape.causal:
         keys = {"sampling.strategy", "sampling.steps"}
         cli.ignored(config, keys, f"{config.checkpoint} is autoregressive")
-    lines, canvases = prompts.read(config, loaded.tokenizer, shape.block_size)
+    lines, canvases = prompts.read(config, loaded.tokenizer, shape.block_size, loaded.layout)
     at_once = prompts.rows_at_once(shape.block_size, shape.vocab_size)
     dtype = devices.pick_dtype(config.system.dtype, device, training=False)
     with folders.open_output(config.output) as output, devices.autocast(device, dtype):
         about = f"{loaded.weights}, on {device}; {sampler.name} ({sampler.label})"
         print(f"{config.checkpoint}: {about}", file=sys.stderr)
         finished, number, different = {}, 0, set()
-        for rows, ids, is_masked in prompts.batches(canvases, at_once):
-            samples = fill(loaded, sampler, config, rows, ids, is_masked)
+        for rows, *batch in prompts.batches(canvases, at_once):
+            samples = fill(loaded, sampler, config, rows, *batch)
             finished.update(zip(rows, samples, strict=True))
             while number in finished:  # in the order of the prompts
                 sample = finished.pop(number)
@@ -56,20 +56,19 @@ def fill(
     rows: list[int],
     ids: Tensor,
     is_masked: Tensor,
+    starts: Tensor,
 ) -> list[dict]:
     """Fill canvases (B, N) of one length; `rows` (B,) are their numbers among all canvases.
 
-    A canvas longer than the context is filled window by window. What follows an end-of-text token
-    is left out, unless the prompt continues behind it. calls and seconds are those of the batch,
-    nats is -log p where that is exact and nothing is left out.
+    A canvas longer than the context is filled window by window. A sample is what lies from its
+    start (B,) up to an end token, unless the prompt continues behind that. calls and seconds are
+    those of the batch, nats is -log p where that is exact and nothing is left out.
     """
     began, calls = time.perf_counter(), 0
     model, tokenizer = loaded.model, loaded.tokenizer
-    mask_id = model.config.mask_id
-    eos = -1 if tokenizer.eos is None else tokenizer.eos
-    ids, is_masked = ids.masked_fill(is_masked, mask_id), is_masked.clone()
-    is_tail = is_masked.flip(1).cummin(dim=1).values.flip(1)  # masked, and no context behind it
-    ends, nats = torch.zeros_like(is_masked), torch.zeros(len(rows), dtype=torch.float64)
+    mask_id, blanks, is_masked = model.config.mask_id, is_masked, is_masked.clone()
+    ids = ids.masked_fill(is_masked, mask_id)
+    nats = torch.zeros(len(rows), dtype=torch.float64)
     watch = Watch(tokenizer, mask_id, ids[0]) if config.sampling.watch else None
     windows = texts.windows(ids.size(1), model.config.block_size)
     for number, (start, stop, _) in enumerate(windows):
@@ -87,17 +86,18 @@ def fill(
         calls, nats = calls + filled.calls, nats + filled.costs.sum(dim=1).cpu()
         ids[:, window] = filled.ids.cpu()
         is_masked[:, window] = False
-        ends = is_tail & (ids == eos)
-        is_masked &= ~ends.any(dim=1, keepdim=True)  # a text that has ended is filled no further
+        lengths = prompts.lengths(ids, blanks, tokenizer.eos)
+        is_masked[lengths < ids.size(1)] = False  # a text that has ended is filled no further
     if watch:
         watch.close()
-    lengths = (ends.cumsum(dim=1) == 0).sum(dim=1)  # up to the first end-of-text token
+    lengths = prompts.lengths(ids, blanks, tokenizer.eos)
     about = {"calls": calls, "seconds": time.perf_counter() - began}
     about |= {"seed": config.system.seed, "strategy": sampler.name, "label": sampler.label}
     exact = (lengths == ids.size(1)) & (sampler.label == strategies.EXACT)
     samples = []
-    for row, length, cost, known in zip(ids, lengths, nats.tolist(), exact, strict=True):
-        tokens = row[:length].tolist()
+    found = zip(ids, starts, lengths, nats.tolist(), exact, strict=True)
+    for row, start, length, cost, known in found:
+        tokens = row[start:length].tolist()
         samples.append({"text": tokenizer.decode(tokens), "tokens": tokens, **about})
         samples[-1]["nats"] = cost if known else None
     return samples

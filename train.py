@@ -9,7 +9,14 @@ import torch
 from torch import Tensor
 
 import data
-from diffusion import any_order, estimate, mask_probability, masked_diffusion_loss, sample
+from diffusion import (
+    any_order,
+    estimate,
+    mask_probability,
+    masked_diffusion_loss,
+    mean_cost,
+    sample,
+)
 from model import ModelConfig, Transformer
 from nanomdm import bounds, cli, devices, folders, optim, parallel, runlog, runs, strategies
 from nanomdm.errors import as_user_error
@@ -35,9 +42,7 @@ def main(config: cli.Section) -> None:
                         evaluate(run, log)
                     if run.due(settings.sample_interval):
                         seeded = generator(config.system.seed, "sample", run.step)
-                        log.samples(
-                            run.step, [run.sampler.text(run.ema, run.corpus.tokenizer, seeded)]
-                        )
+                        log.samples(run.step, [runs.sample_text(run, seeded)])
                     if run.due(settings.save_interval) and not run.stats.consecutive:
                         save(run, "ckpt.pt")
             if run.files.step != run.step:
@@ -65,13 +70,13 @@ def training_step(run: "Run") -> tuple[Tensor, Tensor]:
     total = torch.zeros((), device=run.device)
     for part in range(parts):
         rows = world.rows(B, part, parts)  # the rows of the batch in this micro-batch
-        x0 = run.corpus.batch(B, shape.block_size, generator(seed, "data", run.step), rows)
-        x0, rows = devices.move(x0, run.device), devices.move(rows, run.noise_device)
+        x0, predict = run.rows.batch(B, generator(seed, "data", run.step), rows)
+        x0, predict = devices.move(x0, run.device), devices.move(predict, run.device)
+        rows = devices.move(rows, run.noise_device)
         parallel.synchronise(run.forward, part == parts - 1)
         with devices.autocast(run.device, run.dtype):
             if shape.causal:  # the autoregressive control: every token, given those before it
-                everywhere = torch.ones_like(x0, dtype=torch.bool)
-                loss = run.forward(x0, x0, everywhere, x0.numel()).mean()
+                loss = mean_cost(run.forward(x0, x0, predict, x0.numel()), predict)
             else:
                 loss = masked_diffusion_loss(
                     run.forward,
@@ -79,6 +84,7 @@ def training_step(run: "Run") -> tuple[Tensor, Tensor]:
                     mask_id=shape.mask_id,
                     generator=generator(seed, "masks", run.step),
                     weighting=run.config.diffusion.weighting,
+                    predict=predict,
                     share=(rows, B),
                     nll=partial(run.forward, capacity=run.capacity),
                 )
@@ -113,16 +119,18 @@ def evaluate(run: "Run", log) -> None:
     shape, limit, values = run.model.config, run.config.eval.tokens, {}
     quarter = max(1, (limit or len(run.corpus.val)) // 4)
     for split, tokens in (("train", quarter), ("val", limit)):
-        rows = data.blocks(getattr(run.corpus, split), shape.block_size, tokens)
+        rows = run.corpus.rows(split, shape.block_size).spread(tokens)
         found = estimate(
             bounds.everything if shape.causal else any_order,
             parallel.share_rows(run.ema),
-            [row.to(run.device) for row in rows],
+            [row.ids.to(run.device) for row in rows],
             mask_id=shape.mask_id,
+            predict=[row.predict for row in rows],
             generator=generator(run.config.system.seed, "evaluation"),
             draws=1 if shape.causal else math.ceil(bounds.LEAST_ROWS / len(rows)),
         )
-        for name, value in bounds.NLLSamples(*found).summary(shape.causal).items():
+        samples = bounds.NLLSamples(*found).counting([row.counted for row in rows])
+        for name, value in samples.summary(shape.causal).items():
             values[f"eval/{split}_{name}"] = value
     log.metrics(run.step, values)
     train, val = (runlog.with_error(values, split) for split in ("train", "val"))
@@ -143,7 +151,11 @@ def save(run: "Run", name: str) -> bool:
         "model_config": asdict(run.model.config),
         "tokenizer": run.corpus.tokenizer.state(),
         "config": run.config.as_dict(),
-        "corpus": {"name": run.corpus.name, "sha256": run.corpus.sha256},
+        "corpus": {
+            "name": run.corpus.name,
+            "sha256": run.corpus.sha256,
+            "layout": run.corpus.layout,
+        },
         "step": run.step,
         "best": run.best,
         "ema": run.ema.state_dict(),
@@ -181,8 +193,7 @@ class Run:
         with parallel.main_process_first():
             sha256 = state["corpus"]["sha256"] if resumes else ""
             self.corpus = data.load(config.data, loaded and loaded.tokenizer, sha256)
-        if config.data.dir:
-            runs.decide(config, {"data.tokenizer": self.corpus.tokenizer.kind}, config.data.dir)
+        runs.decided_by_data(config, self.corpus, loaded)
 
         self.model = build_model(config, self.corpus, loaded).to(device)
         self.model.recompute = settings.activation_checkpointing
@@ -204,6 +215,7 @@ class Run:
             self.optimizer.load_state_dict(state["optimizer"])
             self.scaler.load_state_dict(state.get("scaler") or self.scaler.state_dict())
             runs.announce_schedule(settings, state)
+        self.rows = runs.training_rows(self.corpus, self.model.config.block_size)
         self.files = runs.Files(config.out_dir, self.step, device)
         # Every n-th row is in a micro-batch: the last one has the latest times, and most masks.
         B, n = settings.batch_size, settings.grad_accum * parallel.world().size

@@ -69,7 +69,8 @@ def as_texts(fills: Sequence[Fill], tokenizer, context: int, source: str = "") -
             document.append(number)
             sizes.append(len(tokenizer.decode_bytes(piece.tolist())))
     names = [str(number) for number in range(len(fills))]
-    return Texts(source, names, rows, predict, torch.tensor(document), torch.tensor(sizes))
+    counts = torch.tensor([int(where.sum()) for where in predict])
+    return Texts(source, names, rows, predict, torch.tensor(document), torch.tensor(sizes), counts)
 
 
 def costs(loaded: Loaded, texts: Texts, *, seed: int, draws: int, batch_size: int) -> Tensor:

@@ -84,7 +84,7 @@ def evaluate(folder: Path, device: torch.device, draws: int) -> float:
     """The bound of a run's averaged weights on its validation split, nats per token."""
     loaded = load_model(folder / "ckpt.pt", device, Transformer, ModelConfig)
     corpus = data.load(cli.section(loaded.config["data"]), loaded.tokenizer)
-    rows = data.blocks(corpus.val, loaded.model.config.block_size)
+    rows = [row.ids for row in corpus.rows("val", loaded.model.config.block_size).spread()]
     return nll_samples(loaded.model, rows, seed=0, draws=draws).bound()[0]
 
 
@@ -92,7 +92,7 @@ def write_corpus(config: Section) -> Path:
     """Write the text of the runs to a file: all of it, or its training split."""
     dataset = cli.load_defaults()["data"]["dataset"]
     cache = Path(os.environ.get("NANOMDM_CACHE", "prepared"))  # as in data.load
-    _, content = text.find_text(dataset, config.path, cache)
+    content = text.find(dataset, config.path, cache).text
     path = Path(config.out_dir, "all.txt" if config.validation else "train-split.txt")
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(content if config.validation else content[: int(0.9 * len(content))])

@@ -175,9 +175,9 @@ def measure(run: train.Run, rival: Callable | None, steps: int, rounds: int) -> 
 
 def loading_share(run: train.Run, step_seconds: float) -> float:
     """The time to read a step's batches, as a share of the step."""
-    B, L = run.config.training.batch_size, run.model.config.block_size
+    B = run.config.training.batch_size
     times = [
-        seconds(lambda i=i: run.corpus.batch(B, L, generator(0, "data", i)), run.device)
+        seconds(lambda i=i: run.rows.batch(B, generator(0, "data", i)), run.device)
         for i in range(20)
     ]
     return statistics.median(times) / step_seconds

@@ -17,6 +17,8 @@ META = {  # the keys of a meta.json, each with what it is where it is left out
     "dtype": "",  # uint16 or uint32; required
     "tokenizer": {},  # its state(); required
     "tokens": {},  # of each split
+    "layout": "stream",  # how rows lie in it: see data.Rows
+    "row_length": 0,  # of the layout `rows`, in tokens; 0 for model.block_size
     "corpus": "",  # name of the text
     "sha256": "",  # of the text
     "shards": {},  # file name: its SHA-256
@@ -147,6 +149,12 @@ class Shards:
         first, last = bisect(self.starts, start) - 1, bisect(self.starts, stop)
         parts = zip(self.parts[first:last], self.starts[first:last], strict=True)
         return np.concatenate([part[max(0, start - i) : stop - i] for part, i in parts])
+
+
+def find(tokens: "np.ndarray | Shards", wanted: int) -> np.ndarray:
+    """The positions of one id, in parts that fit the memory."""
+    starts = range(0, len(tokens), SCANNED)
+    return np.concatenate([np.flatnonzero(tokens[i : i + SCANNED] == wanted) + i for i in starts])
 
 
 def check_ids(tokens: np.ndarray, vocab_size: int, source: str) -> None:

@@ -124,11 +124,15 @@ def choose(names: Sequence[str], steps: int, sample: Callable) -> dict[str, Boun
     return chosen
 
 
-def samplers(names: Sequence[str], section, sample: Callable) -> dict[str, Bound]:
+def samplers(
+    names: Sequence[str], section, sample: Callable, temperature: float | None = None
+) -> dict[str, Bound]:
     """The scores of strategies, each with those options of a `sampling` section that it takes.
 
-    Raises `UserError`.
+    At a `temperature` of 0 a sampler that chooses by the state gives one text: -log p of any other
+    is inf. Raises `UserError`.
     """
+    temperature = section.temperature if temperature is None else temperature
     for name in names:
         check_choice("eval.samplers", name, STRATEGIES)
     taken = {option for name in names for option in options_of(name)}
@@ -139,7 +143,7 @@ def samplers(names: Sequence[str], section, sample: Callable) -> dict[str, Bound
             for option, value in section.options.items()
             if option in options_of(name) or option not in taken
         }
-        settings = {"strategy": name, "steps": section.steps, "temperature": section.temperature}
+        settings = {"strategy": name, "steps": section.steps, "temperature": temperature}
         with as_user_error():
             sampler = from_config(SimpleNamespace(**settings, options=options), sample)
         if sampler.label == NONE:
@@ -164,7 +168,7 @@ def score(
     nats = torch.zeros(draws, len(rows), dtype=torch.float64)
     calls, impossible = torch.zeros_like(nats), torch.zeros_like(nats)
     for draw in range(draws):
-        for numbers, x0, is_masked in batches(rows, size):
+        for numbers, x0, is_masked, _ in batches(rows, size):
             with as_user_error(f"{sampler.name}: "):
                 scored = sampler.fill(
                     model,
@@ -200,6 +204,11 @@ class NLLSamples(NamedTuple):
     counts: Tensor  # (N,) int64: the tokens of the row that were predicted
     calls: float = 1.0  # of the network, that a row of a score takes by itself, on average
     impossible: int = 0  # tokens that a sampler cannot draw (at most, in one draw): they cost inf
+    predicted: Tensor | None = None  # (N,) where they are more than `counts`, which figures go by
+
+    def counting(self, counts: Sequence[int] | Tensor) -> "NLLSamples":
+        """Divided by these counts (N,): filling a row with end tokens would flatter a figure."""
+        return self._replace(counts=torch.as_tensor(counts), predicted=self.counts)
 
     @property
     def tokens(self) -> int:
@@ -220,7 +229,12 @@ class NLLSamples(NamedTuple):
 
     def part(self, rows: Sequence[int] | Tensor) -> "NLLSamples":
         """The samples of some of the rows."""
-        return self._replace(nats=self.nats[:, rows], u=self.u[:, rows], counts=self.counts[rows])
+        return self._replace(
+            nats=self.nats[:, rows],
+            u=self.u[:, rows],
+            counts=self.counts[rows],
+            predicted=None if self.predicted is None else self.predicted[rows],
+        )
 
     def summary(self, exact: bool = False) -> dict[str, float]:
         """The figures that a training log has: loss, ppl and error (of the masks)."""
@@ -270,6 +284,13 @@ def student_t(df: int, coverage: float = 0.95) -> float:
 
     wanted = coverage * share(math.inf)
     return bisect(range(10**15), wanted, key=lambda i: share(i / 1e9)) / 1e9
+
+
+def wilson(share: float, n: int, z: float = 1.96) -> tuple[float, float]:
+    """The 95% interval of a probability of which n trials showed this share (Wilson 1927)."""
+    middle = (share + z**2 / (2 * n)) / (1 + z**2 / n)
+    half = z / (1 + z**2 / n) * math.sqrt(share * (1 - share) / n + z**2 / (4 * n**2))
+    return max(0.0, middle - half), min(1.0, middle + half)
 
 
 def ratio(values: Tensor, sizes: Tensor) -> Estimate:
@@ -325,7 +346,10 @@ def decreases(samples: NLLSamples, bins: int = 20) -> list[tuple[int, Estimate]]
 
 def _cost_by_rate(samples: NLLSamples, bins: int) -> Tensor:
     """The mean cost of a masked token (bins, draws); nan where no row has such a masking rate."""
-    nats, u, counts, *_ = samples
-    masked = (u * counts).long() + 1  # (draws, N), as diffusion.any_order draws them
-    inside = (masked * bins - 1) // counts == torch.arange(bins)[:, None, None]  # (bins, draws, N)
+    nats, u, counts, *_, predicted = samples
+    predicted = counts if predicted is None else predicted
+    masked = (u * predicted).long() + 1  # (draws, N), as diffusion.any_order draws them
+    inside = (masked * bins - 1) // predicted == torch.arange(bins)[
+        :, None, None
+    ]  # (bins, draws, N)
     return (inside * nats).sum(dim=-1) / (inside * counts).sum(dim=-1)

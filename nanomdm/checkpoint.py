@@ -97,6 +97,11 @@ class Loaded(NamedTuple):
     state: dict  # the whole checkpoint, with all `PARTS`
 
     @property
+    def layout(self) -> str:
+        """What its rows were: see data.py."""
+        return self.state["corpus"].get("layout", "stream")
+
+    @property
     def weights(self) -> str:
         """Which weights these are, in words."""
         if self.state["origin"]:

@@ -116,6 +116,7 @@ READS = {
     "sample.py": (
         "checkpoint",
         "prompt",
+        "blank",
         "num_samples",
         "output",
         "sampling",

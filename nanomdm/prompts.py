@@ -1,4 +1,4 @@
-"""Prompts: templates with blanks, as canvases."""
+"""Prompts: templates with blanks, as canvases, and what is shown of them when they are filled."""
 
 import re
 import sys
@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -23,9 +24,10 @@ class Canvas(NamedTuple):
 
     ids: Tensor
     is_masked: Tensor
+    start: Tensor = torch.tensor(0)  # the first token that is shown
 
 
-def read(config, tokenizer, context: int) -> tuple[list[str], list[Canvas]]:
+def read(config, tokenizer, context: int, layout: str = "stream") -> tuple[list[str], list[Canvas]]:
     """The prompts of a configuration, `num_samples` times each, and their canvases.
 
     The one `prompt`, or the lines of `prompt_file` that are not blank. Raises `UserError`.
@@ -35,7 +37,11 @@ def read(config, tokenizer, context: int) -> tuple[list[str], list[Canvas]]:
         if config.prompt:
             raise UserError("prompt and prompt_file are both given: leave one of them out")
         lines = read_lines(Path(config.prompt_file))
-    canvases = [make_canvas(line, config.sampling.length, tokenizer, context) for line in lines]
+    length = config.sampling.length
+    canvases = [
+        make_canvas(with_blanks(line, config.blank), length, tokenizer, context, layout)
+        for line in lines
+    ]
     check_size(config.num_samples * sum(len(canvas.ids) for canvas in canvases))
     times = range(config.num_samples)
     return [line for line in lines for _ in times], [each for each in canvases for _ in times]
@@ -60,6 +66,12 @@ def read_lines(path: Path) -> list[str]:
     return lines
 
 
+def with_blanks(line: str, blank: str) -> str:
+    """The line with [MASK*n] in the place of n characters of `blank`."""
+    runs = f"[{re.escape(blank)}]+"
+    return re.sub(runs, lambda run: f"[MASK*{len(run[0])}]", line) if blank else line
+
+
 def parse(prompt: str) -> list[str | int]:
     r"""The texts of a prompt and, between them, its blanks as their numbers of tokens.
 
@@ -80,14 +92,27 @@ def parse(prompt: str) -> list[str | int]:
     return [*pieces, text + prompt[end:]]
 
 
-def make_canvas(prompt: str, length: int, tokenizer, context: int) -> Canvas:
+def make_canvas(
+    prompt: str, length: int, tokenizer, context: int, layout: str = "stream"
+) -> Canvas:
     """The canvas of a template with blanks, or of a prompt that a text begins with.
 
     It is continued up to `length` tokens; by 0 a template ends where it ends, and a prompt without
-    blanks at the model's `context`. Raises `UserError` where it does not fit.
+    blanks at the model's `context`. By the `layout` that a model was trained on, an end token goes
+    before it where texts are documents, and behind it where an answer follows, without which the
+    prompt has to do: it has no blanks. Raises `UserError` where it does not fit.
     """
     pieces, ids, is_masked = parse(prompt), [], []
     pieces[::2] = (encode(text, tokenizer) for text in pieces[::2])
+    start = 0
+    if layout == "documents":
+        pieces[0] = np.append(tokenizer.eos, pieces[0])
+        start = 1
+    if layout == "pairs":
+        if len(pieces) > 1:
+            raise UserError("the checkpoint answers prompts, which have no blanks: leave them out")
+        pieces[0] = np.append(pieces[0], tokenizer.eos)
+        start = len(pieces[0])
     size = sum(piece if isinstance(piece, int) else len(piece) for piece in pieces)
     if length or len(pieces) == 1:
         limit = length or context
@@ -105,7 +130,17 @@ def make_canvas(prompt: str, length: int, tokenizer, context: int) -> Canvas:
         new = torch.zeros(piece, dtype=torch.long) if is_blank else torch.as_tensor(piece)
         ids.append(new)
         is_masked.append(torch.full((len(new),), is_blank))
-    return Canvas(torch.cat(ids), torch.cat(is_masked))
+    return Canvas(torch.cat(ids), torch.cat(is_masked), torch.tensor(start))
+
+
+def lengths(ids: Tensor, is_masked: Tensor, eos: int | None) -> Tensor:
+    """(B,): the tokens of filled canvases (B, N) that count.
+
+    Up to the first end token, unless the prompt, the positions not in `is_masked`, goes on behind.
+    """
+    is_tail = is_masked.flip(1).cummin(dim=1).values.flip(1)
+    ends = is_tail & (ids == (-1 if eos is None else eos))
+    return (ends.cumsum(dim=1) == 0).sum(dim=1)
 
 
 def encode(text: str, tokenizer):
@@ -127,8 +162,8 @@ def rows_at_once(length: int, vocab_size: int) -> int:
     return max(1, min(64, LOGITS // (length * vocab_size)))
 
 
-def batches(canvases: list[Canvas], size: int) -> Iterator[tuple[list[int], Tensor, Tensor]]:
-    """(numbers of the canvases, ids (B, N), is_masked (B, N)), each of canvases of one length.
+def batches(canvases: list[Canvas], size: int) -> Iterator[tuple]:
+    """(numbers of the canvases, ids, is_masked (B, N), start (B,)), each for those of one length.
 
     Attention goes both ways and would see padding.
     """

@@ -119,6 +119,12 @@ def sampler(name: str, bound: bounds.Bound, samples, seconds: float, uniform) ->
     return found | loss_of(samples)
 
 
+def matches(name: str, samples) -> dict:
+    """The share of texts that a sampler gives exactly at temperature 0, from its score there."""
+    share, n = float(samples.nats.isfinite().double().mean()), len(samples.counts)
+    return {"name": name, "texts": n, "share": share, "interval": bounds.wilson(share, n)}
+
+
 def relations(rows: Sequence[dict], decreases: bool) -> dict:
     """What must hold between the bounds and does not: violations, and remarks where it may not.
 
@@ -218,6 +224,12 @@ def lines(figures: dict, show_curve: bool = False) -> list[str]:
         found += bound_lines(figures)
     if figures.get("samplers"):
         found += sampler_lines(figures["samplers"])
+    for row in figures.get("matches", ()):
+        low, high = row["interval"]
+        found.append(
+            f"exact answers at temperature 0, {row['name']}: {row['share']:.1%} of "
+            f"{row['texts']:,} (95% interval {low:.1%} to {high:.1%})"
+        )
     if "against" in figures:
         found += comparison_lines(figures["against"])
     if "seconds" in figures:

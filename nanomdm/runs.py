@@ -7,6 +7,7 @@ import torch
 
 from . import checkpoint, cli, devices, optim, parallel, runlog
 from .errors import UserError, check_choice
+from .prompts import Canvas, lengths, make_canvas
 
 
 def starting_point(config, Transformer, ModelConfig) -> tuple:
@@ -48,6 +49,41 @@ def decide(config, decided: dict, source: str) -> None:
         setattr(section, name, value)
 
 
+def decided_by_data(config, corpus, loaded) -> None:
+    """Set what follows from prepared data and, for a new network, from the length of its rows."""
+    if config.data.dir:
+        decide(config, {"data.tokenizer": corpus.tokenizer.kind}, config.data.dir)
+    if corpus.row_length and not loaded:
+        decide(config, {"model.block_size": corpus.row_length}, corpus.name)
+
+
+def training_rows(corpus, block_size: int):
+    """The rows to train on; says how many pairs are too long. Raises `UserError` if all are."""
+    for split in ("val", "train"):
+        rows = corpus.rows(split, block_size, overlap=split == "train")
+        many = f"{rows.left_out:,} pairs of the {split} split are longer than {block_size} tokens"
+        if not len(rows):
+            raise UserError(f"{many}, and no other is there: set a larger model.block_size")
+        if rows.left_out and parallel.world().is_main:
+            print(f"{many}, the model's context, and are left out", file=sys.stderr)
+    return rows
+
+
+def sample_text(run, generator) -> str:
+    """A text for the log: from masks alone or, for pairs, the answer to a prompt of val."""
+    tokenizer, L = run.corpus.tokenizer, run.model.config.block_size
+    canvas = make_canvas("", L, tokenizer, L, run.corpus.layout)
+    prompt = ""
+    if run.corpus.layout == "pairs":
+        ids, predict, _ = run.corpus.rows("val", L)[0]
+        canvas = Canvas(ids, predict, predict.int().argmax())
+        prompt = f"{tokenizer.decode(ids[: canvas.start - 1].tolist())} -> "
+    is_masked = canvas.is_masked[None]
+    ids = run.sampler.fill(run.ema, canvas.ids[None], is_masked, generator=generator).ids.cpu()
+    length = lengths(ids, is_masked, tokenizer.eos)
+    return prompt + tokenizer.decode(ids[0, canvas.start : length].tolist())
+
+
 def announce_schedule(settings, state: dict) -> None:
     """Print how the learning rate goes on where a resumed run had another number of steps."""
     step, now = state["step"], settings.max_iters
@@ -77,7 +113,7 @@ def require_room(config, corpus, shape) -> None:
     most of what a CPU was measured to keep of it for the backward pass (docs/LOG.md).
     """
     settings, processes, tokens = config.training, parallel.world().size, len(corpus.train)
-    if tokens < shape.block_size:
+    if tokens < shape.block_size and corpus.layout != "pairs":
         raise UserError(
             f"the train split of {corpus.name} has {tokens} tokens, fewer than model.block_size="
             f"{shape.block_size}: set model.block_size={tokens} or less, or take a longer text"

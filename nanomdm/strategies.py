@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from functools import partial
 
 import torch
-from torch import Generator, Tensor
+from torch import Tensor
 
 GOLDEN_RATIO = (1 + math.sqrt(5)) / 2
 
@@ -203,12 +203,6 @@ class Sampler:
         options |= {k: v.to(device) for k, v in options.items() if torch.is_tensor(v)}
         sampled = self.sample(network, canvas, **options)
         return sampled._replace(calls=sampled.calls * calls)
-
-    def text(self, model, tokenizer, generator: Generator) -> str:
-        """One text of the model's context's length, from masks alone."""
-        is_masked = torch.ones((1, model.config.block_size), dtype=torch.bool)
-        sampled = self.fill(model, is_masked.long(), is_masked, generator=generator)
-        return tokenizer.decode(sampled.ids[0].tolist())
 
 
 GENERAL = {"top_k": 0, "top_p": 1.0, "guidance": 0.0, "block_length": 0}  # of any strategy

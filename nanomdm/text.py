@@ -1,4 +1,4 @@
-"""Where text comes from: the user's files, a download, or the corpus that is shipped."""
+"""Where text comes from: the user's files, a download, a generator, or what is shipped."""
 
 import hashlib
 import http.client
@@ -7,7 +7,9 @@ import sys
 import time
 import urllib.request
 from pathlib import Path
+from typing import NamedTuple
 
+from . import folders, sudoku
 from .devices import memory
 from .errors import UserError, write_atomically
 
@@ -21,36 +23,84 @@ if not PLAYS.exists():
     PLAYS = HERE.parent / "corpora/plays.txt"  # in a checkout
 SUFFIXES = (".txt", ".md", ".jsonl")
 MEMORY = 12  # bytes that each byte of a text takes while it is turned into ids (docs/LOG.md)
+PAIR = ("prompt", "response")  # the fields of a .jsonl that make it one of pairs
+STREAM, DOCUMENTS, PAIRS, ROWS = LAYOUTS = ("stream", "documents", "pairs", "rows")
 
 
-def find_text(dataset: str, path: str, cache: str | Path) -> tuple[str, str]:
-    """(name, text) of the file or folder `path`, or, if that is empty, of a `dataset`.
+class Content(NamedTuple):
+    """What was found: one text, or several that are kept apart.
 
-    Downloads are kept in the folder `cache`. Raises `UserError` for an unknown dataset and whatever
-    `read_text` raises.
+    The texts of a `layout`: the one that is a stream; documents; prompts and answers, in turn, for
+    pairs; rows of one length.
+    """
+
+    name: str
+    layout: str
+    files: list[tuple[str, list[str]]]  # the texts of each, in the order of their names
+
+    @property
+    def texts(self) -> list[str]:
+        return [text for _, texts in self.files for text in texts]
+
+    @property
+    def text(self) -> str:
+        return "\n".join(self.texts)
+
+    @property
+    def has_ends(self) -> bool:
+        """Whether an end token follows each of the texts."""
+        return self.layout in (DOCUMENTS, PAIRS)
+
+    def for_tokenizer(self, tokenizer) -> "Content":
+        """As one stream, if it is one document or for a tokenizer that cannot end documents."""
+        cannot = tokenizer is not None and tokenizer.eos is None
+        if self.layout == PAIRS and cannot:
+            raise UserError(
+                f"{self.name} holds pairs, and the checkpoint's tokenizer has no end token: start "
+                "from one that was trained on documents or pairs"
+            )
+        if self.layout != DOCUMENTS or len(self.texts) > 1 and not cannot:
+            return self
+        return self._replace(layout=STREAM, files=[(self.name, [self.text])])
+
+
+def find(dataset: str, path: str, cache: str | Path, rows: bool = False) -> Content:
+    """What the file or folder `path` holds or, if that is empty, a `dataset`.
+
+    Downloads, and what is generated, are kept in the folder `cache`. Raises `UserError` for an
+    unknown dataset and whatever `read` raises.
     """
     if path:
-        return Path(path).resolve().name, read_text(path)
+        return read(path, rows)
     if dataset == "shakespeare":
-        return shakespeare(Path(cache))
-    if dataset == "plays":
-        return dataset, read_text(PLAYS)
-    raise UserError(
-        f"data.dataset={dataset} is unknown: choose shakespeare or plays, or set data.path"
-    )
+        dataset, path = shakespeare(Path(cache))
+    elif dataset == "plays":
+        path = PLAYS
+    elif dataset in sudoku.DATASETS:
+        path = Path(cache, f"{dataset}.txt")
+        if not path.is_file():
+            with folders.writable(path.parent, "NANOMDM_CACHE"):
+                path.parent.mkdir(parents=True, exist_ok=True)
+                write_atomically(path, sudoku.lines(*sudoku.DATASETS[dataset]).encode())
+    else:
+        known = ("shakespeare", "plays", *sudoku.DATASETS)
+        raise UserError(
+            f"data.dataset={dataset} is unknown: choose {', '.join(known)}, or set data.path"
+        )
+    return read(path, rows)._replace(name=dataset)
 
 
 def read_text(path: str | Path) -> str:
-    """The text of a UTF-8 file, of a .jsonl file's "text" fields, or of all such in a folder.
+    """All of `read`, joined by newlines."""
+    return read(path).text
 
-    Documents are joined by a newline. Raises `UserError` for a path that is missing, empty, not
-    UTF-8 or without a text field.
+
+def read(path: str | Path, rows: bool = False) -> Content:
+    """A UTF-8 file, a .jsonl file's fields, or all such in a folder; by line, if they are `rows`.
+
+    A .jsonl or a folder holds documents, or pairs if the .jsonl has the fields of `PAIR`. Raises
+    `UserError` for a path that is missing, empty, not UTF-8 or without these fields.
     """
-    return "\n".join(text for _, text in documents(path))
-
-
-def documents(path: str | Path) -> list[tuple[str, str]]:
-    """(name, text) of a file, or of each in a folder, in the order of their names."""
     path, files = Path(path), [Path(path)]
     if path.is_dir():
         files = sorted(p for p in path.rglob("*") if p.suffix.lower() in SUFFIXES and p.is_file())
@@ -63,37 +113,50 @@ def documents(path: str | Path) -> list[tuple[str, str]]:
             f"{has / 2**30:.1f} GiB: make shards for data.dir, by `python -m tools.prepare "
             f"dataset={path}`"
         )
-    if not path.is_dir():
-        return [(path.name, _read_file(path))]
-    return [(file.relative_to(path).as_posix(), _read_file(file)) for file in files]
+    found, kinds = [], set()
+    for file in files:
+        kind, texts = _read_file(file)
+        if rows:
+            texts = [line for text in texts for line in text.split("\n") if line]
+        kinds.add(kind)
+        found.append((file.relative_to(path).as_posix() if path.is_dir() else path.name, texts))
+    if PAIRS in kinds and (len(kinds) > 1 or rows):
+        raise UserError(f"{path} holds pairs: leave out data.rows, and files without pairs")
+    layout = DOCUMENTS if path.is_dir() and PAIRS not in kinds else kinds.pop()
+    return Content(path.resolve().name, ROWS if rows else layout, found)
 
 
-def _read_file(path: Path) -> str:
+def _read_file(path: Path) -> tuple[str, list[str]]:
+    """The layout of a file, and its texts."""
     if not path.is_file():
         raise UserError(f"no file or folder {path}: check data.path")
     try:
         text = path.read_bytes().decode("utf-8-sig").replace("\r\n", "\n")  # of Windows
     except UnicodeDecodeError as error:
         raise UserError(f"{path} is not UTF-8 (byte {error.start}): convert it first") from None
-    if path.suffix.lower() == ".jsonl":
-        text = _jsonl_text(path, text)
-    if not text:
+    layout, texts = _jsonl(path, text) if path.suffix.lower() == ".jsonl" else (STREAM, [text])
+    if not any(texts):
         raise UserError(f"{path} is empty: name a file with text in it")
-    return text
+    return layout, texts
 
 
-def _jsonl_text(path: Path, lines: str) -> str:
-    texts = []
+def _jsonl(path: Path, lines: str) -> tuple[str, list[str]]:
+    texts, fields = [], ()
     for number, line in enumerate(lines.split("\n"), 1):
         if line.strip():
             try:
-                texts.append(json.loads(line)["text"])
-                texts[-1].encode()  # raises for a lone surrogate
+                found = json.loads(line)
+                fields = fields or (PAIR if "text" not in found and PAIR[0] in found else ("text",))
+                texts += [found[field] for field in fields]
+                "".join(texts[-2:]).encode()  # raises for a lone surrogate
             except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+                wanted = '"prompt" and a "response"' if fields == PAIR else '"text"'
                 raise UserError(
-                    f'{path}, line {number}: expected a JSON object with a "text" field'
+                    f"{path}, line {number}: expected a JSON object with a {wanted} field"
                 ) from None
-    return "\n".join(texts)
+            if not texts[-1] and fields == PAIR:
+                raise UserError(f"{path}, line {number}: the response is empty: leave it out")
+    return PAIRS if fields == PAIR else DOCUMENTS, texts
 
 
 def download(url: str, path: Path, sha256: str, timeout: float = 10.0, limit: int = 2**26) -> None:
@@ -119,8 +182,8 @@ def download(url: str, path: Path, sha256: str, timeout: float = 10.0, limit: in
     write_atomically(path, body)
 
 
-def shakespeare(cache: Path, url: str = SHAKESPEARE_URL) -> tuple[str, str]:
-    """(name, text) of tiny Shakespeare, downloaded on first use.
+def shakespeare(cache: Path, url: str = SHAKESPEARE_URL) -> tuple[str, Path]:
+    """(name, path) of tiny Shakespeare, downloaded on first use.
 
     Where that fails, one line on stderr says so, and the shipped corpus takes its place, under its
     own name.
@@ -130,11 +193,11 @@ def shakespeare(cache: Path, url: str = SHAKESPEARE_URL) -> tuple[str, str]:
         cached = path.is_file() and hashlib.sha256(path.read_bytes()).hexdigest()
         if cached != SHAKESPEARE_SHA256:
             download(url, path, SHAKESPEARE_SHA256)
-        return "shakespeare", read_text(path)
+        return "shakespeare", path
     except OSError as error:
         print(
             f"cannot download tiny Shakespeare ({getattr(error, 'reason', error)}): using the "
             "shipped corpus `plays`, whose loss does not compare with published numbers",
             file=sys.stderr,
         )
-        return "plays", read_text(PLAYS)
+        return "plays", PLAYS

@@ -23,19 +23,65 @@ class Texts(NamedTuple):
     predict: list[Tensor]  # each (L,) bool
     document: Tensor  # (N,): the number of each row's document
     sizes: Tensor  # (N,): bytes of what is predicted; 0 where the ids stand for no text
+    counts: Tensor  # (N,): the tokens that a figure is divided by, if not all that are predicted
 
     @property
     def tokens(self) -> int:
-        """How many are predicted."""
-        return sum(int(where.sum()) for where in self.predict)
+        return int(self.counts.sum())
 
 
-def read(path: str, tokenizer) -> list[Document]:
-    """A text file, or all of a folder. Raises `UserError`, with the name of the file."""
-    documents = []
-    for name, content in text.documents(path):
+def split_texts(content: text.Content, share: float = 0.9) -> tuple[list[str], list[str]]:
+    """The first 90% and the rest: of a stream's characters, or whole documents, pairs or rows."""
+    texts = content.texts
+    if content.layout == text.STREAM:
+        (whole,) = texts
+        n = int(share * len(whole))
+        if not n:
+            raise UserError(f"{content.name} has {len(whole)} characters: too few to train on")
+        return [whole[:n]], [whole[n:]]
+    unit = 2 if content.layout == text.PAIRS else 1
+    ends = np.cumsum([len(each) for each in texts])[unit - 1 :: unit]
+    if len(ends) < 2:
+        raise UserError(f"{content.name} has {len(ends)} of its {content.layout}: it takes 2")
+    n = unit * int(np.clip((ends <= share * ends[-1]).sum(), 1, len(ends) - 1))
+    return texts[:n], texts[n:]
+
+
+def encode(texts: list[str], layout: str, tokenizer) -> np.ndarray:
+    """The ids of texts, one after the other, with an end token after each document of pair's part.
+
+    Raises `UserError` for rows of unequal length and for a tokenizer without an end token.
+    """
+    parts, end = [], []
+    if layout in (text.DOCUMENTS, text.PAIRS):
+        end = [tokenizer.eos]
+        if tokenizer.eos is None:
+            raise UserError(
+                f"data.tokenizer={tokenizer.kind} has no end token, which {layout} need"
+            )
+    for number, each in enumerate(texts, 1):
+        parts.append(np.append(tokenizer.encode(each), np.array(end, np.int64)))
+        if layout == text.ROWS and len(parts[-1]) != len(parts[0]):
+            raise UserError(
+                f"row {number} has {len(parts[-1])} tokens, the first has {len(parts[0])}: rows "
+                "have one length"
+            )
+        if end and (parts[-1][:-1] == end).any():
+            raise UserError(f"text {number} spells the end token: take it out")
+    return np.concatenate(parts)
+
+
+def read(path: str, tokenizer, layout: str = text.STREAM) -> list[Document]:
+    """Each file of `path`, as a corpus of that layout has it. Raises `UserError`, with its name."""
+    content, documents = text.read(path, rows=layout == text.ROWS), []
+    if (content.layout == text.PAIRS) != (layout == text.PAIRS):
+        raise UserError(f"data.path={path} holds {content.layout}, the checkpoint knows {layout}")
+    for name, texts in content.files:
         with as_user_error(f"{name}: "):
-            documents.append((name, tokenizer.encode(content)))
+            if content.layout == text.STREAM or layout == text.STREAM:
+                documents.append((name, tokenizer.encode("\n".join(texts))))
+            else:
+                documents.append((name, encode(texts, layout, tokenizer)))
     return documents
 
 
@@ -79,18 +125,36 @@ def cut(
     keep = max(1, limit // stride)
     if limit and keep < len(found):
         found = [found[i * len(found) // keep] for i in range(keep)]
-    rows, predict, sizes = [], [], []
+    rows = []
     for number, start, stop, first in found:
-        ids = documents[number][1]
-        rows.append(torch.from_numpy(ids[start:stop].astype(np.int64)))
-        predict.append(torch.arange(start, stop) >= first)
-        size = len(tokenizer.decode_bytes(ids[first:stop].tolist())) if tokenizer.has_text else 0
-        sizes.append(size)
+        ids = torch.from_numpy(documents[number][1][start:stop].astype(np.int64))
+        rows.append((number, ids, torch.arange(start, stop) >= first, stop - first))
+    return collect(source, [name for name, _ in documents], rows, tokenizer)
+
+
+def whole(source: str, files: Sequence[tuple], tokenizer, limit: int = 0) -> Texts:
+    """Pairs or rows as they are: of each of the files (name, data.Rows), about `limit` tokens."""
+    rows = [(number, *row) for number, (_, rows) in enumerate(files) for row in rows.spread(limit)]
+    return collect(source, [name for name, _ in files], rows, tokenizer)
+
+
+def collect(source: str, names: list[str], rows: Sequence[tuple], tokenizer) -> Texts:
+    """`Texts` of rows (number of the document, ids, predict, count)."""
+    if not rows:
+        raise UserError(f"{source}: no row of it fits the model's context")
+    numbers, ids, predict, counts = zip(*rows, strict=True)
+
+    def size(row: Tensor, where: Tensor) -> int:
+        tokens = row[where]
+        tokens = tokens if tokenizer.eos is None else tokens[tokens != tokenizer.eos]
+        return len(tokenizer.decode_bytes(tokens.tolist())) if tokenizer.has_text else 0
+
     return Texts(
         source=source,
-        names=[name for name, _ in documents],
-        rows=rows,
-        predict=predict,
-        document=torch.tensor([number for number, *_ in found]),
-        sizes=torch.tensor(sizes),
+        names=names,
+        rows=list(ids),
+        predict=list(predict),
+        document=torch.tensor(numbers),
+        sizes=torch.tensor(list(map(size, ids, predict))),
+        counts=torch.tensor(counts),
     )

@@ -2,10 +2,11 @@
 
 A tokenizer is a class with one entry in `TOKENIZERS`, from which the choices of data.tokenizer
 derive. `train(text, split, vocab_size)` makes one for a text whose training part ends at `split`;
-a class with `trainable = False` comes with imported weights only. An object of it has
+with a further argument `ends`, it can make one that has an end token, which documents need. A class
+with `trainable = False` comes with imported weights only. An object of it has
 
     vocab_size         the ids are 0 ... vocab_size - 1, none of them the mask's
-    eos                the id that ends a text, or None
+    eos                the id that ends a document, or None; it stands for no text
     has_text           whether the ids stand for text, whose bytes count
     encode(text)       an int64 array; adds no special tokens; raises UserError for other symbols
     decode(ids)        a text; decode(encode(text)) == text
@@ -13,6 +14,7 @@ a class with `trainable = False` comes with imported weights only. An object of 
     state()            plain values: "kind", its name in TOKENIZERS, and the arguments of its class
 """
 
+import inspect
 import json
 import re
 
@@ -37,6 +39,11 @@ class Tokenizer:
     def train(cls, text: str, split: int, vocab_size: int) -> "Tokenizer":
         return cls()
 
+    def set_size(self, vocab_size: int, ends: bool) -> None:
+        """The last of the `vocab_size` tokens is the end token, if documents have `ends`."""
+        self.vocab_size, self.ends = vocab_size, ends
+        self.eos = vocab_size - 1 if ends else None
+
     def decode(self, ids) -> str:
         return self.decode_bytes(ids).decode(errors="replace")
 
@@ -47,19 +54,20 @@ class Tokenizer:
 class CharTokenizer(Tokenizer):
     """One token a character: those of the training text in the order of their code points."""
 
-    kind, arguments = "char", ("characters",)
+    kind, arguments = "char", ("characters", "ends")
 
-    def __init__(self, characters: str):
+    def __init__(self, characters: str, ends: bool = False):
         characters.encode()  # raises for a lone surrogate
         self.ids = {c: i for i, c in enumerate(characters)}
         if not 0 < len(self.ids) == len(characters):
             raise UserError("the alphabet is empty or has duplicates")
-        self.characters, self.vocab_size = characters, len(characters)
+        self.characters = characters
+        self.set_size(len(characters) + ends, ends)
 
     @classmethod
-    def train(cls, text: str, split: int, vocab_size: int) -> "Tokenizer":
+    def train(cls, text: str, split: int, vocab_size: int, ends: bool = False) -> "Tokenizer":
         """With the characters of the whole text, validation split included, as in nanoGPT."""
-        return cls("".join(sorted(set(text))))
+        return cls("".join(sorted(set(text))), ends)
 
     def encode(self, text: str) -> np.ndarray:
         try:
@@ -72,46 +80,53 @@ class CharTokenizer(Tokenizer):
             ) from None
 
     def decode_bytes(self, ids) -> bytes:
-        return "".join(self.characters[i] for i in ids).encode()
+        return "".join(self.characters[i] for i in ids if i != self.eos).encode()
 
 
 class ByteTokenizer(Tokenizer):
     """One token a byte of UTF-8: any text, 256 tokens."""
 
-    kind, vocab_size = "byte", 256
+    kind, arguments = "byte", ("ends",)
+
+    def __init__(self, ends: bool = False):
+        self.set_size(256 + ends, ends)
+
+    @classmethod
+    def train(cls, text: str, split: int, vocab_size: int, ends: bool = False) -> "Tokenizer":
+        return cls(ends)
 
     def encode(self, text: str) -> np.ndarray:
         return np.frombuffer(text.encode(), np.uint8).astype(np.int64)
 
     def decode_bytes(self, ids) -> bytes:
-        return bytes(list(ids))  # of an array, bytes() would take the buffer
+        return bytes(i for i in ids if i != self.eos)
 
 
 class IdTokenizer(Tokenizer):
     """Tokens that stand for no text, such as states of a game: ids, and written as numbers."""
 
-    kind, has_text, arguments = "ids", False, ("vocab_size",)
+    kind, has_text, arguments = "ids", False, ("vocab_size", "ends")
 
-    def __init__(self, vocab_size: int):
-        if type(vocab_size) is not int or vocab_size < 1:
+    def __init__(self, vocab_size: int, ends: bool = False):
+        if type(vocab_size) is not int or vocab_size <= ends:
             raise UserError(f"data.vocab_size={vocab_size} must be positive")
-        self.vocab_size = vocab_size
+        self.set_size(vocab_size, ends)
 
     @classmethod
-    def train(cls, text: str, split: int, vocab_size: int) -> "Tokenizer":
-        return cls(vocab_size)
+    def train(cls, text: str, split: int, vocab_size: int, ends: bool = False) -> "Tokenizer":
+        return cls(vocab_size + ends, ends)
 
     def encode(self, text: str) -> np.ndarray:
-        words = text.split()
-        if wrong := [w for w in words if not (w.isdecimal() and int(w) < self.vocab_size)]:
+        words, size = text.split(), self.vocab_size - self.ends
+        if wrong := [w for w in words if not (w.isdecimal() and int(w) < size)]:
             raise UserError(
-                f"{wrong[0]!r} is no id from 0 to {self.vocab_size - 1}: write ids below "
+                f"{wrong[0]!r} is no id from 0 to {size - 1}: write ids below "
                 "data.vocab_size with spaces between them"
             )
         return np.array(list(map(int, words)), np.int64)
 
     def decode_bytes(self, ids) -> bytes:
-        return "".join(f"{i} " for i in ids).encode()
+        return "".join(f"{i} " for i in ids if i != self.eos).encode()
 
 
 class GPT2Tokenizer(Tokenizer):
@@ -155,8 +170,8 @@ class BPETokenizer(Tokenizer):
         self.vocab_size, self.eos = self.tokenizer.get_vocab_size(), self.tokenizer.token_to_id(EOT)
 
     @classmethod
-    def train(cls, text: str, split: int, vocab_size: int, special=()) -> "Tokenizer":
-        """On the training part of the text alone, with a token for each text in `special`."""
+    def train(cls, text: str, split: int, vocab_size: int, ends: bool = False) -> "Tokenizer":
+        """On the training part of the text alone."""
         if vocab_size < 256:
             raise UserError(f"data.vocab_size={vocab_size} must be at least 256: any byte is one")
         lib = optional("tokenizers")
@@ -164,7 +179,7 @@ class BPETokenizer(Tokenizer):
         tokenizer.pre_tokenizer = lib.pre_tokenizers.ByteLevel(add_prefix_space=False)
         trainer = lib.trainers.BpeTrainer(
             vocab_size=vocab_size,
-            special_tokens=list(special),
+            special_tokens=[EOT] * ends,
             initial_alphabet=sorted(byte_of_character()),  # so that any text works
             show_progress=False,
         )
@@ -283,11 +298,16 @@ def choices() -> list[str]:
     return [name for name, tokenizer in TOKENIZERS.items() if tokenizer.trainable]
 
 
-def train_tokenizer(kind: str, text: str, split: int, vocab_size: int):
-    """A tokenizer for `text`, whose training part ends at `split`. Raises `UserError`."""
+def train_tokenizer(kind: str, text: str, split: int, vocab_size: int, ends: bool = False):
+    """A tokenizer for `text`, whose training part ends at `split`; with an end token, if asked.
+
+    Raises `UserError`.
+    """
     if kind not in choices():
         raise UserError(f"data.tokenizer={kind} is unknown: choose one of {', '.join(choices())}")
-    return TOKENIZERS[kind].train(text, split, vocab_size)
+    train = TOKENIZERS[kind].train
+    can_end = {"ends": ends} if "ends" in inspect.signature(train).parameters else {}
+    return train(text, split, vocab_size, **can_end)
 
 
 def load_tokenizer(state: dict):

@@ -14,15 +14,19 @@ from test_tokenizers import POEM, SHAKESPEARE, needs_shakespeare
 
 import data
 from data import Corpus, open_bins
-from data import blocks as blocks_of
 from nanomdm import bins
+from nanomdm import text as texts
 from nanomdm.tokenizers import TOKENIZERS, ByteTokenizer, CharTokenizer, Tokenizer
 
 # --- Preparation --------------------------------------------------------------------------------
 
 
 def prepare(cache: Path, text: str = POEM, kind: str = "char", vocab_size: int = 300) -> Corpus:
-    return data.prepare(text, "poem", kind, vocab_size, cache)
+    return data.prepare(content(text), kind, vocab_size, cache)
+
+
+def content(text: str) -> texts.Content:
+    return texts.Content("poem", "stream", [("poem", [text])])
 
 
 def folder_in(cache: Path) -> Path:
@@ -116,7 +120,8 @@ def test_the_meta_file_says_what_the_bins_hold(tmp_path):
         "sha256": hashlib.sha256(b"ab" * 50).hexdigest(),
         "dtype": "uint16",
         "tokens": {"train": 90, "val": 10},
-        "tokenizer": {"kind": "char", "characters": "ab"},
+        "tokenizer": {"kind": "char", "characters": "ab", "ends": False},
+        "layout": "stream",
     }
 
 
@@ -151,7 +156,7 @@ def test_another_text_or_tokenizer_is_prepared_beside_the_first(change, tmp_path
 
 def test_a_given_tokenizer_is_used_instead_of_a_new_one(tmp_path):
     trained = CharTokenizer("".join(sorted(set(POEM + "xyz"))))
-    corpus = data.prepare(POEM, "poem", "char", 300, tmp_path, trained)
+    corpus = data.prepare(content(POEM), "char", 300, tmp_path, trained)
     assert corpus.tokenizer.characters == trained.characters
 
 
@@ -326,7 +331,7 @@ def test_shards_give_the_batches_of_the_one_file_that_they_are_cut_from(tmp_path
     shards = open_bins(sharded(tmp_path / "shards"))
     whole = open_bins(sharded(tmp_path / "one", (200,)))
     for seed in range(20):
-        batches = [corpus.batch(8, 50, generator(seed)) for corpus in (shards, whole)]
+        batches = [batch(corpus, 8, 50, seed) for corpus in (shards, whole)]
         assert torch.equal(*batches)
 
 
@@ -338,8 +343,9 @@ def test_every_slice_of_shards_is_that_of_the_whole(tmp_path):
 
 
 def test_blocks_of_shards_cover_every_token_once_and_in_order(tmp_path):
-    train = open_bins(sharded(tmp_path)).train
-    assert torch.cat(blocks_of(train, 32)).tolist() == list(range(200)) and len(train) == 200
+    corpus = open_bins(sharded(tmp_path))
+    blocks = [row.ids for row in corpus.rows("train", 32).spread()]
+    assert torch.cat(blocks).tolist() == list(range(200)) and len(corpus.train) == 200
 
 
 def test_the_validation_split_may_be_in_shards_too(tmp_path):
@@ -391,63 +397,69 @@ def generator(seed: int = 0) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
 
+def batch(corpus: Corpus, batch_size: int, L: int, seed: int = 0, rows=None) -> torch.Tensor:
+    x0, predict = corpus.rows("train", L, overlap=True).batch(batch_size, generator(seed), rows)
+    assert predict.all()
+    return x0
+
+
 def test_a_batch_is_int64_rows_of_one_block_each():
-    batch = counting(100).batch(5, 8, generator())
-    assert (batch.shape, batch.dtype) == ((5, 8), torch.int64)
+    found = batch(counting(100), 5, 8)
+    assert (found.shape, found.dtype) == ((5, 8), torch.int64)
 
 
 def test_every_row_of_a_batch_is_a_stretch_of_the_train_split():
-    batch = counting(100).batch(50, 8, generator())
-    assert torch.equal(batch, batch[:, :1] + torch.arange(8)) and batch.max() < 100
+    found = batch(counting(100), 50, 8)
+    assert torch.equal(found, found[:, :1] + torch.arange(8)) and found.max() < 100
 
 
 def test_the_same_generator_draws_the_same_batch():
-    batches = [counting(100).batch(5, 8, generator(seed)) for seed in (1, 1)]
+    batches = [batch(counting(100), 5, 8, seed) for seed in (1, 1)]
     assert torch.equal(*batches)
 
 
 def test_another_generator_draws_another_batch():
-    batches = [counting(900).batch(5, 8, generator(seed)) for seed in (1, 2)]
+    batches = [batch(counting(900), 5, 8, seed) for seed in (1, 2)]
     assert not torch.equal(*batches)
 
 
 def test_rows_are_those_of_the_whole_batch():
-    whole, rows = counting(900).batch(6, 8, generator()), torch.tensor([4, 1])
-    assert torch.equal(counting(900).batch(6, 8, generator(), rows), whole[rows])
+    whole, rows = batch(counting(900), 6, 8), torch.tensor([4, 1])
+    assert torch.equal(batch(counting(900), 6, 8, rows=rows), whole[rows])
 
 
 def test_every_start_is_drawn_up_to_the_last():
-    starts = counting(12).batch(400, 8, generator())[:, 0]
+    starts = batch(counting(12), 400, 8)[:, 0]
     assert starts.unique().tolist() == [0, 1, 2, 3, 4]
 
 
 def test_a_split_of_one_block_is_the_only_row():
-    batch = counting(8).batch(3, 8, generator())
-    assert torch.equal(batch, torch.arange(8).expand(3, 8))
+    found = batch(counting(8), 3, 8)
+    assert torch.equal(found, torch.arange(8).expand(3, 8))
 
 
 def test_ids_beyond_what_was_scanned_are_refused_when_they_are_drawn(tmp_path, monkeypatch):
     monkeypatch.setattr(bins, "SCANNED", 2)
     corpus = open_bins(nanogpt(tmp_path, CHARACTERS, train=(0, 1, 7)))
     with pytest.raises(ValueError, match="train split holds the token 7, beyond .* of 3"):
-        corpus.batch(1, 3, generator())
+        batch(corpus, 1, 3)
 
 
 @pytest.mark.parametrize("length", [1, 8, 10, 16])
 def test_blocks_cover_every_token_once_and_in_order(length):
-    rows = blocks_of(np.arange(length, dtype=np.uint16), 8)
-    assert torch.cat(rows).tolist() == list(range(length))
+    rows = counting(length).rows("train", 8).spread()
+    assert torch.cat([row.ids for row in rows]).tolist() == list(range(length))
 
 
 def test_only_the_last_block_is_shorter():
-    rows = blocks_of(np.arange(20, dtype=np.uint16), 8)
+    rows = [row.ids for row in counting(20).rows("train", 8).spread()]
     assert [(len(row), row.dtype) for row in rows] == [
         (8, torch.int64), (8, torch.int64), (4, torch.int64)
     ]  # fmt: skip
 
 
 def test_a_limit_spreads_the_blocks_evenly():
-    rows = blocks_of(np.arange(1000, dtype=np.uint16), 10, limit=50)
+    rows = [row.ids for row in counting(1000, 1001).rows("train", 10).spread(limit=50)]
     assert [row.tolist() for row in rows] == [
         list(range(start, start + 10)) for start in (0, 200, 400, 600, 800)
     ]
@@ -455,7 +467,7 @@ def test_a_limit_spreads_the_blocks_evenly():
 
 @pytest.mark.parametrize(("limit", "count"), [(0, 3), (19, 2), (20, 3), (99, 3), (1, 1)])
 def test_a_limit_is_a_number_of_tokens(limit, count):
-    assert len(blocks_of(np.arange(20, dtype=np.uint16), 8, limit)) == count
+    assert len(counting(20).rows("train", 8).spread(limit)) == count
 
 
 # --- Damage -------------------------------------------------------------------------------------

@@ -15,7 +15,7 @@ from conftest import environment
 
 from nanomdm import text
 from nanomdm.errors import UserError
-from nanomdm.text import download, find_text, read_text, shakespeare
+from nanomdm.text import download, find, read_text, shakespeare
 
 ROOT = Path(__file__).resolve().parent.parent
 BODY = b"First Citizen:\nBefore we proceed any further, hear me speak.\n" * 20
@@ -104,25 +104,30 @@ def test_a_jsonl_line_without_text_is_refused_with_its_number(line, tmp_path):
         read_text(path)
 
 
+def found(dataset: str, path: str, cache: str) -> tuple[str, str]:
+    content = find(dataset, path, cache)
+    return content.name, content.text
+
+
 def test_a_path_goes_before_a_dataset_and_gives_its_own_name(tmp_path):
     path = written(tmp_path / "mine.txt", "words")
-    assert find_text("shakespeare", str(path), str(tmp_path)) == ("mine.txt", "words")
+    assert found("shakespeare", str(path), str(tmp_path)) == ("mine.txt", "words")
 
 
 def test_a_folder_given_with_a_slash_keeps_its_name(tmp_path):
     written(tmp_path / "mine" / "a.txt", "words")
-    assert find_text("plays", f"{tmp_path}/mine/", "")[0] == "mine"
+    assert found("plays", f"{tmp_path}/mine/", "")[0] == "mine"
 
 
 def test_plays_is_the_shipped_file():
     shipped = (ROOT / "corpora" / "plays.txt").read_bytes().decode()
-    assert find_text("plays", "", "") == ("plays", shipped)
+    assert found("plays", "", "") == ("plays", shipped)
 
 
 def test_an_unknown_dataset_is_refused_with_the_choices():
-    message = r"data\.dataset=moby is unknown: choose shakespeare or plays, or set data\.path"
+    message = r"data\.dataset=moby is unknown: choose shakespeare, plays, sudoku4, .* data\.path"
     with pytest.raises(ValueError, match=message):
-        find_text("moby", "", "")
+        find("moby", "", "")
 
 
 # --- Downloads ----------------------------------------------------------------------------------
@@ -301,8 +306,12 @@ def pinned(monkeypatch):
     monkeypatch.setattr(text, "SHAKESPEARE_SHA256", SHA256)
 
 
+def read(named: tuple[str, Path]) -> tuple[str, str]:
+    return named[0], read_text(named[1])
+
+
 def test_shakespeare_is_downloaded_into_the_cache_on_first_use(server, pinned, tmp_path):
-    named = shakespeare(tmp_path, f"{server.url}/right")
+    named = read(shakespeare(tmp_path, f"{server.url}/right"))
     assert named == ("shakespeare", BODY.decode()) and len(list(tmp_path.iterdir())) == 1
 
 
@@ -317,13 +326,13 @@ def test_a_wrong_file_in_the_cache_is_fetched_again(server, pinned, tmp_path):
     shakespeare(tmp_path, f"{server.url}/right")
     (cached,) = tmp_path.iterdir()
     cached.write_bytes(BODY[:100])
-    assert shakespeare(tmp_path, f"{server.url}/right") == ("shakespeare", BODY.decode())
+    assert read(shakespeare(tmp_path, f"{server.url}/right")) == ("shakespeare", BODY.decode())
 
 
 @pytest.mark.parametrize("answer", ["wrong", "gone", "garbage"])
 def test_the_shipped_plays_stand_in_under_their_own_name(answer, server, pinned, tmp_path):
     shipped = (ROOT / "corpora" / "plays.txt").read_bytes().decode()
-    assert shakespeare(tmp_path, f"{server.url}/{answer}") == ("plays", shipped)
+    assert read(shakespeare(tmp_path, f"{server.url}/{answer}")) == ("plays", shipped)
 
 
 @pytest.mark.parametrize(("answer", "reason"), [("wrong", "SHA-256"), ("gone", "Not Found")])
@@ -344,7 +353,9 @@ def test_the_documents_of_a_folder_are_named_by_their_paths_in_order(tmp_path):
     (tmp_path / "b").mkdir()
     (tmp_path / "b" / "one.md").write_text("1")
     (tmp_path / "a.txt").write_text("2")
-    assert text.documents(tmp_path) == [("a.txt", "2"), ("b/one.md", "1")]
+    found = text.read(tmp_path)
+    assert found.files == [("a.txt", ["2"]), ("b/one.md", ["1"])]
+    assert found.layout == "documents"
 
 
 def test_a_text_that_the_memory_cannot_hold_is_answered_with_the_way_that_can(

@@ -30,7 +30,7 @@ import data
 from nanomdm import cli, folders, runlog
 from nanomdm.cli import Section
 from nanomdm.errors import UserError
-from nanomdm.tokenizers import EOT, TOKENIZERS, CharTokenizer, choices, load_tokenizer
+from nanomdm.tokenizers import CharTokenizer, choices, load_tokenizer, train_tokenizer
 from tools import sources
 from tools.shards import AGAIN, Job, ShardWriter, read_json, refuse_other, sha256_of
 
@@ -49,13 +49,13 @@ def make_tokenizer(config: Section, source: sources.Source, dataset):
     if kind not in choices():
         raise UserError(f"tokenizer={kind} is unknown: choose {', '.join(choices())} or a .json")
     if kind in ("gpt2", "byte"):  # there is nothing to train
-        return TOKENIZERS[kind]()
+        return train_tokenizer(kind, "", 0, 0, ends=True)
     pieces = (piece for batch in source.read(dataset) for piece in batch.pieces)
     if kind == "char":
-        return CharTokenizer("".join(sorted(set("\n").union(*(piece.text for piece in pieces)))))
+        characters = set("\n").union(*(piece.text for piece in pieces))
+        return CharTokenizer("".join(sorted(characters)), ends=True)
     sample = head((piece.text for piece in pieces if not piece.held), config.sample)
-    special = {"special": [EOT]} if kind == "bpe" else {}
-    return TOKENIZERS[kind].train(sample, len(sample), config.vocab_size, **special)
+    return train_tokenizer(kind, sample, len(sample), config.vocab_size, ends=True)
 
 
 def head(texts: Iterable[str], characters: int) -> str:
@@ -81,13 +81,13 @@ def read_tokenizer(path: Path):
 
 
 def encode(tokenizer, pieces: list[sources.Piece]) -> dict[str, np.ndarray]:
-    """The ids of each split; a document ends with the tokenizer's end, or else with a newline."""
+    """The ids of each split; a text ends with the tokenizer's end, or else with a newline."""
     end = tokenizer.encode("\n") if tokenizer.eos is None else np.array([tokenizer.eos])
     dtype, found = data.dtype_of(tokenizer.vocab_size), {split: [] for split in data.SPLITS}
     for piece in pieces:
         ids = found["val" if piece.held else "train"]
         ids.append(tokenizer.encode(piece.text).astype(dtype))
-        if piece.ends:
+        if piece.ends or piece.asks:
             ids.append(end.astype(dtype))
     return {split: np.concatenate(ids or [end[:0].astype(dtype)]) for split, ids in found.items()}
 
@@ -152,7 +152,13 @@ def run(job: Job, source: sources.Source, config: Section) -> None:
     dataset, journal = source.load(), job.journal
     if "tokenizer" not in journal:
         tokenizer = make_tokenizer(config, source, dataset)
-        job.save(tokenizer=tokenizer.state(), dtype=data.dtype_of(tokenizer.vocab_size))
+        layout = "stream" if tokenizer.eos is None else "documents"
+        if config.response:
+            layout = "pairs"
+            if tokenizer.eos is None:
+                raise UserError(f"tokenizer={config.tokenizer} has no end token, which pairs need")
+        width = data.dtype_of(tokenizer.vocab_size)
+        job.save(tokenizer=tokenizer.state(), dtype=width, layout=layout)
     tokenizer, documents = load_tokenizer(journal["tokenizer"]), dict(journal["documents"])
     if "state" in journal:
         dataset.load_state_dict(journal["state"])
@@ -197,7 +203,8 @@ def main(config: Section) -> None:
         raise UserError(f"shard_tokens={config.shard_tokens} must be at least 1")
     if not 0 <= config.processes <= 1024:
         raise UserError(f"processes={config.processes} must be 0 (one for each core) to 1024")
-    where = (config.dataset, config.name, config.revision, config.split, config.column)
+    where = (config.dataset, config.name, config.revision, config.split)
+    where += (config.column, config.response)
     cut = (config.begins, config.separator, config.limit, config.val)
     source = sources.Source(*where, *cut)
     recipe = {k: v for k, v in config.as_dict().items() if k not in NO_RECIPE}

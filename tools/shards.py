@@ -101,9 +101,9 @@ class Job:
         for path in self.folder.glob("*.bin"):
             os.replace(path, self.out / path.name)
         sha256 = data.sha256_of("".join(self.journal["shards"].values()).encode())
-        names = ("dtype", "tokens", "documents", "shards", "recipe", "tokenizer")
+        names = ("dtype", "layout", "tokens", "documents", "shards", "recipe", "tokenizer")
         meta = {"corpus": Path(self.journal["recipe"]["dataset"]).resolve().name, "sha256": sha256}
-        meta |= {name: self.journal[name] for name in names}
+        meta |= {name: self.journal[name] for name in names if name in self.journal}
         meta["check"] = digest(meta)
         write_atomically(self.out / "meta.json", json.dumps(meta, indent=1).encode())
         shutil.rmtree(self.folder)

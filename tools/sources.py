@@ -21,6 +21,7 @@ class Piece(NamedTuple):
     text: str
     ends: bool  # whether the document ends with it
     held: bool  # whether the document is for validation
+    asks: bool = False  # whether it is the prompt of a pair, whose response follows
 
 
 class Batch(NamedTuple):
@@ -42,6 +43,7 @@ class Source:
     revision: str
     split: str
     column: str
+    response: str
     begins: str
     separator: str
     limit: int
@@ -109,8 +111,8 @@ class Source:
                 "split=, go online, or name a local folder"
             ) from error
 
-    def rows(self, dataset) -> Iterator[tuple[str, bool]]:
-        """(text, whether a document begins with it) of every row. Raises `UserError`."""
+    def raw(self, dataset) -> Iterator[dict]:
+        """Every row as it is. Raises `UserError`."""
         rows = iter(dataset)
         while True:
             try:
@@ -122,15 +124,24 @@ class Source:
                     f"cannot read {self.dataset} ({first_line(error)}): repair it or go online, "
                     "and give the same command again"
                 ) from error
+            yield row
+
+    def text_of(self, row: dict, column: str) -> str | None:
+        text = row.get(column, b"")
+        if not isinstance(text, str | None):
+            columns = ", ".join(name for name, value in row.items() if isinstance(value, str))
+            raise UserError(
+                f"{self.dataset} has no text in column={column}: choose one of {columns}"
+            )
+        return text
+
+    def rows(self, dataset) -> Iterator[tuple[str, bool]]:
+        """(text, whether a document begins with it) of every row. Raises `UserError`."""
+        for row in self.raw(dataset):
             if row.keys() == {"text", "begins"}:  # of read_texts
                 yield row["text"], row["begins"]
                 continue
-            text = row.get(self.column, b"")
-            if not isinstance(text, str | None):
-                columns = ", ".join(name for name, value in row.items() if isinstance(value, str))
-                raise UserError(
-                    f"{self.dataset} has no text in column={self.column}: choose one of {columns}"
-                )
+            text = self.text_of(row, self.column)
             if self.begins:
                 text = text or ""
                 yield text + "\n" * (not text.endswith("\n")), bool(re.match(self.begins, text))
@@ -139,6 +150,9 @@ class Source:
 
     def read(self, dataset, done: int = 0) -> Iterator[Batch]:
         """Batches of documents, `done` of which were read before. Raises `UserError`."""
+        if self.response:
+            yield from self.read_pairs(dataset, done)
+            return
         pieces, size, state, parts, length, held = [], 0, None, [], 0, None
 
         def cut(ends: bool) -> None:
@@ -168,6 +182,24 @@ class Source:
         else:
             if parts or held is not None:
                 cut(ends=True)
+        if pieces:
+            yield Batch(pieces, None)
+
+    def read_pairs(self, dataset, done: int) -> Iterator[Batch]:
+        """Batches of prompts and responses, which stay together; empty responses are left out."""
+        pieces, size = [], 0
+        for row in self.raw(dataset):
+            prompt, response = (self.text_of(row, name) for name in (self.column, self.response))
+            if not response:
+                continue
+            held = share(f"{prompt}\n{response}") < self.val
+            pieces += [Piece(prompt or "", False, held, asks=True), Piece(response, True, held)]
+            size, done = size + len(prompt or "") + len(response), done + 1
+            if size >= BATCH or done == self.limit:
+                yield Batch(pieces, dataset.state_dict())
+                pieces, size = [], 0
+            if done == self.limit:
+                return
         if pieces:
             yield Batch(pieces, None)
 

@@ -220,7 +220,7 @@ def use_bins(name: str, folder: Path):
     corpus = data.open_bins(folder / name)
     if len(corpus.train) < 8:
         raise UserError("too short")
-    batch = corpus.batch(4, 8, torch.Generator().manual_seed(1))
+    batch, _ = corpus.rows("train", 8, overlap=True).batch(4, torch.Generator().manual_seed(1))
     decoded = [corpus.tokenizer.decode(row) for row in (*batch.tolist(), corpus.val[:].tolist())]
     return corpus.tokenizer.state(), corpus.name, corpus.sha256, corpus.train[:].tolist(), decoded
 
