@@ -165,10 +165,19 @@ def prepare(
     folder = cache / folder
     if not (folder / "meta.json").is_file():
         splits = dict(zip(SPLITS, split_texts(content), strict=True))
+        between = "" if layout == "rows" else "\n"
         tokenizer = tokenizer or train_tokenizer(
-            kind, content.text, len("\n".join(splits["train"])), vocab_size, content.has_ends
+            kind,
+            between.join(content.texts),
+            len(between.join(splits["train"])),
+            vocab_size,
+            content.has_ends,
         )
-        ids = {name: encode(texts, layout, tokenizer) for name, texts in splits.items()}
+        is_cut = layout == "documents" and sum(map(len, splits.values())) > len(content.texts)
+        ids = {
+            name: encode(texts, layout, tokenizer, is_cut and name == "train")
+            for name, texts in splits.items()
+        }
         about = {"corpus": content.name, "sha256": sha256, "layout": layout}
         if layout == "rows":
             about["row_length"] = len(ids["val"]) // len(splits["val"])

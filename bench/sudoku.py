@@ -193,6 +193,7 @@ def plot(results: Sequence[Result], path: Path) -> None:
         return
     matplotlib.use("agg")
     from matplotlib import pyplot
+    from matplotlib.ticker import PercentFormatter
 
     keys = ("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color")
     for dark, theme in enumerate(("light", "dark")):
@@ -208,7 +209,7 @@ def plot(results: Sequence[Result], path: Path) -> None:
                     axis.plot(x, y, "o-", color=colours[dark], lw=2, label=order)
             axis.set(xlabel="cells that are blank", ylabel="puzzles solved", ylim=(0, 1.02))
             for ticks in (axis.xaxis, axis.yaxis):
-                ticks.set_major_formatter("{x:.0%}".format)
+                ticks.set_major_formatter(PercentFormatter(1.0))
             axis.set_xticks(sorted({result.blanks for result in results}))
             axis.grid(alpha=0.2)
             axis.legend(fontsize=11, frameon=False)

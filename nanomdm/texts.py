@@ -31,44 +31,46 @@ class Texts(NamedTuple):
 
 
 def split_texts(content: text.Content, share: float = 0.9) -> tuple[list[str], list[str]]:
-    """The first 90% and the rest: of a stream's characters, or whole documents, pairs or rows."""
-    texts = content.texts
-    if content.layout == text.STREAM:
-        (whole,) = texts
-        n = int(share * len(whole))
-        if not n:
-            raise UserError(f"{content.name} has {len(whole)} characters: too few to train on")
-        return [whole[:n]], [whole[n:]]
-    unit = 2 if content.layout == text.PAIRS else 1
-    ends = np.cumsum([len(each) for each in texts])[unit - 1 :: unit]
-    if len(ends) < 2:
-        raise UserError(f"{content.name} has {len(ends)} of its {content.layout}: it takes 2")
-    n = unit * int(np.clip((ends <= share * ends[-1]).sum(), 1, len(ends) - 1))
-    return texts[:n], texts[n:]
+    """The first 90% and the rest, by characters: of a stream, or whole documents, pairs or rows.
 
-
-def encode(texts: list[str], layout: str, tokenizer) -> np.ndarray:
-    """The ids of texts, one after the other, with an end token after each document of pair's part.
-
-    Raises `UserError` for rows of unequal length and for a tokenizer without an end token.
+    A document that is more than a tenth of all is cut where the 90% end.
     """
-    parts, end = [], []
-    if layout in (text.DOCUMENTS, text.PAIRS):
-        end = [tokenizer.eos]
-        if tokenizer.eos is None:
-            raise UserError(
-                f"data.tokenizer={tokenizer.kind} has no end token, which {layout} need"
-            )
+    texts, unit = content.texts, 2 if content.layout == text.PAIRS else 1
+    ends = np.cumsum([len(each) for each in texts])[unit - 1 :: unit]
+    n = int((ends <= share * ends[-1]).sum())  # whole ones that fit
+    room = int(share * ends[-1]) - (int(ends[n - 1]) if n else 0)
+    if content.layout in (text.STREAM, text.DOCUMENTS) and 10 * room > ends[-1]:
+        return [*texts[:n], texts[n][:room]], [texts[n][room:], *texts[n + 1 :]]
+    if n in (0, len(ends)):  # the latter for no characters at all
+        size = f"{len(texts[0])} characters" if len(ends) == 1 else f"{len(ends)} {content.layout}"
+        raise UserError(f"{content.name} has {size}: too few to train on")
+    return texts[: n * unit], texts[n * unit :]
+
+
+def encode(texts: list[str], layout: str, tokenizer, is_cut: bool = False) -> np.ndarray:
+    """The ids of texts, one after the other; an end token follows documents, prompts and answers.
+
+    But not the last one, if it `is_cut`, and goes on elsewhere. Raises `UserError` for rows of
+    unequal length and for a tokenizer without an end token.
+    """
+    eos, parts = tokenizer.eos, []
+    has_ends, small = (
+        layout in (text.DOCUMENTS, text.PAIRS),
+        np.min_scalar_type(tokenizer.vocab_size),
+    )
+    if has_ends and eos is None:
+        raise UserError(f"data.tokenizer={tokenizer.kind} has no end token, which {layout} need")
     for number, each in enumerate(texts, 1):
-        parts.append(np.append(tokenizer.encode(each), np.array(end, np.int64)))
-        if layout == text.ROWS and len(parts[-1]) != len(parts[0]):
+        ids = tokenizer.encode(each).astype(small)
+        if layout == text.ROWS and parts and len(ids) != len(parts[0]):
             raise UserError(
-                f"row {number} has {len(parts[-1])} tokens, the first has {len(parts[0])}: rows "
-                "have one length"
+                f"row {number} has {len(ids)} tokens, the first has {len(parts[0])}: rows have one "
+                "length"
             )
-        if end and (parts[-1][:-1] == end).any():
+        if has_ends and (ids == eos).any():
             raise UserError(f"text {number} spells the end token: take it out")
-    return np.concatenate(parts)
+        parts += [ids, np.array([eos], small)] if has_ends else [ids]
+    return np.concatenate(parts[:-1] if is_cut else parts)
 
 
 def read(path: str, tokenizer, layout: str = text.STREAM) -> list[Document]:

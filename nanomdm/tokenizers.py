@@ -80,7 +80,7 @@ class CharTokenizer(Tokenizer):
             ) from None
 
     def decode_bytes(self, ids) -> bytes:
-        return "".join(self.characters[i] for i in ids if i != self.eos).encode()
+        return "".join(self.characters[i : i + 1] for i in ids).encode()  # "" for the end token
 
 
 class ByteTokenizer(Tokenizer):

@@ -388,7 +388,10 @@ IDS = torch.tensor([[0, 1, 2, 3]])
 def test_a_network_is_loaded_with_its_logits_its_tokenizer_and_its_words(network, path):
     loaded = load_model(written(path, network))
     assert torch.equal(loaded.model(IDS), network(IDS)) and not loaded.model.training
-    assert loaded.tokenizer.state() == LETTERS and loaded.config["data"]["dataset"] == "plays"
+    assert (
+        loaded.tokenizer.state() == LETTERS | {"ends": False}
+        and loaded.config["data"]["dataset"] == "plays"
+    )
     assert loaded.weights == "EMA weights after 3 steps"
 
 

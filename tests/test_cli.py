@@ -134,7 +134,16 @@ def test_any_text_arrives_as_it_is(texts):
 
 
 def test_prompts_paths_and_names_are_free_text():
-    keys = {"prompt", "prompt_file", "checkpoint", "out_dir", "output", "data.path", "data.dir"}
+    keys = {
+        "prompt",
+        "prompt_file",
+        "blank",
+        "checkpoint",
+        "out_dir",
+        "output",
+        "data.path",
+        "data.dir",
+    }
     others = {"training.init_from", "eval.against", "logging.project", "logging.name"}
     assert set(FREE_TEXT) == keys | others
 

@@ -1,5 +1,6 @@
 """tools/prepare.py: documents of any size into shards that data.dir reads, whatever happens."""
 
+import itertools
 import json
 import multiprocessing
 import os
@@ -103,15 +104,47 @@ def test_every_document_is_in_one_split_whole_and_in_order(write, prepared, tmp_
     corpus = data.open_bins(prepared(write(tmp_path / f"d.{suffix}")))
     for split in data.SPLITS:
         own = [text for text in DOCUMENTS if (sources.share(text) < 0.1) is (split == "val")]
-        whole = corpus.tokenizer.decode(getattr(corpus, split)[:].tolist())
-        assert whole == "".join(text + "\n" for text in own) and len(own) > 15
+        assert documents_of(corpus, split) == own and len(own) > 15
+    assert corpus.layout == "documents"
+
+
+def documents_of(corpus: data.Corpus, split: str) -> list[str]:
+    """The documents of a split, by their end tokens."""
+    ids, tokenizer = getattr(corpus, split)[:].tolist(), corpus.tokenizer
+    ends = [-1, *(i for i, token in enumerate(ids) if token == tokenizer.eos)]
+    assert ends[-1] == len(ids) - 1
+    return [tokenizer.decode(ids[i + 1 : j]) for i, j in itertools.pairwise(ends)]
 
 
 def test_what_is_held_out_does_not_depend_on_the_other_documents(prepared, tmp_path):
     write_jsonl(tmp_path / "a.jsonl", DOCUMENTS[::2])
     half = data.open_bins(prepared(tmp_path / "a.jsonl"))
-    held = half.tokenizer.decode(half.val[:].tolist())
-    assert held == "".join(text + "\n" for text in DOCUMENTS[::2] if sources.share(text) < 0.1)
+    held = [text for text in DOCUMENTS[::2] if sources.share(text) < 0.1]
+    assert documents_of(half, "val") == held
+
+
+@pytest.mark.parametrize("tokenizer", ["byte", "char", "bpe"])
+@pytest.mark.parametrize("processes", [1, 2])
+def test_prompts_and_responses_become_pairs_each_in_one_split(
+    tokenizer, processes, prepared, tmp_path
+):
+    rows = [{"q": f"What is {n}?" * (n % 3), "a": f"It is {n}."} for n in range(200)]
+    rows.insert(7, {"q": "no answer", "a": ""})
+    (tmp_path / "p.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    words = ("column=q", "response=a", f"tokenizer={tokenizer}", "vocab_size=300")
+    corpus = data.open_bins(prepared(tmp_path / "p.jsonl", *words, f"processes={processes}"))
+    decode, found = corpus.tokenizer.decode, {}
+    for split in data.SPLITS:
+        for row in corpus.rows(split, 80).spread():
+            first = int(row.predict.int().argmax())
+            answer = decode(row.ids[first : first + row.counted - 1].tolist())
+            found[answer] = (decode(row.ids[: first - 1].tolist()), split)
+    assert {answer: prompt for answer, (prompt, _) in found.items()} == {
+        row["a"]: row["q"] for row in rows if row["a"]
+    }
+    held = {a for a, (q, _) in found.items() if sources.share(f"{q}\n{a}") < 0.1}
+    assert held == {a for a, (_, split) in found.items() if split == "val"} and len(held) > 5
+    assert list(found) == sorted(found, key=lambda a: (found[a][1] == "val", int(a[6:-1])))
 
 
 def test_the_share_that_is_held_out_is_the_one_asked_for():
@@ -157,7 +190,7 @@ def test_characters_are_those_of_all_documents(prepared, tmp_path):
 
 @pytest.mark.parametrize("form", ["meta.json", "tokenizer.json"])
 def test_a_tokenizer_can_come_from_a_file(form, folder, prepared, tmp_path):
-    tokenizer = BPETokenizer.train(DOCUMENTS[0], len(DOCUMENTS[0]), 270, [EOT])
+    tokenizer = BPETokenizer.train(DOCUMENTS[0], len(DOCUMENTS[0]), 270, ends=True)
     state = tokenizer.state()
     whole = json.dumps({"tokenizer": state}) if form == "meta.json" else state["serialized"]
     (tmp_path / form).write_text(whole)
@@ -168,7 +201,7 @@ def test_rows_that_are_lines_are_put_together_where_a_document_begins(prepared, 
     lines = ["", " = One = ", "", " a", " = = Part = = ", " b\n", " = Two = ", " c"]
     write_jsonl(tmp_path / "d.jsonl", lines)
     source = sources.Source(
-        str(tmp_path / "d.jsonl"), "", "", "train", "text", " = [^=]", "", 0, 0.5
+        str(tmp_path / "d.jsonl"), "", "", "train", "text", "", " = [^=]", "", 0, 0.5
     )
     [batch] = source.read(source.load())
     assert [piece.text for piece in batch.pieces] == [
@@ -187,7 +220,7 @@ def test_a_long_text_goes_in_pieces_that_no_token_spans(tmp_path, monkeypatch):
     monkeypatch.setattr(sources, "PIECE", 3000)
     long = "It's 12 o'clock,  and\n\n all is well: " * 600
     write_text(tmp_path / "d.txt", ["short", long.strip(), "last"])
-    source = sources.Source(str(tmp_path / "d.txt"), "", "", "train", "text", "", EOT, 0, 0.5)
+    source = sources.Source(str(tmp_path / "d.txt"), "", "", "train", "text", "", "", EOT, 0, 0.5)
     pieces = [piece for batch in source.read(source.load()) for piece in batch.pieces]
     own = [piece for piece in pieces if piece.text not in ("short", "last")]
     assert "".join(piece.text for piece in own) == long.strip() and len(own) > 3

@@ -29,14 +29,14 @@ def test_a_prompt_is_read_as_texts_and_blanks(prompt, pieces):
 
 
 def test_a_canvas_is_masked_where_its_template_is_blank():
-    ids, is_masked = prompts.make_canvas("a[MASK*2]b", 0, ByteTokenizer(), context=8)
+    ids, is_masked, _ = prompts.make_canvas("a[MASK*2]b", 0, ByteTokenizer(), context=8)
     assert is_masked.tolist() == [False, True, True, False]
     assert ids[~is_masked].tolist() == [97, 98]
 
 
 @pytest.mark.parametrize(("length", "expected"), [(0, 8), (5, 5), (20, 20)])
 def test_a_prompt_without_blanks_is_continued_to_the_length_or_the_context(length, expected):
-    ids, is_masked = prompts.make_canvas("ab", length, ByteTokenizer(), context=8)
+    ids, is_masked, _ = prompts.make_canvas("ab", length, ByteTokenizer(), context=8)
     assert ids[:2].tolist() == [97, 98] and not is_masked[:2].any()
     assert len(ids) == expected and is_masked[2:].all()
 
@@ -52,7 +52,7 @@ def canvases(*lengths: int) -> list[prompts.Canvas]:
 @pytest.mark.parametrize("size", [1, 2, 64])
 def test_each_canvas_is_in_one_batch_of_canvases_of_its_length(size):
     given, found = canvases(5, 9, 5, 5, 9, 7), {}
-    for rows, ids, is_masked in prompts.batches(given, size):
+    for rows, ids, is_masked, _ in prompts.batches(given, size):
         assert 0 < len(rows) <= size
         found |= dict(zip(rows, zip(ids, is_masked, strict=True), strict=True))
     assert sorted(found) == list(range(6))
@@ -62,7 +62,7 @@ def test_each_canvas_is_in_one_batch_of_canvases_of_its_length(size):
 
 
 def test_canvases_of_one_length_share_a_batch():
-    batches = [rows for rows, _, _ in prompts.batches(canvases(5, 9, 5, 5, 9), 64)]
+    batches = [rows for rows, *_ in prompts.batches(canvases(5, 9, 5, 5, 9), 64)]
     assert batches == [[0, 2, 3], [1, 4]]
 
 

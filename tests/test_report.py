@@ -19,7 +19,8 @@ def samples_of(nats: list[list[float]], counts: list[int]) -> NLLSamples:
 
 
 def texts_of(document: list[int], sizes: list[int], names: list[str]) -> Texts:
-    return Texts("", names, [], [], torch.tensor(document), torch.tensor(sizes))
+    document = torch.tensor(document)
+    return Texts("", names, [], [], document, torch.tensor(sizes), torch.ones_like(document))
 
 
 TWO_DRAWS = samples_of([[2.0, 4.0, 6.0], [4.0, 2.0, 9.0]], [2, 2, 4])  # 1.5 and 1.875 nats a token

@@ -180,12 +180,13 @@ def test_a_prompt_with_blanks_may_be_longer_than_the_context(texts):
 def newline_ends(monkeypatch):
     """The tokenizer of the tiny model, as if a newline were its EOS."""
     characters = "".join(sorted(set(TEXT)))
-    monkeypatch.setattr(CharTokenizer, "eos", characters.index("\n"))
+    eos = property(lambda self: characters.index("\n"), lambda self, value: None)
+    monkeypatch.setattr(CharTokenizer, "eos", eos)
 
 
 def test_eos_ends_a_text(texts, newline_ends, monkeypatch):
     short = texts("num_samples=20", "sampling.length=60")
-    monkeypatch.setattr(CharTokenizer, "eos", None)
+    monkeypatch.setattr(CharTokenizer, "eos", property(lambda self: None, lambda self, value: None))
     long = texts("num_samples=20", "sampling.length=60")
     assert any(len(text) < 32 for text in short)
     for ended, whole in zip(short, long, strict=True):

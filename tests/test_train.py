@@ -288,7 +288,7 @@ def test_init_from_takes_the_network_from_the_checkpoint(run, trained, text_file
 def test_a_checkpoint_names_its_corpus(trained, text_file):
     corpus = checkpoint.load(trained / "ckpt.pt")["corpus"]
     digest = hashlib.sha256(text_file.read_bytes()).hexdigest()
-    assert corpus == {"name": text_file.name, "sha256": digest}
+    assert corpus == {"name": text_file.name, "sha256": digest, "layout": "stream"}
 
 
 def script(name: str, *words: str, folder, **changes: str) -> subprocess.CompletedProcess:

@@ -55,7 +55,7 @@ def recorded(loaded, canvases: list[Canvas], settings: Sampler, **options) -> li
 
 def filled(loaded, canvases: list[Canvas], settings: Sampler, **options):
     """What the sampler does without a recorder."""
-    ids, is_masked = (torch.stack(tensors) for tensors in zip(*canvases, strict=True))
+    ids, is_masked, _ = (torch.stack(tensors) for tensors in zip(*canvases, strict=True))
     return settings.fill(
         loaded.model, ids, is_masked, generator=generator(1337, "sample"), **options
     )
@@ -80,7 +80,7 @@ def replay(messages: list[dict], names: str = "ids") -> list[list[int | None]]:
 def test_a_trace_replays_every_state_of_the_sampler(loaded, strategy):
     settings, canvases = sampler(strategy, **CASES[strategy]), [canvas_of(loaded, "KING", 30)] * 2
     rows, mask_id = recorded(loaded, canvases, settings), loaded.model.config.mask_id
-    ids, is_masked = (torch.stack(tensors) for tensors in zip(*canvases, strict=True))
+    ids, is_masked, _ = (torch.stack(tensors) for tensors in zip(*canvases, strict=True))
     states = [ids.masked_fill(is_masked, mask_id)]
     filled(loaded, canvases, settings, callback=lambda step, s, xt: states.append(xt.clone()))
     for row, messages in enumerate(rows):
@@ -155,6 +155,8 @@ def test_the_page_holds_the_text_that_sample_py_writes(run, trained):
 class Words:
     """A vocabulary of texts, for a network whose answers are noise."""
 
+    eos = None
+
     def __init__(self, texts: list[str]):
         self.texts, self.vocab_size = texts, len(texts)
 
@@ -174,7 +176,7 @@ class Noise:
 
 
 def noisy(texts: list[str], L: int) -> SimpleNamespace:
-    return SimpleNamespace(model=Noise(len(texts), L), tokenizer=Words(texts))
+    return SimpleNamespace(model=Noise(len(texts), L), tokenizer=Words(texts), layout="stream")
 
 
 def blank(L: int) -> Canvas:

@@ -36,7 +36,8 @@ Stay = tuple[int, int | None, str]  # from a step to another (None: the end), a 
 def draw(messages: list[dict], seconds: float) -> str:
     """The SVG of the messages that tools/trace.py sent of a text; a round takes `seconds`."""
     stays, steps = stays_of(messages), len(messages) - 1
-    places, height = lay_out([position[-1][2] for position in stays])
+    texts, grid = [position[-1][2] for position in stays], messages[0].get("grid")
+    places, height = lay_out_grid(len(texts), *grid) if grid else lay_out(texts)
     shown = defaultdict(list)  # what is visible from one step to another
     for (column, line), position in zip(places, stays, strict=True):
         blank = len(position[-1][2])
@@ -104,6 +105,15 @@ def lay_out(texts: list[str]) -> tuple[list[tuple[int, int]], int]:
             column, line = 0, line + 1
     lines = 1 + max(line for _, line in places)
     return places, 2 * EDGE + lines * LINE + 34
+
+
+def lay_out_grid(cells: int, side: int, high: int, wide: int) -> tuple[list, float]:
+    """The same for a square, with gaps between boxes of `high` rows and `wide` columns."""
+    places = []
+    for cell in range(cells):
+        row, column = divmod(cell, side)
+        places.append((2 * column + column // wide, row + row // high / 3))
+    return places, 2 * EDGE + (side + side / high / 3) * LINE + 34
 
 
 def group(name: str, cells: list, step: int | None) -> str:

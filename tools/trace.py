@@ -21,6 +21,7 @@ guidance included, before temperature and filters.
 """
 
 import base64
+import math
 from collections.abc import Callable
 
 import numpy as np
@@ -28,11 +29,13 @@ import torch
 from torch import Tensor
 
 from diffusion import Event, Sampled
+from nanomdm import sudoku
 from nanomdm.checkpoint import Loaded
 from nanomdm.errors import UserError
 from nanomdm.prompts import Canvas, make_canvas, parse
 from nanomdm.random import generator
 from nanomdm.strategies import Sampler
+from nanomdm.tokenizers import EOT
 
 BLANK = LIMIT = 65535  # no position and no token has this number; also the unit of probability
 Send = Callable[[int, dict], None]
@@ -47,7 +50,7 @@ def canvas_of(prompt: str, length: int, loaded: Loaded, limit: int) -> Canvas:
     size = max(length, sum(blanks))  # checked before a canvas of that length is made
     if size <= limit:
         length = length or (0 if blanks else limit)
-        canvas = make_canvas(prompt, length, loaded.tokenizer, limit)
+        canvas = make_canvas(prompt, length, loaded.tokenizer, limit, loaded.layout)
         size = len(canvas.ids)
     if size > limit:
         raise UserError(f"the text has {size} tokens, and at most {limit} can be shown")
@@ -69,7 +72,7 @@ def record(
     An exception in `send` ends the sampling.
     """
     recorder = Recorder(loaded, canvases, sampler.guidance, send, alternatives)
-    ids, is_masked = (torch.stack(tensors) for tensors in zip(*canvases, strict=True))
+    ids, is_masked, _ = (torch.stack(tensors) for tensors in zip(*canvases, strict=True))
     return sampler.fill(
         recorder,
         ids,
@@ -94,7 +97,8 @@ class Recorder:
         for row, canvas in enumerate(canvases):
             tokens = np.full(len(canvas.ids), BLANK)
             tokens[~canvas.is_masked.numpy()] = self.numbers[row].of(canvas.ids[~canvas.is_masked])
-            send(row, self.numbers[row].news() | {"given": pack(tokens)})
+            given = {"given": pack(tokens)} | grid_of(loaded, len(tokens))
+            send(row, self.numbers[row].news() | given)
 
     def __call__(self, xt: Tensor) -> Tensor:
         self.answers.append(logits := self.model(xt))
@@ -167,9 +171,18 @@ class Numbers:
         return {"ids": new, "texts": [text_of(self.tokenizer, i) for i in new]} if new else {}
 
 
+def grid_of(loaded: Loaded, length: int) -> dict:
+    """How to show a square of rows as one: its columns, and the rows and columns of a box in it."""
+    side = math.isqrt(length)
+    if loaded.layout != "rows" or side**2 != length:
+        return {}
+    is_sudoku = loaded.state["corpus"]["name"] in sudoku.DATASETS
+    return {"grid": [side, *(sudoku.BOXES[side] if is_sudoku else (side, side))]}
+
+
 def text_of(tokenizer, token: int) -> str:
     r"""The text of a single token; bytes that are a part of a character become \xNN."""
-    raw = tokenizer.decode_bytes([token])
+    raw = EOT.encode() if token == tokenizer.eos else tokenizer.decode_bytes([token])
     return raw.decode(errors="backslashreplace")
 
 

@@ -11,6 +11,7 @@ from nanomdm import cli, devices, strategies
 from nanomdm.checkpoint import load_model
 from nanomdm.cli import Section
 from nanomdm.errors import UserError, as_user_error
+from nanomdm.prompts import with_blanks
 from tools.page import assemble
 from tools.picture import draw
 from tools.trace import canvas_of, record
@@ -25,7 +26,8 @@ def main(config: Section) -> None:
     shape = loaded.model.config
     with as_user_error():
         sampler = strategies.from_config(config.sampling, sample, shape.causal)
-    canvas = canvas_of(config.prompt, config.sampling.length, loaded, limit=shape.block_size)
+    prompt = with_blanks(config.prompt, config.blank)
+    canvas = canvas_of(prompt, config.sampling.length, loaded, limit=shape.block_size)
     traces = [[] for _ in range(config.num_samples)]
     filled = record(
         loaded,

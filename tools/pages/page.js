@@ -29,6 +29,7 @@ class Trace {
     for (const text of message.texts ?? []) this.texts.push(text);
     if (message.given !== undefined) {
       this.given = unpack(message.given);
+      this.grid = message.grid; // of a square: its columns, and the rows and columns of a box
       this.masked = this.given.map((token) => token === BLANK);
     } else {
       this.steps.push(this.read(message));
@@ -170,6 +171,13 @@ class Player {
     });
     this.finals = this.elements.map((_, i) => this.trace.texts[final[i]?.token] ?? "");
     this.blanks = this.finals.map((text) => "\u00a0".repeat(text.length || wide));
+    const [side, high, across] = this.trace.grid ?? [];
+    $("board").classList.toggle("grid", Boolean(side));
+    $("board").style.setProperty("--side", side ?? 1);
+    this.edges = this.elements.map((_, i) => {
+      const below = side && i >= side && Math.floor(i / side) % high === 0 ? " below" : "";
+      return below + (side && i % side && (i % side) % across === 0 ? " beside" : "");
+    });
     this.breaks = this.elements.map(() => document.createTextNode(""));
     $("board").replaceChildren(...this.elements.flatMap((e, i) => [e, this.breaks[i]]));
   }
@@ -237,7 +245,7 @@ class Player {
     const over = this.n === this.end && !this.timer && !this.trace.live;
     const now = this.n > 0 && cell.step === this.n && !over;
     const end = this.settled ? this.finals[i] : text ?? "";
-    const names = ["cell", this.marks(i)];
+    const names = [`cell${this.edges[i]}`, this.marks(i)];
     if (!known) names.push("masked");
     if (cell.given) names.push("given");
     if (now) names.push(known ? "new" : "again");
