@@ -11,7 +11,6 @@ Its layout says what a row of the network's input is:
     pairs      a prompt and its answer, with an end token after each; only the answer is predicted
 """
 
-import hashlib
 import json
 import os
 from dataclasses import dataclass
@@ -24,8 +23,8 @@ import torch.nn.functional as F
 from torch import Generator, Tensor
 
 from nanomdm import folders, text
-from nanomdm.bins import Shards, check_ids, digest, find, open_split, read_meta
-from nanomdm.errors import UserError, write_atomically
+from nanomdm.bins import Shards, check_ids, find, open_split, read_meta, sha256_of, write_bins
+from nanomdm.errors import UserError
 from nanomdm.texts import encode, split_texts
 from nanomdm.tokenizers import load_tokenizer, train_tokenizer
 
@@ -121,20 +120,19 @@ def load(settings, tokenizer: object | None = None, sha256: str = "") -> Corpus:
     A `tokenizer`, that of a checkpoint, goes before one of the kind `settings.tokenizer`.
     Raises `UserError`, also for a text that has not the hash `sha256`, before anything is written.
     """
+    rows = getattr(settings, "rows", False)  # which older checkpoints lack
     if settings.dir:
         kind = {"kind": settings.tokenizer}
         if settings.tokenizer == "ids":
             kind["vocab_size"] = settings.vocab_size
-        corpus = open_bins(Path(settings.dir), kind, tokenizer, getattr(settings, "rows", False))
+        corpus = open_bins(Path(settings.dir), kind, tokenizer, rows)
         check_hash(corpus.name, corpus.sha256, sha256)
         return corpus
     cache = Path(os.environ.get("NANOMDM_CACHE", "prepared"))
-    rows = getattr(settings, "rows", False)  # which older checkpoints lack
     content = text.find(settings.dataset, settings.path, cache, rows)
     if not settings.path:
         settings.dataset = content.name  # without a network it is another one, as after a resume
-    if sha256:
-        check_hash(content.name, sha256_of(content.text.encode()), sha256)
+    check_hash(content.name, sha256_of(content.text.encode()), sha256)
     return prepare(content, settings.tokenizer, settings.vocab_size, cache, tokenizer)
 
 
@@ -185,26 +183,6 @@ def prepare(
     return open_bins(folder)
 
 
-# --- .bin files ----------------------------------------------------------------------------------
-
-
-def write_bins(folder: Path, splits: dict[str, np.ndarray], tokenizer, about: dict) -> None:
-    """Write split.bin for each split, uint16 or, for a large vocabulary, uint32; meta.json last."""
-    folder.mkdir(parents=True, exist_ok=True)
-    dtype = dtype_of(tokenizer.vocab_size)
-    meta = about | {"dtype": dtype, "tokenizer": tokenizer.state(), "tokens": {}, "shards": {}}
-    for split, ids in splits.items():
-        content = ids.astype(dtype).data
-        write_atomically(folder / f"{split}.bin", content)
-        meta["tokens"][split], meta["shards"][f"{split}.bin"] = len(ids), sha256_of(content)
-    meta["check"] = digest(meta)
-    write_atomically(folder / "meta.json", json.dumps(meta, indent=1).encode())
-
-
-def dtype_of(vocab_size: int) -> str:
-    return "uint16" if vocab_size <= 2**16 else "uint32"
-
-
 def open_bins(
     folder: Path,
     without_meta: dict | None = None,
@@ -229,7 +207,3 @@ def open_bins(
     return Corpus(
         meta["corpus"] or folder.name, sha256, own, train, val, layout, meta["row_length"]
     )
-
-
-def sha256_of(content: bytes | memoryview) -> str:
-    return hashlib.sha256(content).hexdigest()

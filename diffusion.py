@@ -37,19 +37,15 @@ def mask_tokens(
     mask_id: int,
     generator: Generator | None = None,
     rows: Tensor | None = None,
-    predict: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Mask each token of x0 (B, L) independently with probability `p_mask`, a number or (B, 1).
+    """Mask each token of x0 (B, L) independently with `p_mask`, a number, (B, 1) or (B, L).
 
-    `rows` (B,) are the rows' numbers in a larger batch, if x0 is a part of one. Tokens outside
-    `predict` (B, L) are context, and stay. Returns (xt,
+    `rows` (B,) are the rows' numbers in a larger batch, if x0 is a part of one. Returns (xt,
     is_masked), both (B, L). Carry `is_masked` along: `xt == mask_id` is no substitute where a
     caller's mask id is one that the data may hold.
     """
     noise = hash_noise(draw_seed(generator), _rows(x0, rows), x0.size(1))
     is_masked = (noise < p_mask).to(x0.device)  # (B, L)
-    if predict is not None:
-        is_masked &= predict
     return x0.masked_fill(is_masked, mask_id), is_masked
 
 
@@ -90,19 +86,12 @@ def masked_diffusion_loss(
     rows, n = share or (_rows(x0, None), len(x0))
     t = (rows[:, None] + hash_noise(draw_seed(generator), rows, 1)) / n  # (B, 1)
     p_mask = mask_probability(t, eps)
-    xt, is_masked = mask_tokens(x0, p_mask, mask_id, generator, rows, predict)
+    predict = torch.ones_like(x0, dtype=torch.bool) if predict is None else predict
+    p_token = p_mask * predict.to(p_mask.device)  # (B, L): 0 for context
+    xt, is_masked = mask_tokens(x0, p_token, mask_id, generator, rows)
     costs = nll(xt, x0, is_masked)  # (B, L), 0 where nothing is masked
     weight = (2 - weighting) * p_mask**-weighting  # (B, 1)
-    return mean_cost(costs * weight.to(costs), predict)
-
-
-def mean_cost(costs: Tensor, predict: Tensor | None = None) -> Tensor:
-    """The mean of costs (B, L) over the rows of what each token of a row costs.
-
-    They are 0 outside `predict` (B, L), and only the tokens in it count.
-    """
-    counts = costs.size(1) if predict is None else predict.sum(dim=1)
-    return (costs.sum(dim=1) / counts).mean()
+    return ((costs * weight.to(costs)).sum(dim=1) / predict.sum(dim=1)).mean()
 
 
 def nll_from_logits(model: Callable, xt: Tensor, x0: Tensor, where: Tensor) -> Tensor:

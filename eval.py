@@ -28,8 +28,7 @@ def main(config: cli.Section) -> None:
         cli.ignored(config, {"eval.draws"}, f"{names[0]} is autoregressive, scored exactly")
     chosen = bounds.choose(config.eval.bounds, config.sampling.steps, diffusion.sample)
     samplers = bounds.samplers(config.eval.samplers, config.sampling, diffusion.sample)
-    greedy = ["left_to_right"] if exact[0] else config.eval.samplers or ["confidence"]
-    greedy = bounds.samplers(greedy, config.sampling, diffusion.sample, temperature=0.0)
+    greedy = bounds.greedy(config, diffusion.sample, exact[0])
     scored = choose_texts(config, models)
     dtype = devices.pick_dtype(config.system.dtype, device, training=False)
     for name, loaded in zip(names, models, strict=True):
@@ -59,11 +58,8 @@ def main(config: cli.Section) -> None:
                 rows.append(report.sampler(name, bound, *found, uniform=samples))
             show({"samplers": rows})
         if models[0].layout == "pairs":
-            rows = []
-            for name, bound in greedy.items():
-                found, _ = measure(models[0], bound, scored, config)
-                rows.append(report.matches(name, found))
-            show({"matches": rows})
+            found = {name: measure(models[0], bound, scored, config)[0] for name, bound in greedy}
+            show(report.matches(found))
         if len(models) > 1:
             other, _ = measure(models[1], bounds.BOUNDS["uniform"], scored, config)
             show(report.comparison(samples, other, names, exact))
@@ -106,17 +102,12 @@ def measure(
             generator=generator(seed, "evaluation"),
             draws=draws,
         )
-    samples = bounds.NLLSamples(*found).counting(scored.counts)
-    return samples, time.perf_counter() - start
+    return bounds.NLLSamples(*found).counting(scored.counts), time.perf_counter() - start
 
 
 def choose_texts(config: cli.Section, models: list[checkpoint.Loaded]) -> texts.Texts:
     """All of data.path, or the validation split that data.dir, data.dataset or the run names."""
     tokenizer, layout = models[0].tokenizer, models[0].layout
-    if any(loaded.layout != layout and "pairs" in (loaded.layout, layout) for loaded in models):
-        raise UserError(
-            "one of the checkpoints answers prompts, the other does not: compare equals"
-        )
     if any(loaded.tokenizer.state() != tokenizer.state() for loaded in models):
         raise UserError(
             f"{config.eval.against} has another tokenizer than {config.checkpoint}: evaluate each "

@@ -9,14 +9,7 @@ import torch
 from torch import Tensor
 
 import data
-from diffusion import (
-    any_order,
-    estimate,
-    mask_probability,
-    masked_diffusion_loss,
-    mean_cost,
-    sample,
-)
+from diffusion import any_order, estimate, mask_probability, masked_diffusion_loss, sample
 from model import ModelConfig, Transformer
 from nanomdm import bounds, cli, devices, folders, optim, parallel, runlog, runs, strategies
 from nanomdm.errors import as_user_error
@@ -70,13 +63,14 @@ def training_step(run: "Run") -> tuple[Tensor, Tensor]:
     total = torch.zeros((), device=run.device)
     for part in range(parts):
         rows = world.rows(B, part, parts)  # the rows of the batch in this micro-batch
-        x0, predict = run.rows.batch(B, generator(seed, "data", run.step), rows)
-        x0, predict = devices.move(x0, run.device), devices.move(predict, run.device)
+        batch = run.rows.batch(B, generator(seed, "data", run.step), rows)
+        x0, predict = (devices.move(tensor, run.device) for tensor in batch)
         rows = devices.move(rows, run.noise_device)
         parallel.synchronise(run.forward, part == parts - 1)
         with devices.autocast(run.device, run.dtype):
             if shape.causal:  # the autoregressive control: every token, given those before it
-                loss = mean_cost(run.forward(x0, x0, predict, x0.numel()), predict)
+                costs = run.forward(x0, x0, predict, x0.numel())
+                loss = (costs.sum(dim=1) / predict.sum(dim=1)).mean()
             else:
                 loss = masked_diffusion_loss(
                     run.forward,

@@ -1,4 +1,4 @@
-"""What a folder of .bin files holds, opened and checked: its meta file, and the ids of a split."""
+"""Folders of .bin files, written, opened and checked: the meta file, and the ids of a split."""
 
 import hashlib
 import io
@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from .errors import UserError
+from .errors import UserError, write_atomically
 
 META = {  # the keys of a meta.json, each with what it is where it is left out
     "dtype": "",  # uint16 or uint32; required
@@ -33,7 +33,7 @@ SCANNED = 2**27  # tokens of train that are checked when it is opened; batches a
 def digest(meta: dict) -> str:
     """A hash of a meta.json but for its own `check`, whatever the order of the keys."""
     rest = {key: value for key, value in meta.items() if key != "check"}
-    return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
+    return sha256_of(json.dumps(rest, sort_keys=True).encode())
 
 
 def read_meta(folder: Path, tokenizer: dict) -> dict:
@@ -95,6 +95,27 @@ class PlainUnpickler(pickle.Unpickler):
         raise pickle.UnpicklingError(f"it wants to load {module}.{name}")
 
 
+def write_bins(folder: Path, splits: dict[str, np.ndarray], tokenizer, about: dict) -> None:
+    """Write split.bin for each split, uint16 or, for a large vocabulary, uint32; meta.json last."""
+    folder.mkdir(parents=True, exist_ok=True)
+    dtype = dtype_of(tokenizer.vocab_size)
+    meta = about | {"dtype": dtype, "tokenizer": tokenizer.state(), "tokens": {}, "shards": {}}
+    for split, ids in splits.items():
+        content = ids.astype(dtype).data
+        write_atomically(folder / f"{split}.bin", content)
+        meta["tokens"][split], meta["shards"][f"{split}.bin"] = len(ids), sha256_of(content)
+    meta["check"] = digest(meta)
+    write_atomically(folder / "meta.json", json.dumps(meta, indent=1).encode())
+
+
+def dtype_of(vocab_size: int) -> str:
+    return "uint16" if vocab_size <= 2**16 else "uint32"
+
+
+def sha256_of(content: bytes | memoryview) -> str:
+    return hashlib.sha256(content).hexdigest()
+
+
 # --- The ids of a split --------------------------------------------------------------------------
 
 
@@ -120,7 +141,7 @@ def open_split(folder: Path, split: str, meta: dict, vocab_size: int) -> "np.nda
     scanned = SCANNED // len(paths) if split == "train" else None  # val is read as a whole anyway
     for path, part in zip(paths, parts, strict=True):
         check_ids(part[:scanned], vocab_size, str(path))
-        if path.name in hashes and hashes[path.name] != hashlib.sha256(part).hexdigest():
+        if path.name in hashes and hashes[path.name] != sha256_of(part):
             raise UserError(f"the checksum of {path} is wrong: prepare the data again")
     return Shards(parts) if shards else parts[0]
 

@@ -124,15 +124,21 @@ def choose(names: Sequence[str], steps: int, sample: Callable) -> dict[str, Boun
     return chosen
 
 
-def samplers(
-    names: Sequence[str], section, sample: Callable, temperature: float | None = None
-) -> dict[str, Bound]:
+def greedy(config, sample: Callable, causal: bool) -> list[tuple[str, Bound]]:
+    """The scores of the strategies that eval.samplers names, or of one, at temperature 0.
+
+    A sampler that chooses by the state then writes one text: -log p of any other is inf.
+    """
+    names = ["left_to_right"] if causal else config.eval.samplers or ["confidence"]
+    section = SimpleNamespace(**vars(config.sampling) | {"temperature": 0.0})
+    return list(samplers(names, section, sample).items())
+
+
+def samplers(names: Sequence[str], section, sample: Callable) -> dict[str, Bound]:
     """The scores of strategies, each with those options of a `sampling` section that it takes.
 
-    At a `temperature` of 0 a sampler that chooses by the state gives one text: -log p of any other
-    is inf. Raises `UserError`.
+    Raises `UserError`.
     """
-    temperature = section.temperature if temperature is None else temperature
     for name in names:
         check_choice("eval.samplers", name, STRATEGIES)
     taken = {option for name in names for option in options_of(name)}
@@ -143,7 +149,7 @@ def samplers(
             for option, value in section.options.items()
             if option in options_of(name) or option not in taken
         }
-        settings = {"strategy": name, "steps": section.steps, "temperature": temperature}
+        settings = {"strategy": name, "steps": section.steps, "temperature": section.temperature}
         with as_user_error():
             sampler = from_config(SimpleNamespace(**settings, options=options), sample)
         if sampler.label == NONE:

@@ -119,10 +119,14 @@ def sampler(name: str, bound: bounds.Bound, samples, seconds: float, uniform) ->
     return found | loss_of(samples)
 
 
-def matches(name: str, samples) -> dict:
-    """The share of texts that a sampler gives exactly at temperature 0, from its score there."""
-    share, n = float(samples.nats.isfinite().double().mean()), len(samples.counts)
-    return {"name": name, "texts": n, "share": share, "interval": bounds.wilson(share, n)}
+def matches(scores: dict) -> dict:
+    """The share of texts that each sampler writes at temperature 0, from their scores there."""
+    rows = []
+    for name, samples in scores.items():
+        share, n = float(samples.nats.isfinite().double().mean()), len(samples.counts)
+        interval = bounds.wilson(share, n)
+        rows.append({"name": name, "texts": n, "share": share, "interval": interval})
+    return {"matches": rows}
 
 
 def relations(rows: Sequence[dict], decreases: bool) -> dict:

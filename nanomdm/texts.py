@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from . import text
+from .bins import dtype_of
 from .errors import UserError, as_user_error
 
 Document = tuple[str, np.ndarray]  # a name and its ids (n,)
@@ -54,10 +55,7 @@ def encode(texts: list[str], layout: str, tokenizer, is_cut: bool = False) -> np
     unequal length and for a tokenizer without an end token.
     """
     eos, parts = tokenizer.eos, []
-    has_ends, small = (
-        layout in (text.DOCUMENTS, text.PAIRS),
-        np.min_scalar_type(tokenizer.vocab_size),
-    )
+    has_ends, small = layout in (text.DOCUMENTS, text.PAIRS), dtype_of(tokenizer.vocab_size)
     if has_ends and eos is None:
         raise UserError(f"data.tokenizer={tokenizer.kind} has no end token, which {layout} need")
     for number, each in enumerate(texts, 1):

@@ -166,7 +166,7 @@ def test_a_write_that_fails_leaves_no_file(tmp_path, monkeypatch):
 
     monkeypatch.setattr(os, "replace", full)
     with pytest.raises(OSError, match="no space"):
-        data.write_atomically(tmp_path / "train.bin", b"12")
+        bins.write_atomically(tmp_path / "train.bin", b"12")
     assert list(tmp_path.iterdir()) == []
 
 

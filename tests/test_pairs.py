@@ -224,10 +224,15 @@ def test_the_loss_counts_the_answer_alone_and_never_masks_a_prompt():
 
 
 def test_a_row_whose_prompt_is_long_counts_as_much_as_one_whose_prompt_is_short():
-    costs = torch.tensor([[0.0, 0, 0, 4], [1, 1, 1, 1]])
+    x0, costs = torch.zeros(2, 4).long(), torch.tensor([[0.0, 0, 0, 4], [1, 1, 1, 1]])
     predict = torch.tensor([[False, False, False, True], [True] * 4])
-    assert diffusion.mean_cost(costs, predict) == (4 + 1) / 2
-    assert diffusion.mean_cost(costs) == 1.0
+    found = [
+        diffusion.masked_diffusion_loss(
+            None, x0, mask_id=1, weighting=0.0, predict=where, nll=lambda *inputs: costs
+        )
+        for where in (predict, None)
+    ]
+    assert found == [2 * (4 + 1) / 2, 2 * 1.0]  # 2 - weighting is a factor
 
 
 def test_the_bound_of_an_answer_is_that_of_the_conditional_law_by_its_own_tokens():

@@ -28,6 +28,7 @@ import numpy as np
 
 import data
 from nanomdm import cli, folders, runlog
+from nanomdm.bins import dtype_of
 from nanomdm.cli import Section
 from nanomdm.errors import UserError
 from nanomdm.tokenizers import CharTokenizer, choices, load_tokenizer, train_tokenizer
@@ -83,7 +84,7 @@ def read_tokenizer(path: Path):
 def encode(tokenizer, pieces: list[sources.Piece]) -> dict[str, np.ndarray]:
     """The ids of each split; a text ends with the tokenizer's end, or else with a newline."""
     end = tokenizer.encode("\n") if tokenizer.eos is None else np.array([tokenizer.eos])
-    dtype, found = data.dtype_of(tokenizer.vocab_size), {split: [] for split in data.SPLITS}
+    dtype, found = dtype_of(tokenizer.vocab_size), {split: [] for split in data.SPLITS}
     for piece in pieces:
         ids = found["val" if piece.held else "train"]
         ids.append(tokenizer.encode(piece.text).astype(dtype))
@@ -157,7 +158,7 @@ def run(job: Job, source: sources.Source, config: Section) -> None:
             layout = "pairs"
             if tokenizer.eos is None:
                 raise UserError(f"tokenizer={config.tokenizer} has no end token, which pairs need")
-        width = data.dtype_of(tokenizer.vocab_size)
+        width = dtype_of(tokenizer.vocab_size)
         job.save(tokenizer=tokenizer.state(), dtype=width, layout=layout)
     tokenizer, documents = load_tokenizer(journal["tokenizer"]), dict(journal["documents"])
     if "state" in journal:
