@@ -45,12 +45,13 @@ class Corpus:
 
     def rows(self, split: str, block_size: int, overlap: bool = False) -> "Rows":
         """The rows of a split: of a stream without overlap, or all of them, to train on."""
-        if self.row_length not in (0, block_size):
+        tokens, length = getattr(self, split), self.row_length or block_size
+        if self.layout == "rows" and (length != block_size or len(tokens) % length):
             raise UserError(
-                f"the rows of {self.name} have {self.row_length} tokens: set "
-                f"model.block_size={self.row_length}, or start from a checkpoint that has it"
+                f"{self.name} is not made of rows of model.block_size={block_size} tokens: set "
+                "it to their length, or start from a checkpoint that has it"
             )
-        return Rows(getattr(self, split), block_size, self.layout, self.tokenizer, overlap)
+        return Rows(tokens, block_size, self.layout, self.tokenizer, overlap)
 
 
 class Row(NamedTuple):
@@ -71,7 +72,7 @@ class Rows:
         self.left_out, self.has_pairs = 0, layout == "pairs"
         if self.has_pairs:
             ends = find(tokens, tokenizer.eos)[1::2] + 1
-            starts = np.append(0, ends[:-1])
+            starts = np.append(0, ends)[:-1]
             self.starts = starts[ends - starts <= length]
             self.left_out = len(starts) - len(self.starts)
         elif overlap and layout != "rows":
@@ -204,6 +205,8 @@ def open_bins(
     train, val = (open_split(folder, split, meta, own.vocab_size) for split in SPLITS)
     sha256 = meta["sha256"] or sha256_of(val[:].tobytes())
     layout = "rows" if rows else meta["layout"]
+    if layout == "pairs" and own.eos is None:
+        raise UserError(f"{folder} holds pairs, and its tokenizer has no end token: prepare again")
     return Corpus(
         meta["corpus"] or folder.name, sha256, own, train, val, layout, meta["row_length"]
     )

@@ -138,7 +138,12 @@ def load_model(
         tokenizer = load_tokenizer(state["tokenizer"])
         if tokenizer.vocab_size != (size := model.config.vocab_size):
             raise UserError(f"its tokenizer has {tokenizer.vocab_size} tokens, its model {size}")
-    return Loaded(model.to(device).eval(), tokenizer, state["config"], state)
+        loaded = Loaded(model.to(device).eval(), tokenizer, state["config"], state)
+        if loaded.layout in ("documents", "pairs") and tokenizer.eos is None:
+            raise UserError(
+                f"its tokenizer has no end token, and it was trained on {loaded.layout}"
+            )
+    return loaded
 
 
 def validate(state: dict) -> None:

@@ -24,7 +24,7 @@ if not PLAYS.exists():
 SUFFIXES = (".txt", ".md", ".jsonl")
 MEMORY = 12  # bytes that each byte of a text takes while it is turned into ids (docs/LOG.md)
 PAIR = ("prompt", "response")  # the fields of a .jsonl that make it one of pairs
-STREAM, DOCUMENTS, PAIRS, ROWS = LAYOUTS = ("stream", "documents", "pairs", "rows")
+STREAM, DOCUMENTS, PAIRS, ROWS = "stream", "documents", "pairs", "rows"
 
 
 class Content(NamedTuple):

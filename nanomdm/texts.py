@@ -1,5 +1,6 @@
 """The texts that are scored, in rows that fit the model's context."""
 
+import sys
 from collections.abc import Sequence
 from itertools import pairwise
 from typing import NamedTuple
@@ -42,10 +43,11 @@ def split_texts(content: text.Content, share: float = 0.9) -> tuple[list[str], l
     room = int(share * ends[-1]) - (int(ends[n - 1]) if n else 0)
     if content.layout in (text.STREAM, text.DOCUMENTS) and 10 * room > ends[-1]:
         return [*texts[:n], texts[n][:room]], [texts[n][room:], *texts[n + 1 :]]
-    if n in (0, len(ends)):  # the latter for no characters at all
-        size = f"{len(texts[0])} characters" if len(ends) == 1 else f"{len(ends)} {content.layout}"
+    if len(ends) < 2:
+        size = f"{ends[-1]} characters" if content.layout == text.STREAM else "one line or pair"
         raise UserError(f"{content.name} has {size}: too few to train on")
-    return texts[: n * unit], texts[n * unit :]
+    n = unit * min(max(n, 1), len(ends) - 1)
+    return texts[:n], texts[n:]
 
 
 def encode(texts: list[str], layout: str, tokenizer, is_cut: bool = False) -> np.ndarray:
@@ -134,6 +136,8 @@ def cut(
 
 def whole(source: str, files: Sequence[tuple], tokenizer, limit: int = 0) -> Texts:
     """Pairs or rows as they are: of each of the files (name, data.Rows), about `limit` tokens."""
+    if left_out := sum(rows.left_out for _, rows in files):
+        print(f"{left_out:,} pairs are longer than the context, and are left out", file=sys.stderr)
     rows = [(number, *row) for number, (_, rows) in enumerate(files) for row in rows.spread(limit)]
     return collect(source, [name for name, _ in files], rows, tokenizer)
 

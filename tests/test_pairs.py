@@ -17,7 +17,7 @@ import data
 import diffusion
 import train as train_script
 from data import open_bins
-from nanomdm import bounds, checkpoint, cli, prompts, text, texts
+from nanomdm import bounds, checkpoint, cli, prompts, strategies, text, texts
 from nanomdm.errors import UserError
 from nanomdm.tokenizers import ByteTokenizer, CharTokenizer, IdTokenizer, load_tokenizer
 
@@ -333,7 +333,8 @@ def test_unequal_prompts_in_a_batch_are_answered_as_each_alone(answering, run, t
 def test_eval_counts_the_answers_tokens_and_one_end_and_finds_exact_answers(answering, run):
     out, path = answering
     words = (f"checkpoint={out}/ckpt.pt", "output=f.json", "system.device=cpu")
-    result = run("eval.py", *words, f"data.path={path}", "eval.draws=2")
+    words += (f"data.path={path}", "eval.draws=2")
+    result = run("eval.py", *words)
     assert result.code == 0, result.err
     figures = json.loads(Path("f.json").read_text())
     assert figures["tokens"] == 3 * sum(len(word) + 1 for word in WORDS)
@@ -343,6 +344,19 @@ def test_eval_counts_the_answers_tokens_and_one_end_and_finds_exact_answers(answ
     found = answers(run, out, "prompt_file=all.txt")
     right = np.mean([a == word[::-1] for a, word in zip(found, WORDS, strict=True)])
     assert matches["share"] == pytest.approx(right) and right > 0.5
+    assert run("eval.py", *words, "eval.samplers=[margin]", "sampling.steps=16").code == 0
+    (row,) = json.loads(Path("f.json").read_text())["samplers"]
+    loaded, pairs = load_model(out / "ckpt.pt"), [(w, w[::-1]) for w in WORDS * 3]
+    rows = data.Rows(
+        texts.encode([piece for pair in pairs for piece in pair], "pairs", loaded.tokenizer),
+        16, "pairs", loaded.tokenizer,
+    ).spread()  # fmt: skip
+    x0, predict = torch.stack([r.ids for r in rows]), torch.stack([r.predict for r in rows])
+    nats = diffusion.score(
+        loaded.model, x0, is_masked=predict, mask_id=loaded.model.config.mask_id,
+        strategy=strategies.margin, steps=16,
+    )  # fmt: skip
+    assert row["value"] == pytest.approx(float(nats.sum()) / figures["tokens"], rel=1e-4)
 
 
 def test_the_log_of_a_run_on_pairs_shows_a_prompt_and_its_answer(answering, run):
@@ -443,11 +457,34 @@ def test_rows_set_the_context_and_another_one_is_refused(run, tmp_path):
     assert result.code == 0 and result.out[0] == "a" and result.out[3] == "d"
 
 
+def test_bins_and_checkpoints_whose_layout_cannot_be_are_refused(trained, tmp_path):
+    tokens = {split: np.zeros(9, dtype=np.uint16) for split in data.SPLITS}
+    for number, (layout, says) in enumerate(
+        [("pairs", "holds pairs, and its tokenizer has no end token"), ("heap", "is unknown")]
+    ):
+        folder = tmp_path / str(number)
+        data.write_bins(folder, tokens, CharTokenizer("a"), {"layout": layout})
+        with pytest.raises(UserError, match=says):
+            open_bins(folder)
+    state = checkpoint.load(trained / "ckpt.pt")
+    state["corpus"]["layout"] = "documents"
+    checkpoint.save(tmp_path / "c.pt", state)
+    with pytest.raises(UserError, match="no end token, and it was trained on documents"):
+        load_model(tmp_path / "c.pt")
+
+
+def test_shards_without_a_whole_pair_are_refused(tmp_path, run):
+    tokens = {split: TOKENIZER.encode("abc" * 20) for split in data.SPLITS}
+    data.write_bins(tmp_path / "bins", tokens, TOKENIZER, {"layout": "pairs"})
+    result = run("train.py", *TINY, "data.dir=bins")
+    assert result.code == 2 and "no other is there" in result.err
+
+
 def test_bins_of_other_programs_can_be_rows(tmp_path):
     for split in data.SPLITS:
         np.arange(12, dtype=np.uint16).tofile(tmp_path / f"{split}.bin")
-    state = {"kind": "ids", "vocab_size": 12}
-    corpus = open_bins(tmp_path, state, rows=True)
-    assert [row.ids.tolist() for row in corpus.rows("train", 4, overlap=True).spread()] == [
-        [0, 1, 2, 3], [4, 5, 6, 7], [8, 9, 10, 11]
-    ]  # fmt: skip
+    corpus = open_bins(tmp_path, {"kind": "ids", "vocab_size": 12}, rows=True)
+    rows = corpus.rows("train", 4, overlap=True)
+    assert [row.ids.tolist() for row in rows.spread()] == np.arange(12).reshape(3, 4).tolist()
+    with pytest.raises(UserError, match=r"not made of rows of model\.block_size=5 tokens"):
+        corpus.rows("train", 5)

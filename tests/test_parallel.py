@@ -29,6 +29,8 @@ RUNS = {  # of two processes
     "ddp-muon-split": (DDP, SPLIT),
     "ddp-killed": (DDP,),
     "ddp-resumed": (DDP, RESUME),
+    "ddp-pairs": (DDP, ADAMW, SPLIT),
+    "fsdp-pairs": (FSDP, ADAMW, "model.learned_positions=true"),
     "fsdp-adamw": (FSDP, ADAMW),
     "fsdp-adamw-split": (FSDP, ADAMW, SPLIT),
     "fsdp-muon-split": (FSDP, SPLIT, "training.activation_checkpointing=true"),
@@ -58,7 +60,7 @@ def train(folder: Path, name: str, *words: str) -> None:
         return written
 
     sys.argv = ["train.py", *TINY, *words, f"out_dir={folder / name}"]
-    sys.argv += [f"data.path={folder}/kings.txt"]
+    sys.argv += [f"data.path={folder}/{'pairs.jsonl' if 'pairs' in name else 'kings.txt'}"]
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("NANOMDM_CACHE", f"{folder}/cache")
         if name.endswith("killed"):
@@ -128,6 +130,8 @@ def folder(tmp_path_factory, text_file) -> Path:
     """A folder of the runs of one process (adamw, muon, killed, ...) and of those of two."""
     folder = tmp_path_factory.mktemp("parallel")
     shutil.copy(text_file, folder / "kings.txt")
+    pairs = ({"prompt": f"KING {n % 9}", "response": "crown " * (n % 4 + 1)} for n in range(60))
+    (folder / "pairs.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "argv", sys.argv)
         seen = watched(patch)
@@ -135,6 +139,8 @@ def folder(tmp_path_factory, text_file) -> Path:
         (folder / "alone.json").write_text(json.dumps(seen))
         train(folder, "muon")
         train(folder, "killed")
+        train(folder, "pairs-ddp", ADAMW)
+        train(folder, "pairs-fsdp", ADAMW, "model.learned_positions=true")
         for kind in ("ddp", "fsdp"):
             shutil.copytree(folder / "killed", folder / f"{kind}-resumed")
         shutil.rmtree(folder / "cache")  # so that two processes have to prepare the text
@@ -179,6 +185,14 @@ def test_two_processes_have_the_losses_of_one_to_float32_rounding_with_adamw(fol
 def test_two_processes_have_the_losses_of_one_to_a_hundred_thousandth_with_muon(folder, kind):
     """In two micro-batches each, and with shards whose activations are computed again."""
     assert curve(folder / f"{kind}-muon-split") == pytest.approx(curve(folder / "muon"), **MUON)
+
+
+@BOTH
+@pytest.mark.parametrize("key", ["train/loss", "eval/val_loss"])
+def test_two_processes_learn_pairs_as_one_does(folder, kind, key):
+    """Also with learned positions, and in micro-batches: rows of unequal numbers of answers."""
+    expected = curve(folder / f"pairs-{kind}", key)
+    assert expected and curve(folder / f"{kind}-pairs", key) == pytest.approx(expected, rel=1e-5)
 
 
 @BOTH
@@ -242,7 +256,7 @@ def test_nothing_but_what_one_process_writes_is_in_the_folder_of_two(folder):
 
 def test_only_one_process_speaks(folder):
     text = (folder / "out.txt").read_text()
-    assert text.count("corpus kings.txt") == len(RUNS)
+    assert text.count("corpus kings.txt") + text.count("corpus pairs.jsonl") == len(RUNS)
     assert text.count("in 2 processes (shards)") == len(RUNS) / 2
 
 

@@ -1,6 +1,7 @@
 """README.md is true: its commands run, its files exist, its links lead somewhere."""
 
 import importlib
+import json
 import operator
 import re
 import shlex
@@ -29,7 +30,7 @@ def commands(text: str) -> list[str]:
 
 
 COMMANDS = commands(README)
-PAGES = (ROOT / "docs" / f"{name}.md" for name in ("evaluation", "seeing"))
+PAGES = (ROOT / "docs" / f"{name}.md" for name in ("evaluation", "seeing", "pairs", "sudoku"))
 DOCUMENTED = [command for page in PAGES for command in commands(page.read_text())]
 PROMISED = """
 python train.py
@@ -53,18 +54,28 @@ SHRINK = [word for word in TINY if not word.startswith(("system", "sampling"))]
 @pytest.fixture
 def folder(tmp_path, trained, monkeypatch):
     """A working directory as a user has it after a first run, on a corpus that is tiny."""
-    for name in ("out", "out-ar"):
+    for name in ("out", "out-ar", "out-sudoku", "out-pairs", "out-documents"):
         shutil.copytree(trained, tmp_path / name)
     (tmp_path / "corpora").mkdir()
     (tmp_path / "corpora" / "plays.txt").write_text(TEXT)
     tokenizer = train_tokenizer("char", TEXT, split=0, vocab_size=0)
     splits = {split: tokenizer.encode(TEXT) for split in data.SPLITS}
     data.write_bins(tmp_path / "prepared" / "shakespeare_char", splits, tokenizer, {})
+    write_lines(
+        tmp_path / "stories.jsonl", [{"text": TEXT[i : i + 60]} for i in range(0, 3000, 60)]
+    )
+    write_lines(tmp_path / "pairs.jsonl", [{"prompt": "KING", "response": "crown"}] * 20)
+    (tmp_path / "puzzles.txt").write_text("53..7....\n")
+    (tmp_path / "grids.txt").write_text("1234\n3412\n" * 20)
     (tmp_path / "prepared" / "games").mkdir()
     for split in data.SPLITS:
         np.arange(400, dtype=np.uint16).tofile(tmp_path / "prepared" / "games" / f"{split}.bin")
     monkeypatch.setenv("WANDB_MODE", "disabled")
     return tmp_path
+
+
+def write_lines(path, rows: list[dict]) -> None:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
 def test_the_commands_that_were_promised_are_shown():
@@ -80,12 +91,18 @@ def test_a_command_of_the_readme_works(command, folder, run, text_file):
     if script == "train.py":
         own_data = any(word.startswith("data.") for word in words)
         words += SHRINK + ([] if own_data else [f"data.path={text_file}"])
+        if "sudoku" in command:
+            words = [*words[:-1], "data.dataset=sudoku4", "model.block_size=16"]
+        if "data.rows=true" in words:
+            words = [word for word in words if "block_size" not in word]
         if "training.resume=true" in words:
             words = ["training.resume=true"]
     else:
         for old, new in (("ROMEO", "KING"), ("To be or not", "The crown"), ("=64", "=24")):
             words = [word.replace(old, new) for word in words]
         words.append("sampling.steps=4")
+    if "training.init_from=out-documents/best.pt" in words:
+        assert run(script, *TINY, "data.path=stories.jsonl", "out_dir=out-documents").code == 0
     result = run(script, *words)
     assert result.code == 0, result.err
     assert result.out.strip()
