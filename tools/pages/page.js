@@ -175,8 +175,8 @@ class Player {
     $("board").classList.toggle("grid", Boolean(side));
     $("board").style.setProperty("--side", side ?? 1);
     this.edges = this.elements.map((_, i) => {
-      const below = side && i >= side && Math.floor(i / side) % high === 0 ? " below" : "";
-      return below + (side && i % side && (i % side) % across === 0 ? " beside" : "");
+      const band = side && i >= side && Math.floor(i / side) % high === 0 ? " band" : "";
+      return band + (side && i % side && (i % side) % across === 0 ? " stack" : "");
     });
     this.breaks = this.elements.map(() => document.createTextNode(""));
     $("board").replaceChildren(...this.elements.flatMap((e, i) => [e, this.breaks[i]]));
