@@ -6,9 +6,9 @@ turns it into tokens, nanomdm/bins.py opens and checks .bin files and what a met
 
 Its layout says what a row of the network's input is:
     stream     any window of one text
-    documents  the same, of documents that an end token follows: a text can begin and end
-    rows       a line of the text, all of one length: grids, molecules, games
-    pairs      a prompt and its answer, with an end token after each; only the answer is predicted
+    documents  any window of documents joined, an end token after each
+    rows       one line: all lines have one length (grids, molecules, games)
+    pairs      a prompt and its answer, an end token after each; only the answer is predicted
 """
 
 import json
@@ -23,10 +23,19 @@ import torch.nn.functional as F
 from torch import Generator, Tensor
 
 from nanomdm import folders, text
-from nanomdm.bins import Shards, check_ids, find, open_split, read_meta, sha256_of, write_bins
+from nanomdm.bins import (
+    Shards,
+    check_hash,
+    check_ids,
+    find,
+    open_split,
+    read_meta,
+    sha256_of,
+    write_bins,
+)
 from nanomdm.errors import UserError
-from nanomdm.texts import encode, split_texts
-from nanomdm.tokenizers import load_tokenizer, train_tokenizer
+from nanomdm.texts import tokenize
+from nanomdm.tokenizers import load_tokenizer
 
 SPLITS = ("train", "val")
 
@@ -44,7 +53,7 @@ class Corpus:
     row_length: int = 0  # of the layout `rows`, where it is known
 
     def rows(self, split: str, block_size: int, overlap: bool = False) -> "Rows":
-        """The rows of a split: of a stream without overlap, or all of them, to train on."""
+        """The rows of a split: to train on, every window, by `overlap`; else side by side."""
         tokens, length = getattr(self, split), self.row_length or block_size
         if self.layout == "rows" and (length != block_size or len(tokens) % length):
             raise UserError(
@@ -57,11 +66,11 @@ class Corpus:
 class Row(NamedTuple):
     ids: Tensor  # (L,)
     predict: Tensor  # (L,) bool: the tokens that are predicted; the rest is context
-    counted: int  # tokens that a figure is divided by: of an answer, one of its end tokens
+    count: int  # what a figure is divided by: for pairs, the answer's tokens and one end token
 
 
 class Rows:
-    """The rows of a split, L = `length` tokens each; without `overlap`, the last may be shorter.
+    """The rows of a split, L = `length` tokens each; the last window of a stream may be shorter.
 
     Pairs are filled up with end tokens, which are predicted, too: so a network learns where to end
     (LLaDA, arXiv 2502.09992). Those that are longer than L are left out.
@@ -104,11 +113,13 @@ class Rows:
         check_ids(x0.numpy(), self.tokenizer.vocab_size, "the train split")
         return x0, torch.stack(predict)
 
-    def spread(self, limit: int = 0) -> list[Row]:
-        """All rows or, with a `limit`, as many as hold that many tokens, spread evenly."""
-        keep = len(self)
+    def evenly(self, limit: int = 0) -> list[Row]:
+        """All rows or, with a `limit`, those that hold about so many tokens, evenly spaced."""
+        keep, size = len(self), self.length
+        if self.has_pairs and keep:
+            size = len(self.tokens) / (keep + self.left_out)
         if 0 < limit < len(self.tokens):
-            keep = max(1, min(keep, limit // self.length))
+            keep = min(keep, max(1, int(limit // size)))
         return [self[i * len(self) // keep] for i in range(keep)]
 
 
@@ -121,7 +132,7 @@ def load(settings, tokenizer: object | None = None, sha256: str = "") -> Corpus:
     A `tokenizer`, that of a checkpoint, goes before one of the kind `settings.tokenizer`.
     Raises `UserError`, also for a text that has not the hash `sha256`, before anything is written.
     """
-    rows = getattr(settings, "rows", False)  # which older checkpoints lack
+    rows = getattr(settings, "rows", False)  # older checkpoints lack it
     if settings.dir:
         kind = {"kind": settings.tokenizer}
         if settings.tokenizer == "ids":
@@ -130,19 +141,11 @@ def load(settings, tokenizer: object | None = None, sha256: str = "") -> Corpus:
         check_hash(corpus.name, corpus.sha256, sha256)
         return corpus
     cache = Path(os.environ.get("NANOMDM_CACHE", "prepared"))
-    content = text.find(settings.dataset, settings.path, cache, rows)
+    content = text.find(settings.dataset, settings.path, cache, rows).for_tokenizer(tokenizer)
     if not settings.path:
         settings.dataset = content.name  # without a network it is another one, as after a resume
-    check_hash(content.name, sha256_of(content.text.encode()), sha256)
+    check_hash(content.name, content.sha256, sha256)
     return prepare(content, settings.tokenizer, settings.vocab_size, cache, tokenizer)
-
-
-def check_hash(name: str, found: str, expected: str) -> None:
-    if expected and found != expected:
-        raise UserError(
-            f"{name} is not the text that the checkpoint was trained on, or has changed since: "
-            "restore it, name that text by data.path=, or start a new run in another out_dir"
-        )
 
 
 def prepare(
@@ -155,31 +158,13 @@ def prepare(
     Raises `UserError` for an unknown `kind` of tokenizer, and for text that a given `tokenizer`
     cannot encode.
     """
-    content = content.for_tokenizer(tokenizer)
-    sha256, layout = sha256_of(content.text.encode()), content.layout
     recipe = tokenizer.state() if tokenizer else [kind, vocab_size]
     with folders.writable(cache, "NANOMDM_CACHE"):
         cache.mkdir(parents=True, exist_ok=True)
-    folder = f"{content.name}-{sha256_of(json.dumps([sha256, layout, recipe]).encode())[:12]}"
-    folder = cache / folder
+    key = sha256_of(json.dumps([content.sha256, content.layout, recipe]).encode())
+    folder = cache / f"{content.name}-{key[:12]}"
     if not (folder / "meta.json").is_file():
-        splits = dict(zip(SPLITS, split_texts(content), strict=True))
-        between = "" if layout == "rows" else "\n"
-        tokenizer = tokenizer or train_tokenizer(
-            kind,
-            between.join(content.texts),
-            len(between.join(splits["train"])),
-            vocab_size,
-            content.has_ends,
-        )
-        is_cut = layout == "documents" and sum(map(len, splits.values())) > len(content.texts)
-        ids = {
-            name: encode(texts, layout, tokenizer, is_cut and name == "train")
-            for name, texts in splits.items()
-        }
-        about = {"corpus": content.name, "sha256": sha256, "layout": layout}
-        if layout == "rows":
-            about["row_length"] = len(ids["val"]) // len(splits["val"])
+        tokenizer, ids, about = tokenize(content, kind, vocab_size, tokenizer)
         write_bins(folder, ids, tokenizer, about)
     return open_bins(folder)
 
@@ -195,18 +180,17 @@ def open_bins(
     A stream may be one of `rows`, of model.block_size tokens each. Raises `UserError`, also for
     bins of another tokenizer than the `tokenizer` of a checkpoint.
     """
-    meta = read_meta(folder, tokenizer.state() if tokenizer else without_meta or {"kind": "char"})
+    state = tokenizer.state() if tokenizer else without_meta or {"kind": "char"}
+    meta = read_meta(folder, state, rows)
     try:
         own = load_tokenizer(meta["tokenizer"])
     except UserError as error:
         raise UserError(f"{folder}: {error}: prepare the data again") from error
+    if meta["layout"] == "pairs" and own.eos is None:
+        raise UserError(f"{folder} holds pairs, and its tokenizer has no end token: prepare again")
     if tokenizer is not None and own.state() != tokenizer.state():
         raise UserError(f"{folder} was made with another tokenizer than the checkpoint has")
     train, val = (open_split(folder, split, meta, own.vocab_size) for split in SPLITS)
     sha256 = meta["sha256"] or sha256_of(val[:].tobytes())
-    layout = "rows" if rows else meta["layout"]
-    if layout == "pairs" and own.eos is None:
-        raise UserError(f"{folder} holds pairs, and its tokenizer has no end token: prepare again")
-    return Corpus(
-        meta["corpus"] or folder.name, sha256, own, train, val, layout, meta["row_length"]
-    )
+    name, layout = meta["corpus"] or folder.name, meta["layout"]
+    return Corpus(name, sha256, own, train, val, layout, meta["row_length"])

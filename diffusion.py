@@ -150,7 +150,7 @@ def estimate(
     draws: int = 8,
     batch_size: int = 64,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """-log p of the rows of x0 in `draws` independent passes of an `estimator` (`any_order`).
+    """A bound on -log p of each row of x0, in `draws` passes of an `estimator` (`any_order`).
 
     x0 is (N, L), or N rows (L_i,) that may differ in length. `nll` as in `masked_diffusion_loss`.
     `predict` are N rows of booleans, True for a token to be predicted (default: all); the others
@@ -161,7 +161,7 @@ def estimate(
     An estimator turns u (B,), uniform in [0, 1), and noise (B, L), uniform in [0, 1) where a token
     is to be predicted and 2 where it is context, into queries (hidden, scored, weight): mask
     `hidden` (B, L), sum the cross-entropies over `scored` (B, L), multiply by `weight` (B,). The
-    sum over its queries estimates -log p of each row.
+    sum over its queries estimates the bound that the estimator stands for.
 
     Returns, on the CPU: nats (draws, N) float64, the estimates, summed over the tokens of a row; u
     (draws, N) float64; counts (N,) int64, the tokens of each row that are predicted.

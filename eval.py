@@ -28,7 +28,9 @@ def main(config: cli.Section) -> None:
         cli.ignored(config, {"eval.draws"}, f"{names[0]} is autoregressive, scored exactly")
     chosen = bounds.choose(config.eval.bounds, config.sampling.steps, diffusion.sample)
     samplers = bounds.samplers(config.eval.samplers, config.sampling, diffusion.sample)
-    greedy = bounds.greedy(config, diffusion.sample, exact[0])
+    greedy = []
+    if models[0].layout == "pairs":
+        greedy = bounds.greedy(config, diffusion.sample, exact[0])
     scored = choose_texts(config, models)
     dtype = devices.pick_dtype(config.system.dtype, device, training=False)
     for name, loaded in zip(names, models, strict=True):
@@ -57,7 +59,7 @@ def main(config: cli.Section) -> None:
                 found = measure(models[0], bound, scored, config)
                 rows.append(report.sampler(name, bound, *found, uniform=samples))
             show({"samplers": rows})
-        if models[0].layout == "pairs":
+        if greedy:
             found = {name: measure(models[0], bound, scored, config)[0] for name, bound in greedy}
             show(report.matches(found))
         if len(models) > 1:
@@ -113,9 +115,13 @@ def choose_texts(config: cli.Section, models: list[checkpoint.Loaded]) -> texts.
             f"{config.eval.against} has another tokenizer than {config.checkpoint}: evaluate each "
             "by itself and compare bits per byte"
         )
+    context = min(loaded.model.config.block_size for loaded in models)
     if "data.path" in config.explicit and config.data.path:
         source = config.data.path
-        documents = texts.read(source, tokenizer, layout)
+        found = [
+            (name, data.Rows(ids, context, layout, tokenizer))
+            for name, ids in texts.read(source, tokenizer, layout, context)
+        ]
     else:
         settings, sha256 = config.data, ""
         if not (config.data.dir or "data.dataset" in config.explicit):
@@ -126,13 +132,14 @@ def choose_texts(config: cli.Section, models: list[checkpoint.Loaded]) -> texts.
                     "data.path="
                 )
             settings = cli.section(models[0].config["data"])
+        settings.rows = layout == "rows"
         corpus = data.load(settings, tokenizer, sha256)
+        texts.check_layout(corpus.name, corpus.layout, layout)
         source = f"validation split of {corpus.name}"
-        documents = [(source, corpus.val)]
-    context = min(loaded.model.config.block_size for loaded in models)
+        found = [(source, corpus.rows("val", context))]
     if layout in ("rows", "pairs"):
-        found = [(name, data.Rows(ids, context, layout, tokenizer)) for name, ids in documents]
         return texts.whole(source, found, tokenizer, limit=config.eval.tokens)
+    documents = [(name, rows.tokens) for name, rows in found]
     return texts.cut(source, documents, tokenizer, context, limit=config.eval.tokens)
 
 

@@ -35,9 +35,7 @@ class ModelConfig:
     tie_weights: bool = True  # the head uses the rows of the embedding
     qk_norm: bool = True  # queries and keys are normalised
     conv_width: int = 0  # positions that a short convolution sees; 0 for none
-    learned_positions: bool = (
-        False  # also a vector for each: where a place has a meaning of its own
-    )
+    learned_positions: bool = False  # also a learned vector for each position: for grids
     mlp_size: int = 0  # width of the SwiGLU layer; 0 for 8/3 of n_embd
     norm_eps: float = 1e-5  # of the RMSNorms
     rope_base: float = 10000.0  # longest wavelength of the rotary embedding, over 2 pi

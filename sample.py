@@ -60,46 +60,46 @@ def fill(
 ) -> list[dict]:
     """Fill canvases (B, N) of one length; `rows` (B,) are their numbers among all canvases.
 
-    A canvas longer than the context is filled window by window. A sample is what lies from its
-    start (B,) up to an end token, unless the prompt continues behind that. calls and seconds are
-    those of the batch, nats is -log p where that is exact and nothing is left out.
+    A canvas longer than the context is filled window by window. A sample runs from its start (B,)
+    to the first end token that no text of the prompt follows. calls and seconds are those of the
+    batch, nats is -log p, where that is exact and no end token was found.
     """
     began, calls = time.perf_counter(), 0
     model, tokenizer = loaded.model, loaded.tokenizer
-    mask_id, blanks, is_masked = model.config.mask_id, is_masked, is_masked.clone()
+    mask_id, left = model.config.mask_id, is_masked.clone()
     ids = ids.masked_fill(is_masked, mask_id)
     nats = torch.zeros(len(rows), dtype=torch.float64)
     watch = Watch(tokenizer, mask_id, ids[0]) if config.sampling.watch else None
     windows = texts.windows(ids.size(1), model.config.block_size)
     for number, (start, stop, _) in enumerate(windows):
         window = slice(start, stop)
-        if not is_masked[:, window].any():
+        if not left[:, window].any():
             continue
         filled = sampler.fill(
             model,
             ids[:, window],
-            is_masked[:, window],
+            left[:, window],
             generator=generator(config.system.seed, "sample", number),
             rows=torch.tensor(rows),
             callback=watch and partial(watch.show, window),
         )
         calls, nats = calls + filled.calls, nats + filled.costs.sum(dim=1).cpu()
         ids[:, window] = filled.ids.cpu()
-        is_masked[:, window] = False
-        lengths = prompts.lengths(ids, blanks, tokenizer.eos)
-        is_masked[lengths < ids.size(1)] = False  # a text that has ended is filled no further
+        left[:, window] = False
+        ended = prompts.lengths(ids, is_masked, tokenizer.eos) < ids.size(1)
+        left[ended] = False  # a text that has ended is filled no further
     if watch:
         watch.close()
-    lengths = prompts.lengths(ids, blanks, tokenizer.eos)
+    lengths = prompts.lengths(ids, is_masked, tokenizer.eos)
     about = {"calls": calls, "seconds": time.perf_counter() - began}
     about |= {"seed": config.system.seed, "strategy": sampler.name, "label": sampler.label}
     exact = (lengths == ids.size(1)) & (sampler.label == strategies.EXACT)
     samples = []
     found = zip(ids, starts, lengths, nats.tolist(), exact, strict=True)
-    for row, start, length, cost, known in found:
-        tokens = row[start:length].tolist()
-        samples.append({"text": tokenizer.decode(tokens), "tokens": tokens, **about})
-        samples[-1]["nats"] = cost if known else None
+    for row, begin, end, cost, known in found:
+        tokens = row[begin:end].tolist()
+        sample = {"text": tokenizer.decode(tokens), "tokens": tokens, **about}
+        samples.append(sample | {"nats": cost if known else None})
     return samples
 
 

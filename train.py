@@ -68,7 +68,7 @@ def training_step(run: "Run") -> tuple[Tensor, Tensor]:
         rows = devices.move(rows, run.noise_device)
         parallel.synchronise(run.forward, part == parts - 1)
         with devices.autocast(run.device, run.dtype):
-            if shape.causal:  # the autoregressive control: every token, given those before it
+            if shape.causal:  # the autoregressive control: each token, given those before it
                 costs = run.forward(x0, x0, predict, x0.numel())
                 loss = (costs.sum(dim=1) / predict.sum(dim=1)).mean()
             else:
@@ -113,7 +113,7 @@ def evaluate(run: "Run", log) -> None:
     shape, limit, values = run.model.config, run.config.eval.tokens, {}
     quarter = max(1, (limit or len(run.corpus.val)) // 4)
     for split, tokens in (("train", quarter), ("val", limit)):
-        rows = run.corpus.rows(split, shape.block_size).spread(tokens)
+        rows = run.blocks[split].evenly(tokens)
         found = estimate(
             bounds.everything if shape.causal else any_order,
             parallel.share_rows(run.ema),
@@ -123,7 +123,7 @@ def evaluate(run: "Run", log) -> None:
             generator=generator(run.config.system.seed, "evaluation"),
             draws=1 if shape.causal else math.ceil(bounds.LEAST_ROWS / len(rows)),
         )
-        samples = bounds.NLLSamples(*found).counting([row.counted for row in rows])
+        samples = bounds.NLLSamples(*found).counting([row.count for row in rows])
         for name, value in samples.summary(shape.causal).items():
             values[f"eval/{split}_{name}"] = value
     log.metrics(run.step, values)
@@ -209,7 +209,10 @@ class Run:
             self.optimizer.load_state_dict(state["optimizer"])
             self.scaler.load_state_dict(state.get("scaler") or self.scaler.state_dict())
             runs.announce_schedule(settings, state)
-        self.rows = runs.training_rows(self.corpus, self.model.config.block_size)
+        L = self.model.config.block_size
+        self.rows = self.corpus.rows("train", L, overlap=True)
+        self.blocks = {split: self.corpus.rows(split, L) for split in data.SPLITS}
+        runs.require_rows(self.blocks)
         self.files = runs.Files(config.out_dir, self.step, device)
         # Every n-th row is in a micro-batch: the last one has the latest times, and most masks.
         B, n = settings.batch_size, settings.grad_accum * parallel.world().size

@@ -36,12 +36,20 @@ def digest(meta: dict) -> str:
     return sha256_of(json.dumps(rest, sort_keys=True).encode())
 
 
-def read_meta(folder: Path, tokenizer: dict) -> dict:
+def read_meta(folder: Path, tokenizer: dict, rows: bool = False) -> dict:
     """What the folder's meta file says, with all keys of `META`.
 
     Without a meta file the bins are uint16, of the `tokenizer` (its state) gpt2 or byte, whose
-    tokens have the same ids everywhere, or ids, which has no text. Raises `UserError`.
+    tokens have the same ids everywhere, or ids, which has no text. A stream may be one of `rows`.
+    Raises `UserError`.
     """
+    meta = _read_meta(folder, tokenizer)
+    if rows and meta["layout"] not in ("stream", "rows"):
+        raise UserError(f"{folder} holds {meta['layout']}, not rows: leave out data.rows")
+    return meta | {"layout": "rows"} if rows else meta
+
+
+def _read_meta(folder: Path, tokenizer: dict) -> dict:
     if not folder.is_dir():
         raise UserError(f"no folder {folder}: check data.dir")
     ours, nanogpts = folder / "meta.json", folder / "meta.pkl"
@@ -116,6 +124,14 @@ def dtype_of(vocab_size: int) -> str:
 
 def sha256_of(content: bytes | memoryview) -> str:
     return hashlib.sha256(content).hexdigest()
+
+
+def check_hash(name: str, found: str, expected: str) -> None:
+    if expected and found != expected:
+        raise UserError(
+            f"{name} is not the text that the checkpoint was trained on, or has changed since: "
+            "restore it, name that text by data.path=, or start a new run in another out_dir"
+        )
 
 
 # --- The ids of a split --------------------------------------------------------------------------

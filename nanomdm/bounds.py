@@ -125,12 +125,17 @@ def choose(names: Sequence[str], steps: int, sample: Callable) -> dict[str, Boun
 
 
 def greedy(config, sample: Callable, causal: bool) -> list[tuple[str, Bound]]:
-    """The scores of the strategies that eval.samplers names, or of one, at temperature 0.
+    """The scores of the strategies that eval.samplers names, or of `confidence` in 32 steps.
 
-    A sampler that chooses by the state then writes one text: -log p of any other is inf.
+    At temperature 0: a sampler that chooses by the state then writes one text, and -log p of any
+    other is inf.
     """
-    names = ["left_to_right"] if causal else config.eval.samplers or ["confidence"]
-    section = SimpleNamespace(**vars(config.sampling) | {"temperature": 0.0})
+    names, section = config.eval.samplers, SimpleNamespace(**vars(config.sampling))
+    if not names:
+        names, section.steps, section.options = ["confidence"], 32, {}
+    if causal:
+        names = ["left_to_right"]
+    section.temperature = 0.0
     return list(samplers(names, section, sample).items())
 
 
@@ -358,4 +363,4 @@ def _cost_by_rate(samples: NLLSamples, bins: int) -> Tensor:
     inside = (masked * bins - 1) // predicted == torch.arange(bins)[
         :, None, None
     ]  # (bins, draws, N)
-    return (inside * nats).sum(dim=-1) / (inside * counts).sum(dim=-1)
+    return (inside * nats).sum(dim=-1) / (inside * predicted).sum(dim=-1)

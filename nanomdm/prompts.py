@@ -108,12 +108,19 @@ def make_canvas(
     if layout == "documents":
         pieces[0] = np.append(tokenizer.eos, pieces[0])
         start = 1
+    if layout in ("pairs", "rows") and length not in (0, context):
+        raise UserError(
+            f"sampling.length={length}: the checkpoint's {layout} have {context} tokens: leave it "
+            "out"
+        )
     if layout == "pairs":
         if len(pieces) > 1:
             raise UserError("the checkpoint answers prompts, which have no blanks: leave them out")
         pieces[0] = np.append(pieces[0], tokenizer.eos)
         start = len(pieces[0])
     size = sum(piece if isinstance(piece, int) else len(piece) for piece in pieces)
+    if layout == "rows" and len(pieces) > 1 and size != context:
+        raise UserError(f"prompt has {size} tokens, and the checkpoint's rows have {context}")
     if length or len(pieces) == 1:
         limit = length or context
         if size > limit:

@@ -57,16 +57,14 @@ def decided_by_data(config, corpus, loaded) -> None:
         decide(config, {"model.block_size": corpus.row_length}, corpus.name)
 
 
-def training_rows(corpus, block_size: int):
-    """The rows to train on; says how many pairs are too long. Raises `UserError` if all are."""
-    for split in ("val", "train"):
-        rows = corpus.rows(split, block_size, overlap=split == "train")
-        many = f"{rows.left_out:,} pairs of the {split} split are longer than {block_size} tokens"
+def require_rows(splits: dict) -> None:
+    """Say how many pairs of each split are too long. Raises `UserError` if all are."""
+    for split, rows in splits.items():
+        many = f"{rows.left_out:,} pairs of the {split} split are longer than {rows.length} tokens"
         if not len(rows):
             raise UserError(f"{many}, and no other is there: set a larger model.block_size")
         if rows.left_out and parallel.world().is_main:
             print(f"{many}, the model's context, and are left out", file=sys.stderr)
-    return rows
 
 
 def sample_text(run, generator) -> str:
@@ -75,7 +73,7 @@ def sample_text(run, generator) -> str:
     canvas = make_canvas("", L, tokenizer, L, run.corpus.layout)
     prompt = ""
     if run.corpus.layout == "pairs":
-        ids, predict, _ = run.corpus.rows("val", L)[0]
+        ids, predict, _ = run.blocks["val"][0]
         canvas = Canvas(ids, predict, predict.int().argmax())
         prompt = f"{tokenizer.decode(ids[: canvas.start - 1].tolist())} -> "
     is_masked = canvas.is_masked[None]

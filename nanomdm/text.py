@@ -47,6 +47,12 @@ class Content(NamedTuple):
         return "\n".join(self.texts)
 
     @property
+    def sha256(self) -> str:
+        """A hash of the text of a stream; else of all texts, each by itself."""
+        content = self.text if self.layout == STREAM else json.dumps(self.texts)
+        return hashlib.sha256(content.encode()).hexdigest()
+
+    @property
     def has_ends(self) -> bool:
         """Whether an end token follows each of the texts."""
         return self.layout in (DOCUMENTS, PAIRS)

@@ -12,6 +12,7 @@ from torch import Tensor
 from . import text
 from .bins import dtype_of
 from .errors import UserError, as_user_error
+from .tokenizers import train_tokenizer
 
 Document = tuple[str, np.ndarray]  # a name and its ids (n,)
 
@@ -35,7 +36,7 @@ class Texts(NamedTuple):
 def split_texts(content: text.Content, share: float = 0.9) -> tuple[list[str], list[str]]:
     """The first 90% and the rest, by characters: of a stream, or whole documents, pairs or rows.
 
-    A document that is more than a tenth of all is cut where the 90% end.
+    A document is cut at 90% where the border between two would leave less than 80% to train on.
     """
     texts, unit = content.texts, 2 if content.layout == text.PAIRS else 1
     ends = np.cumsum([len(each) for each in texts])[unit - 1 :: unit]
@@ -50,11 +51,13 @@ def split_texts(content: text.Content, share: float = 0.9) -> tuple[list[str], l
     return texts[:n], texts[n:]
 
 
-def encode(texts: list[str], layout: str, tokenizer, is_cut: bool = False) -> np.ndarray:
+def encode(
+    texts: list[str], layout: str, tokenizer, is_cut: bool = False, length: int = 0
+) -> np.ndarray:
     """The ids of texts, one after the other; an end token follows documents, prompts and answers.
 
-    But not the last one, if it `is_cut`, and goes on elsewhere. Raises `UserError` for rows of
-    unequal length and for a tokenizer without an end token.
+    But not the last one, if it `is_cut`, and goes on elsewhere. Raises `UserError` for a row that
+    has not `length` tokens (0: those of the first) and for a tokenizer without an end token.
     """
     eos, parts = tokenizer.eos, []
     has_ends, small = layout in (text.DOCUMENTS, text.PAIRS), dtype_of(tokenizer.vocab_size)
@@ -62,10 +65,10 @@ def encode(texts: list[str], layout: str, tokenizer, is_cut: bool = False) -> np
         raise UserError(f"data.tokenizer={tokenizer.kind} has no end token, which {layout} need")
     for number, each in enumerate(texts, 1):
         ids = tokenizer.encode(each).astype(small)
-        if layout == text.ROWS and parts and len(ids) != len(parts[0]):
+        length = length or len(ids)
+        if layout == text.ROWS and len(ids) != length:
             raise UserError(
-                f"row {number} has {len(ids)} tokens, the first has {len(parts[0])}: rows have one "
-                "length"
+                f"row {number} has {len(ids)} tokens, not {length}: rows have one length"
             )
         if has_ends and (ids == eos).any():
             raise UserError(f"text {number} spells the end token: take it out")
@@ -73,17 +76,42 @@ def encode(texts: list[str], layout: str, tokenizer, is_cut: bool = False) -> np
     return np.concatenate(parts[:-1] if is_cut else parts)
 
 
-def read(path: str, tokenizer, layout: str = text.STREAM) -> list[Document]:
-    """Each file of `path`, as a corpus of that layout has it. Raises `UserError`, with its name."""
+def tokenize(content: text.Content, kind: str, vocab_size: int, tokenizer=None) -> tuple:
+    """(tokenizer, ids of the splits, what a meta file says); `tokenizer`: that of a checkpoint."""
+    splits = split_texts(content)
+    between = "" if content.layout == text.ROWS else "\n"
+    whole, size = between.join(content.texts), len(between.join(splits[0]))
+    if tokenizer is None:
+        tokenizer = train_tokenizer(kind, whole, size, vocab_size, content.has_ends)
+    is_cut = content.layout == text.DOCUMENTS and sum(map(len, splits)) > len(content.texts)
+    train, val = (
+        encode(texts, content.layout, tokenizer, is_cut and texts is splits[0]) for texts in splits
+    )
+    about = {"corpus": content.name, "sha256": content.sha256, "layout": content.layout}
+    if content.layout == text.ROWS:
+        about["row_length"] = len(val) // len(splits[1])
+    return tokenizer, {"train": train, "val": val}, about
+
+
+def check_layout(name: str, found: str, wanted: str) -> None:
+    """Raise `UserError` for data of another layout than a checkpoint's; documents make a stream."""
+    if found != wanted and {found, wanted} != {text.STREAM, text.DOCUMENTS}:
+        raise UserError(f"{name} holds {found}, and the checkpoint was trained on {wanted}")
+
+
+def read(path: str, tokenizer, layout: str = text.STREAM, length: int = 0) -> list[Document]:
+    """Each file of `path`, as a corpus of that layout has it, with rows of `length` tokens.
+
+    Raises `UserError`, with the name of the file.
+    """
     content, documents = text.read(path, rows=layout == text.ROWS), []
-    if (content.layout == text.PAIRS) != (layout == text.PAIRS):
-        raise UserError(f"data.path={path} holds {content.layout}, the checkpoint knows {layout}")
+    check_layout(path, content.layout, layout)
     for name, texts in content.files:
         with as_user_error(f"{name}: "):
             if content.layout == text.STREAM or layout == text.STREAM:
                 documents.append((name, tokenizer.encode("\n".join(texts))))
             else:
-                documents.append((name, encode(texts, layout, tokenizer)))
+                documents.append((name, encode(texts, layout, tokenizer, length=length)))
     return documents
 
 
@@ -135,11 +163,14 @@ def cut(
 
 
 def whole(source: str, files: Sequence[tuple], tokenizer, limit: int = 0) -> Texts:
-    """Pairs or rows as they are: of each of the files (name, data.Rows), about `limit` tokens."""
+    """Pairs or rows as they are, of files (name, data.Rows): all, or about `limit` tokens."""
     if left_out := sum(rows.left_out for _, rows in files):
         print(f"{left_out:,} pairs are longer than the context, and are left out", file=sys.stderr)
-    rows = [(number, *row) for number, (_, rows) in enumerate(files) for row in rows.spread(limit)]
-    return collect(source, [name for name, _ in files], rows, tokenizer)
+    total, found = sum(len(rows.tokens) for _, rows in files), []
+    for number, (_, rows) in enumerate(files):
+        share = limit and max(1, limit * len(rows.tokens) // total)
+        found += [(number, *row) for row in rows.evenly(share)]
+    return collect(source, [name for name, _ in files], found, tokenizer)
 
 
 def collect(source: str, names: list[str], rows: Sequence[tuple], tokenizer) -> Texts:

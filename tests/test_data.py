@@ -344,7 +344,7 @@ def test_every_slice_of_shards_is_that_of_the_whole(tmp_path):
 
 def test_blocks_of_shards_cover_every_token_once_and_in_order(tmp_path):
     corpus = open_bins(sharded(tmp_path))
-    blocks = [row.ids for row in corpus.rows("train", 32).spread()]
+    blocks = [row.ids for row in corpus.rows("train", 32).evenly()]
     assert torch.cat(blocks).tolist() == list(range(200)) and len(corpus.train) == 200
 
 
@@ -447,19 +447,19 @@ def test_ids_beyond_what_was_scanned_are_refused_when_they_are_drawn(tmp_path, m
 
 @pytest.mark.parametrize("length", [1, 8, 10, 16])
 def test_blocks_cover_every_token_once_and_in_order(length):
-    rows = counting(length).rows("train", 8).spread()
+    rows = counting(length).rows("train", 8).evenly()
     assert torch.cat([row.ids for row in rows]).tolist() == list(range(length))
 
 
 def test_only_the_last_block_is_shorter():
-    rows = [row.ids for row in counting(20).rows("train", 8).spread()]
+    rows = [row.ids for row in counting(20).rows("train", 8).evenly()]
     assert [(len(row), row.dtype) for row in rows] == [
         (8, torch.int64), (8, torch.int64), (4, torch.int64)
     ]  # fmt: skip
 
 
 def test_a_limit_spreads_the_blocks_evenly():
-    rows = [row.ids for row in counting(1000, 1001).rows("train", 10).spread(limit=50)]
+    rows = [row.ids for row in counting(1000, 1001).rows("train", 10).evenly(limit=50)]
     assert [row.tolist() for row in rows] == [
         list(range(start, start + 10)) for start in (0, 200, 400, 600, 800)
     ]
@@ -467,7 +467,7 @@ def test_a_limit_spreads_the_blocks_evenly():
 
 @pytest.mark.parametrize(("limit", "count"), [(0, 3), (19, 2), (20, 3), (99, 3), (1, 1)])
 def test_a_limit_is_a_number_of_tokens(limit, count):
-    assert len(counting(20).rows("train", 8).spread(limit)) == count
+    assert len(counting(20).rows("train", 8).evenly(limit)) == count
 
 
 # --- Damage -------------------------------------------------------------------------------------

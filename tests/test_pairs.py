@@ -146,7 +146,7 @@ def test_an_end_token_follows_each_document_and_each_part_of_a_pair_but_no_row()
 
 
 def test_rows_of_unequal_length_are_refused_with_the_number_of_the_first():
-    with pytest.raises(UserError, match="row 3 has 1 tokens, the first has 2"):
+    with pytest.raises(UserError, match="row 3 has 1 tokens, not 2"):
         texts.encode(["ab", "ca", "b"], "rows", TOKENIZER)
 
 
@@ -162,12 +162,12 @@ def test_a_pair_is_prompt_end_answer_and_ends_up_to_the_rows_length():
     row = rows_of(PAIRS)[1]
     assert row.ids.tolist() == [0, 1, 2, END, 2, 1, 0, END, END]
     assert row.predict.tolist() == [False] * 4 + [True] * 5
-    assert row.counted == 4  # the answer and one end token
+    assert row.count == 4  # the answer and one end token
 
 
 def test_a_pair_without_a_prompt_predicts_everything_behind_the_end_of_the_empty_prompt():
     row = rows_of(PAIRS)[3]
-    assert row.ids.tolist() == [END, 0, 1] + [END] * 6 and row.counted == 3
+    assert row.ids.tolist() == [END, 0, 1] + [END] * 6 and row.count == 3
     assert row.predict.tolist() == [False] + [True] * 8
 
 
@@ -182,10 +182,10 @@ def test_any_pairs_come_back_as_they_were_but_for_those_that_are_too_long(pairs,
     rows = rows_of(pairs, length)
     fits = [pair for pair in pairs if len("".join(pair)) + 2 <= length]
     found = []
-    for row in rows.spread():
+    for row in rows.evenly():
         first = int(row.predict.int().argmax())
-        answer = row.ids[first : first + row.counted]
-        assert answer[-1] == END and (row.ids[first + row.counted :] == END).all()
+        answer = row.ids[first : first + row.count]
+        assert answer[-1] == END and (row.ids[first + row.count :] == END).all()
         assert len(row.ids) == length and row.ids[first - 1] == END
         found.append((TOKENIZER.decode(row.ids[:first]), TOKENIZER.decode(answer)))
     assert found == fits and rows.left_out == len(pairs) - len(fits)
@@ -250,7 +250,7 @@ def test_the_bound_of_an_answer_is_that_of_the_conditional_law_by_its_own_tokens
         diffusion.any_order, nll, [row.ids for row in rows], mask_id=4, draws=4000,
         predict=[row.predict for row in rows], generator=torch.Generator().manual_seed(0),
     )  # fmt: skip
-    samples = bounds.NLLSamples(*found).counting([row.counted for row in rows])
+    samples = bounds.NLLSamples(*found).counting([row.count for row in rows])
     value, error = samples.bound()
     assert value == pytest.approx(math.log(2) / 3, abs=4 * error) and error < 0.01
     assert samples.tokens == 6  # of each answer two tokens and one end
@@ -276,10 +276,21 @@ def test_a_prompt_that_is_to_be_answered_has_no_blanks():
         prompts.make_canvas("a[MASK]", 0, TOKENIZER, 6, "pairs")
 
 
+@pytest.mark.parametrize("layout", ["rows", "pairs"])
+def test_rows_and_pairs_have_one_length(layout):
+    for length in (0, 6):
+        assert len(prompts.make_canvas("ab", length, TOKENIZER, 6, layout).ids) == 6
+    with pytest.raises(UserError, match=f"checkpoint's {layout} have 6 tokens: leave it out"):
+        prompts.make_canvas("ab", 7, TOKENIZER, 6, layout)
+    if layout == "rows":
+        with pytest.raises(UserError, match="prompt has 5 tokens, and the checkpoint's rows have"):
+            prompts.make_canvas("ab[MASK*3]", 0, TOKENIZER, 6, layout)
+
+
 def test_characters_that_are_blanks_stand_for_one_mask_each():
     line = prompts.with_blanks("a..b_.", "._")
     assert line == "a[MASK*2]b[MASK*2]"
-    canvas = prompts.make_canvas(line, 0, TOKENIZER, 9, "rows")
+    canvas = prompts.make_canvas(line, 0, TOKENIZER, 6, "rows")
     assert canvas.is_masked.tolist() == [False, True, True, False, True, True]
     assert prompts.with_blanks("a..b", "") == "a..b"
 
@@ -350,7 +361,7 @@ def test_eval_counts_the_answers_tokens_and_one_end_and_finds_exact_answers(answ
     rows = data.Rows(
         texts.encode([piece for pair in pairs for piece in pair], "pairs", loaded.tokenizer),
         16, "pairs", loaded.tokenizer,
-    ).spread()  # fmt: skip
+    ).evenly()  # fmt: skip
     x0, predict = torch.stack([r.ids for r in rows]), torch.stack([r.predict for r in rows])
     nats = diffusion.score(
         loaded.model, x0, is_masked=predict, mask_id=loaded.model.config.mask_id,
@@ -406,8 +417,8 @@ def test_pairs_that_are_too_long_are_counted_and_if_all_are_refused(answering, r
 def test_a_checkpoint_and_a_text_of_other_kinds_are_refused(answering, run, trained, text_file):
     out, path = answering
     for folder, data_path, says in (
-        (out, text_file, "holds stream, the checkpoint knows pairs"),
-        (trained, path, "holds pairs, the checkpoint knows stream"),
+        (out, text_file, "holds stream, and the checkpoint was trained on pairs"),
+        (trained, path, "holds pairs, and the checkpoint was trained on stream"),
     ):
         result = run("eval.py", f"checkpoint={folder}/ckpt.pt", f"data.path={data_path}")
         assert result.code == 2 and says in result.err
@@ -438,10 +449,11 @@ def test_samples_of_documents_begin_and_end_where_documents_do(run, tmp_path):
 
 def test_one_document_is_a_stream_and_so_are_documents_for_a_tokenizer_without_an_end(tmp_path):
     one = content("documents", ["ab" * 20])
-    assert data.prepare(one, "char", 0, tmp_path).layout == "stream"
+    assert data.prepare(one.for_tokenizer(None), "char", 0, tmp_path).layout == "stream"
     two = content("documents", ["ab" * 20, "ba"])
     assert data.prepare(two, "char", 0, tmp_path).layout == "documents"
-    corpus = data.prepare(two, "char", 0, tmp_path, CharTokenizer("ab\n"))
+    old = CharTokenizer("ab\n")
+    corpus = data.prepare(two.for_tokenizer(old), "char", 0, tmp_path, old)
     assert (corpus.layout, corpus.tokenizer.eos) == ("stream", None)
 
 
@@ -473,6 +485,64 @@ def test_bins_and_checkpoints_whose_layout_cannot_be_are_refused(trained, tmp_pa
         load_model(tmp_path / "c.pt")
 
 
+def test_other_boundaries_are_another_text(tmp_path):
+    """Also where the texts, put together, are the same."""
+    one, two = (
+        content("documents", ["ab\ncd", "ef"] * 9),
+        content("documents", ["ab", "cd", "ef"] * 9),
+    )
+    assert one.text == two.text and one.sha256 != two.sha256
+    counts = [
+        data.prepare(each, "char", 0, tmp_path).train.tolist().count(7) for each in (one, two)
+    ]
+    assert counts[0] < counts[1]
+
+
+@given(st.integers(1, 200))
+def test_a_limit_is_about_a_number_of_tokens_also_of_pairs(limit):
+    rows = rows_of([("ab", "ba")] * 100, 30)  # 6 tokens each, filled up to 30
+    assert len(rows.evenly(limit)) == max(1, limit // 6)
+    assert rows_of([("abcabc", "ab")] * 3, 4).evenly(limit) == []
+
+
+def test_a_limit_is_shared_by_files():
+    files = [("a", rows_of([("ab", "ba")] * 100, 30)), ("b", rows_of([("ab", "ba")] * 300, 30))]
+    scored = texts.whole("both", files, TOKENIZER, limit=240)
+    assert scored.document.tolist() == [0] * 10 + [1] * 30
+
+
+def test_grids_of_another_size_and_bins_of_another_layout_are_not_scored(run, tmp_path):
+    (tmp_path / "g.txt").write_text("abcd\ndcba\n" * 20)
+    (tmp_path / "h.txt").write_text("abcdabcd\n" * 4)
+    words = [w for w in TINY if "block_size" not in w] + ["data.path=g.txt", "data.rows=true"]
+    assert run("train.py", *words).code == 0
+    result = run("eval.py", "checkpoint=out/ckpt.pt", "data.path=h.txt")
+    assert result.code == 2 and "row 1 has 8 tokens, not 4" in result.err
+    assert run("eval.py", "checkpoint=out/ckpt.pt", "data.path=g.txt").code == 0
+    tokenizer = load_model("out/ckpt.pt").tokenizer
+    tokens = {split: tokenizer.encode("abcd" * 4) for split in data.SPLITS}
+    data.write_bins(tmp_path / "bins", tokens, tokenizer, {"layout": "stream"})
+    assert run("eval.py", "checkpoint=out/ckpt.pt", "data.dir=bins").code == 0
+    data.write_bins(tmp_path / "more", tokens, tokenizer, {"layout": "documents"})
+    result = run("eval.py", "checkpoint=out/ckpt.pt", "data.dir=more")
+    assert result.code == 2 and "holds documents, not rows" in result.err
+
+
+def test_the_curve_of_pairs_is_the_cost_of_a_masked_token(answering):
+    """A network that pays 1 nat for each masked token, filling included."""
+    rows = rows_of(PAIRS, 12).evenly()
+    found = diffusion.estimate(
+        diffusion.any_order, lambda xt, x0, where: where.float(), [row.ids for row in rows],
+        mask_id=4, draws=8, predict=[row.predict for row in rows],
+    )  # fmt: skip
+    samples = bounds.NLLSamples(*found).counting([row.count for row in rows])
+    costs = [cost for cost, _ in bounds.curve(samples, 4) if not math.isnan(cost)]
+    assert costs == pytest.approx([1.0] * len(costs)) and len(costs) == 4
+    assert samples.bound()[0] == pytest.approx(
+        sum(int(row.predict.sum()) for row in rows) / sum(row.count for row in rows)
+    )
+
+
 def test_shards_without_a_whole_pair_are_refused(tmp_path, run):
     tokens = {split: TOKENIZER.encode("abc" * 20) for split in data.SPLITS}
     data.write_bins(tmp_path / "bins", tokens, TOKENIZER, {"layout": "pairs"})
@@ -485,6 +555,6 @@ def test_bins_of_other_programs_can_be_rows(tmp_path):
         np.arange(12, dtype=np.uint16).tofile(tmp_path / f"{split}.bin")
     corpus = open_bins(tmp_path, {"kind": "ids", "vocab_size": 12}, rows=True)
     rows = corpus.rows("train", 4, overlap=True)
-    assert [row.ids.tolist() for row in rows.spread()] == np.arange(12).reshape(3, 4).tolist()
+    assert [row.ids.tolist() for row in rows.evenly()] == np.arange(12).reshape(3, 4).tolist()
     with pytest.raises(UserError, match=r"not made of rows of model\.block_size=5 tokens"):
         corpus.rows("train", 5)

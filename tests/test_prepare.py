@@ -135,9 +135,9 @@ def test_prompts_and_responses_become_pairs_each_in_one_split(
     corpus = data.open_bins(prepared(tmp_path / "p.jsonl", *words, f"processes={processes}"))
     decode, found = corpus.tokenizer.decode, {}
     for split in data.SPLITS:
-        for row in corpus.rows(split, 80).spread():
+        for row in corpus.rows(split, 80).evenly():
             first = int(row.predict.int().argmax())
-            answer = decode(row.ids[first : first + row.counted - 1].tolist())
+            answer = decode(row.ids[first : first + row.count - 1].tolist())
             found[answer] = (decode(row.ids[: first - 1].tolist()), split)
     assert {answer: prompt for answer, (prompt, _) in found.items()} == {
         row["a"]: row["q"] for row in rows if row["a"]

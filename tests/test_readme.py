@@ -54,7 +54,7 @@ SHRINK = [word for word in TINY if not word.startswith(("system", "sampling"))]
 @pytest.fixture
 def folder(tmp_path, trained, monkeypatch):
     """A working directory as a user has it after a first run, on a corpus that is tiny."""
-    for name in ("out", "out-ar", "out-sudoku", "out-pairs", "out-documents"):
+    for name in ("out", "out-ar", "out-sudoku", "out-pairs", "out-documents", "out-sudoku9"):
         shutil.copytree(trained, tmp_path / name)
     (tmp_path / "corpora").mkdir()
     (tmp_path / "corpora" / "plays.txt").write_text(TEXT)
