@@ -112,6 +112,19 @@ def emulate(browser, scheme: str) -> None:
     browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": [feature]})
 
 
+def test_a_grid_is_shown_in_rows_and_columns_with_its_boxes(browser, remasked, tmp_path):
+    first, *rest = remasked[0]
+    path = tmp_path / "grid.html"
+    traces = [[first | {"grid": [8, 2, 4]}, *rest]]  # of 32 tokens: 4 rows of 8
+    path.write_text(page.assemble("view", "x", {"subtitle": "", "traces": traces}))
+    browser.get(path.as_uri())
+    boxes = [cell.rect for cell in cells(browser)]
+    assert len({box["y"] for box in boxes}) == 4 and len({box["x"] for box in boxes}) == 8
+    across = [round(b["x"] - a["x"]) for a, b in zip(boxes[:7], boxes[1:8], strict=True)]
+    down = [round(b["y"] - a["y"]) for a, b in zip(boxes[::8], boxes[8::8], strict=True)]
+    assert across[3] > across[2] == across[4] and down[1] > down[0] == down[2]
+
+
 def background(browser) -> str:
     return browser.execute_script("return getComputedStyle(document.body).backgroundColor")
 
