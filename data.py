@@ -141,7 +141,8 @@ def load(settings, tokenizer: object | None = None, sha256: str = "") -> Corpus:
         check_hash(corpus.name, corpus.sha256, sha256)
         return corpus
     cache = Path(os.environ.get("NANOMDM_CACHE", "prepared"))
-    content = text.find(settings.dataset, settings.path, cache, rows).for_tokenizer(tokenizer)
+    content = text.find(settings.dataset, settings.path, cache, rows)
+    content = content.for_tokenizer(tokenizer, sha256)
     if not settings.path:
         settings.dataset = content.name  # without a network it is another one, as after a resume
     check_hash(content.name, content.sha256, sha256)
@@ -186,8 +187,8 @@ def open_bins(
         own = load_tokenizer(meta["tokenizer"])
     except UserError as error:
         raise UserError(f"{folder}: {error}: prepare the data again") from error
-    if meta["layout"] == "pairs" and own.eos is None:
-        raise UserError(f"{folder} holds pairs, and its tokenizer has no end token: prepare again")
+    if meta["layout"] in ("documents", "pairs") and own.eos is None:
+        raise UserError(f"{folder} holds {meta['layout']}, and its tokenizer no end: prepare again")
     if tokenizer is not None and own.state() != tokenizer.state():
         raise UserError(f"{folder} was made with another tokenizer than the checkpoint has")
     train, val = (open_split(folder, split, meta, own.vocab_size) for split in SPLITS)

@@ -216,6 +216,8 @@ def main(config: Section) -> None:
     items = read_items(config.path, config.task)
     device = devices.pick_device(config.device)
     loaded = load_model(config.checkpoint, device, Transformer, ModelConfig)
+    if loaded.layout == "pairs":
+        raise UserError(f"{config.checkpoint} answers prompts, and knows no texts: name another")
     known = fit_for(items, loaded.tokenizer)
     if not known:
         raise UserError(f"every item of {config.path} has symbols that the tokenizer lacks")

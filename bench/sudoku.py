@@ -23,7 +23,7 @@ from nanomdm import cli, devices, strategies, sudoku, text, texts
 from nanomdm.bounds import wilson
 from nanomdm.checkpoint import Loaded, load_model
 from nanomdm.cli import Section
-from nanomdm.errors import UserError, write_atomically
+from nanomdm.errors import UserError, as_user_error, write_atomically
 from nanomdm.prompts import batches, make_canvas, with_blanks
 from nanomdm.random import generator
 
@@ -50,6 +50,8 @@ class Result(NamedTuple):
 def main(config: Section) -> None:
     if config.dataset not in sudoku.DATASETS:
         raise UserError(f"dataset={config.dataset}: choose {', '.join(sudoku.DATASETS)}")
+    if config.puzzles < 1 or config.seed < 0 or not all(map(str.isdecimal, config.steps)):
+        raise UserError("puzzles must be at least 1; seed and each of steps a number from 0 on")
     size, _ = sudoku.DATASETS[config.dataset]
     train, val = texts.split_texts(text.find(config.dataset, "", config.cache, rows=True))
     rng = np.random.default_rng(config.seed)
@@ -88,7 +90,7 @@ def share_of(word: str) -> float:
 
 def blanked(grid: str, share: float, rng: np.random.Generator) -> str:
     """The grid with a point in the place of this share of its cells."""
-    blanks = set(rng.permutation(len(grid))[: round(share * len(grid))].tolist())
+    blanks = set(rng.permutation(len(grid))[: max(1, round(share * len(grid)))].tolist())
     return "".join("." if i in blanks else digit for i, digit in enumerate(grid))
 
 
@@ -123,7 +125,8 @@ def orders(config: Section, loaded: Loaded):
         shown = "autoregressive" if causal else NAMES.get(name, name)
         for count in [0] if strategies.is_adaptive(name) else steps:
             section = SimpleNamespace(strategy=name, steps=count or 1, temperature=0.0, options={})
-            sampler = strategies.from_config(section, diffusion.sample, causal)
+            with as_user_error():
+                sampler = strategies.from_config(section, diffusion.sample, causal)
             yield (f"{shown}, {count} steps" if count else shown), sampler
 
 
@@ -137,14 +140,12 @@ def measure(
 ) -> Result:
     """All puzzles of a share of blanks, at temperature 0; 0 steps are one for each blank."""
     L, tokenizer = loaded.model.config.block_size, loaded.tokenizer
-    steps = 1 if order.endswith("steps") else round(share * size**2)
-    if not order.endswith("steps"):
-        sampler = strategies.Sampler(
-            sampler.sample, sampler.name, sampler.settings | {"steps": steps}
-        )
     is_pair = loaded.layout == "pairs"
     lines = puzzles if is_pair else [with_blanks(puzzle, ".") for puzzle in puzzles]
     canvases = [make_canvas(line, 0, tokenizer, L, loaded.layout) for line in lines]
+    if not order.endswith("steps"):
+        settings = sampler.settings | {"steps": int(canvases[0].is_masked.sum())}
+        sampler = strategies.Sampler(sampler.sample, sampler.name, settings)
     solved, calls = [], []
     for rows, ids, is_masked, starts in batches(canvases, 64):
         seeded = generator(0, "sudoku")

@@ -83,8 +83,10 @@ def _checked(found: dict) -> dict:
         raise UserError("expected a tokenizer, and dtype to be uint16 or uint32")
     if meta["check"] not in ("", digest(found)):
         raise UserError("its checksum is wrong")
-    if meta["layout"] not in ("stream", "documents", "pairs", "rows") or meta["row_length"] < 0:
+    if meta["layout"] not in ("stream", "documents", "pairs", "rows"):
         raise UserError("its layout is unknown")
+    if meta["row_length"] and (meta["row_length"] < 0 or meta["layout"] != "rows"):
+        raise UserError("its row_length cannot be")
     if not (meta["corpus"] + meta["sha256"]).isprintable():
         raise UserError("its names hold control characters")
     return meta

@@ -155,6 +155,8 @@ def validate(state: dict) -> None:
     for text in (state["origin"], state["corpus"].get("name"), state["corpus"].get("sha256")):
         if type(text) is not str or not text.isprintable():
             raise UserError("expected its origin, corpus.name and corpus.sha256 to be printable")
+    if state["corpus"].get("layout", "stream") not in ("stream", "documents", "pairs", "rows"):
+        raise UserError("its corpus.layout is unknown")
     if type(state["config"].get("data", {})) is not dict:
         raise UserError("expected config.data to be of type dict")
 

@@ -146,6 +146,7 @@ READS = {
 IDLE = (
     ("data.vocab_size", {"data.dir": bool, "data.tokenizer": lambda name: name != "ids"}),
     ("data.vocab_size", {"data.tokenizer": ("char", "byte", "gpt2").__contains__}),
+    ("blank", {"prompt": not_, "prompt_file": not_}),
     ("data.dataset", {"data.path": bool}),
     ("data.dataset", {"data.dir": bool}),
     (

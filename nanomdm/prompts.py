@@ -67,9 +67,17 @@ def read_lines(path: Path) -> list[str]:
 
 
 def with_blanks(line: str, blank: str) -> str:
-    """The line with [MASK*n] in the place of n characters of `blank`."""
-    runs = f"[{re.escape(blank)}]+"
-    return re.sub(runs, lambda run: f"[MASK*{len(run[0])}]", line) if blank else line
+    """The line with [MASK*n] in the place of n characters of `blank`; a backslash keeps one."""
+    if not blank:
+        return line
+    known, characters = BLANK.pattern, f"[{re.escape(blank)}]"
+
+    def written(match: re.Match) -> str:
+        if match[0].startswith("[MASK") or not match["run"]:
+            return match["kept"] or match[0]
+        return f"[MASK*{len(match['run'])}]"
+
+    return re.sub(rf"{known}|\\(?P<kept>{characters})|(?P<run>{characters}+)", written, line)
 
 
 def parse(prompt: str) -> list[str | int]:
@@ -121,8 +129,13 @@ def make_canvas(
     size = sum(piece if isinstance(piece, int) else len(piece) for piece in pieces)
     if layout == "rows" and len(pieces) > 1 and size != context:
         raise UserError(f"prompt has {size} tokens, and the checkpoint's rows have {context}")
+    if layout in ("documents", "pairs") and size >= context and len(pieces) == 1 and not length:
+        raise UserError(
+            f"prompt has {size} tokens with its end token, and the checkpoint's context {context}: "
+            "nothing is left to fill, shorten the prompt"
+        )
     if length or len(pieces) == 1:
-        limit = length or context
+        limit = length + (layout == "documents") if length else context
         if size > limit:
             name = "sampling.length" if length else "model.block_size"
             raise UserError(

@@ -62,6 +62,7 @@ def require_rows(splits: dict) -> None:
     for split, rows in splits.items():
         many = f"{rows.left_out:,} pairs of the {split} split are longer than {rows.length} tokens"
         if not len(rows):
+            many = many if rows.left_out else f"the {split} split holds no pair"
             raise UserError(f"{many}, and no other is there: set a larger model.block_size")
         if rows.left_out and parallel.world().is_main:
             print(f"{many}, the model's context, and are left out", file=sys.stderr)
@@ -70,7 +71,7 @@ def require_rows(splits: dict) -> None:
 def sample_text(run, generator) -> str:
     """A text for the log: from masks alone or, for pairs, the answer to a prompt of val."""
     tokenizer, L = run.corpus.tokenizer, run.model.config.block_size
-    canvas = make_canvas("", L, tokenizer, L, run.corpus.layout)
+    canvas = make_canvas("", 0, tokenizer, L, run.corpus.layout)
     prompt = ""
     if run.corpus.layout == "pairs":
         ids, predict, _ = run.blocks["val"][0]

@@ -57,17 +57,21 @@ class Content(NamedTuple):
         """Whether an end token follows each of the texts."""
         return self.layout in (DOCUMENTS, PAIRS)
 
-    def for_tokenizer(self, tokenizer) -> "Content":
-        """As one stream, if it is one document or for a tokenizer that cannot end documents."""
+    def for_tokenizer(self, tokenizer, sha256: str = "") -> "Content":
+        """As one stream, if it is one document or for a tokenizer that cannot end documents.
+
+        Also if `sha256` is that of the stream: checkpoints of earlier versions knew no documents.
+        """
         cannot = tokenizer is not None and tokenizer.eos is None
+        stream = self._replace(layout=STREAM, files=[(self.name, [self.text])])
         if self.layout == PAIRS and cannot:
             raise UserError(
                 f"{self.name} holds pairs, and the checkpoint's tokenizer has no end token: start "
                 "from one that was trained on documents or pairs"
             )
-        if self.layout != DOCUMENTS or len(self.texts) > 1 and not cannot:
-            return self
-        return self._replace(layout=STREAM, files=[(self.name, [self.text])])
+        if self.layout == DOCUMENTS and (cannot or len(self.texts) == 1 or stream.sha256 == sha256):
+            return stream
+        return self
 
 
 def find(dataset: str, path: str, cache: str | Path, rows: bool = False) -> Content:
@@ -126,6 +130,8 @@ def read(path: str | Path, rows: bool = False) -> Content:
             texts = [line for text in texts for line in text.split("\n") if line]
         kinds.add(kind)
         found.append((file.relative_to(path).as_posix() if path.is_dir() else path.name, texts))
+    if not any(texts for _, texts in found):
+        raise UserError(f"{path} has no line with text: name another file")
     if PAIRS in kinds and (len(kinds) > 1 or rows):
         raise UserError(f"{path} holds pairs: leave out data.rows, and files without pairs")
     layout = DOCUMENTS if path.is_dir() and PAIRS not in kinds else kinds.pop()
@@ -156,9 +162,11 @@ def _jsonl(path: Path, lines: str) -> tuple[str, list[str]]:
                 texts += [found[field] for field in fields]
                 "".join(texts[-2:]).encode()  # raises for a lone surrogate
             except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
-                wanted = '"prompt" and a "response"' if fields == PAIR else '"text"'
+                wanted = '"text" field, or in every line with "prompt" and "response"'
+                if fields == PAIR:
+                    wanted = '"prompt" and a "response" field'
                 raise UserError(
-                    f"{path}, line {number}: expected a JSON object with a {wanted} field"
+                    f"{path}, line {number}: expected a JSON object with a {wanted}"
                 ) from None
             if not texts[-1] and fields == PAIR:
                 raise UserError(f"{path}, line {number}: the response is empty: leave it out")

@@ -68,7 +68,8 @@ def encode(
         length = length or len(ids)
         if layout == text.ROWS and len(ids) != length:
             raise UserError(
-                f"row {number} has {len(ids)} tokens, not {length}: rows have one length"
+                f"row {number} has {len(ids)} tokens, not {length}: one length is needed, in "
+                "tokens, which are characters with data.tokenizer=char"
             )
         if has_ends and (ids == eos).any():
             raise UserError(f"text {number} spells the end token: take it out")
@@ -79,18 +80,19 @@ def encode(
 def tokenize(content: text.Content, kind: str, vocab_size: int, tokenizer=None) -> tuple:
     """(tokenizer, ids of the splits, what a meta file says); `tokenizer`: that of a checkpoint."""
     splits = split_texts(content)
-    between = "" if content.layout == text.ROWS else "\n"
+    is_rows = content.layout == text.ROWS
+    between = "" if is_rows and kind == "char" else "\n"  # which is no character of any row
     whole, size = between.join(content.texts), len(between.join(splits[0]))
     if tokenizer is None:
         tokenizer = train_tokenizer(kind, whole, size, vocab_size, content.has_ends)
     is_cut = content.layout == text.DOCUMENTS and sum(map(len, splits)) > len(content.texts)
+    length = len(tokenizer.encode(content.texts[0])) if is_rows else 0
     train, val = (
-        encode(texts, content.layout, tokenizer, is_cut and texts is splits[0]) for texts in splits
+        encode(texts, content.layout, tokenizer, is_cut and texts is splits[0], length)
+        for texts in splits
     )
     about = {"corpus": content.name, "sha256": content.sha256, "layout": content.layout}
-    if content.layout == text.ROWS:
-        about["row_length"] = len(val) // len(splits[1])
-    return tokenizer, {"train": train, "val": val}, about
+    return tokenizer, {"train": train, "val": val}, about | {"row_length": length}
 
 
 def check_layout(name: str, found: str, wanted: str) -> None:

@@ -41,6 +41,8 @@ class Tokenizer:
 
     def set_size(self, vocab_size: int, ends: bool) -> None:
         """The last of the `vocab_size` tokens is the end token, if documents have `ends`."""
+        if type(ends) is not bool:
+            raise UserError("expected ends to be true or false")
         self.vocab_size, self.ends = vocab_size, ends
         self.eos = vocab_size - 1 if ends else None
 
@@ -75,7 +77,7 @@ class CharTokenizer(Tokenizer):
         except KeyError as error:
             raise UserError(
                 f"the tokenizer has no character {error} (position {text.index(error.args[0])}), "
-                f"only the {self.vocab_size} of its training text: leave it out or train with "
+                f"only the {len(self.characters)} of its training text: leave it out or train with "
                 "data.tokenizer=byte"
             ) from None
 

@@ -122,6 +122,7 @@ def test_the_meta_file_says_what_the_bins_hold(tmp_path):
         "tokens": {"train": 90, "val": 10},
         "tokenizer": {"kind": "char", "characters": "ab", "ends": False},
         "layout": "stream",
+        "row_length": 0,
     }
 
 

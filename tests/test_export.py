@@ -147,17 +147,21 @@ def test_the_rope_tables_of_a_rounded_network_are_made_again_rounded(tmp_path):
 
 
 def any_text(kind: str, rng: random.Random) -> str:
-    if kind == "char":
+    if kind.startswith("char"):
         return "".join(rng.choices("\nañ€😀 The", k=rng.randrange(30)))
     ranges = [(32, 127), (0, 0xD800), (0x10000, 0x110000), (9, 14)]
     return "".join(chr(rng.randrange(*rng.choice(ranges))) for _ in range(rng.randrange(30)))
 
 
-@pytest.mark.parametrize("kind", ["char", "byte", "bpe", "gpt2"])
+@pytest.mark.parametrize(
+    "kind", ["char", "char with ends", "byte", "byte with ends", "bpe", "gpt2"]
+)
 def test_any_text_has_our_ids_and_comes_back(kind, request, tmp_path):
     ours = {
         "char": lambda: CharTokenizer("\nañ€😀 The"),
+        "char with ends": lambda: CharTokenizer("\nañ€😀 The", ends=True),
         "byte": ByteTokenizer,
+        "byte with ends": lambda: ByteTokenizer(ends=True),
         "bpe": lambda: BPETokenizer.train(POEM, len(POEM), 280),
         "gpt2": lambda: request.getfixturevalue("gpt2_tokenizer"),
     }[kind]()

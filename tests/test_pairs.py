@@ -145,6 +145,42 @@ def test_an_end_token_follows_each_document_and_each_part_of_a_pair_but_no_row()
     assert texts.encode(["ab", "ca"], "rows", TOKENIZER).tolist() == [0, 1, 2, 0]
 
 
+@pytest.mark.parametrize(
+    ("kind", "lines"),
+    [
+        ("char", ["abcd"] * 9 + ["ab"]),
+        ("ids", ["1 2 3"] * 9 + ["1 2"]),
+        ("char", ["ab"] * 9 + ["a"]),
+    ],
+)
+def test_a_row_of_another_length_is_found_in_the_other_split_too(kind, lines, tmp_path):
+    with pytest.raises(UserError, match=r"row \d has \d tokens, not \d: one length"):
+        data.prepare(content("rows", lines), kind, 9, tmp_path)
+
+
+def test_a_bpe_learns_from_rows_one_by_one_and_says_why_they_do_not_fit(tmp_path):
+    pytest.importorskip("tokenizers")
+    lines = [f"{n:036d}" for n in range(20_000)]
+    with pytest.raises(UserError, match=r"which are characters with data\.tokenizer=char"):
+        data.prepare(content("rows", lines), "bpe", 300, tmp_path)
+
+
+@pytest.mark.parametrize("rows", ["data.rows=true", "data.rows=false"])
+def test_a_file_of_empty_lines_is_refused(rows, run, tmp_path):
+    (tmp_path / "blank.txt").write_text("\n\n" if rows.endswith("true") else "")
+    result = run("train.py", *TINY, "data.path=blank.txt", rows)
+    assert result.code == 2 and "blank.txt" in result.err and "name a" in result.err
+
+
+def test_documents_of_an_earlier_versions_run_are_the_stream_that_they_were(tmp_path):
+    """Whose tokenizer may have had an end token, as GPT-2's."""
+    texts_ = content("documents", ["ab", "ba"] * 9)
+    assert (
+        texts_.for_tokenizer(TOKENIZER, content("stream", [texts_.text]).sha256).layout == "stream"
+    )
+    assert texts_.for_tokenizer(TOKENIZER, texts_.sha256).layout == "documents"
+
+
 def test_rows_of_unequal_length_are_refused_with_the_number_of_the_first():
     with pytest.raises(UserError, match="row 3 has 1 tokens, not 2"):
         texts.encode(["ab", "ca", "b"], "rows", TOKENIZER)
@@ -260,7 +296,7 @@ def test_the_bound_of_an_answer_is_that_of_the_conditional_law_by_its_own_tokens
 
 
 def test_a_documents_canvas_begins_where_a_document_begins():
-    canvas = prompts.make_canvas("ab", 6, TOKENIZER, 9, "documents")
+    canvas = prompts.make_canvas("ab", 5, TOKENIZER, 9, "documents")
     assert canvas.ids.tolist() == [END, 0, 1, 0, 0, 0] and canvas.start == 1
     assert canvas.is_masked.tolist() == [False] * 3 + [True] * 3
 
@@ -293,6 +329,32 @@ def test_characters_that_are_blanks_stand_for_one_mask_each():
     canvas = prompts.make_canvas(line, 0, TOKENIZER, 6, "rows")
     assert canvas.is_masked.tolist() == [False, True, True, False, True, True]
     assert prompts.with_blanks("a..b", "") == "a..b"
+
+
+@pytest.mark.parametrize(
+    ("line", "blank", "expected"),
+    [
+        ("1.[MASK*10].", ".", "1[MASK][MASK*10][MASK]"),
+        ("10[MASK*10]00", "0", "1[MASK][MASK*10][MASK*2]"),
+        (r"a\.b.", ".", "a.b[MASK]"),
+        (r"\[MASK].", ".", r"\[MASK][MASK]"),
+        ("a-]^b", "]^-", "a[MASK*3]b"),
+    ],
+)
+def test_blanks_leave_other_blanks_and_kept_characters_alone(line, blank, expected):
+    assert prompts.with_blanks(line, blank).replace("[MASK*1]", "[MASK]") == expected
+
+
+def test_a_prompt_that_leaves_nothing_to_fill_is_refused():
+    for layout, longest in (("documents", "abcab"), ("pairs", "abcab")):
+        with pytest.raises(UserError, match="nothing is left to fill, shorten the prompt"):
+            prompts.make_canvas(longest, 0, TOKENIZER, 6, layout)
+        assert prompts.make_canvas(longest[:-1], 0, TOKENIZER, 6, layout).is_masked.sum() == 1
+
+
+def test_the_length_of_a_document_does_not_count_the_token_that_it_begins_with():
+    canvas = prompts.make_canvas("ab", 4, TOKENIZER, 9, "documents")
+    assert len(canvas.ids) - canvas.start == 4
 
 
 # --- The whole way ------------------------------------------------------------------------------
@@ -472,7 +534,7 @@ def test_rows_set_the_context_and_another_one_is_refused(run, tmp_path):
 def test_bins_and_checkpoints_whose_layout_cannot_be_are_refused(trained, tmp_path):
     tokens = {split: np.zeros(9, dtype=np.uint16) for split in data.SPLITS}
     for number, (layout, says) in enumerate(
-        [("pairs", "holds pairs, and its tokenizer has no end token"), ("heap", "is unknown")]
+        [("pairs", "holds pairs, and its tokenizer no end"), ("heap", "is unknown")]
     ):
         folder = tmp_path / str(number)
         data.write_bins(folder, tokens, CharTokenizer("a"), {"layout": layout})
@@ -523,6 +585,7 @@ def test_grids_of_another_size_and_bins_of_another_layout_are_not_scored(run, tm
     tokens = {split: tokenizer.encode("abcd" * 4) for split in data.SPLITS}
     data.write_bins(tmp_path / "bins", tokens, tokenizer, {"layout": "stream"})
     assert run("eval.py", "checkpoint=out/ckpt.pt", "data.dir=bins").code == 0
+    tokenizer = CharTokenizer(tokenizer.characters, ends=True)
     data.write_bins(tmp_path / "more", tokens, tokenizer, {"layout": "documents"})
     result = run("eval.py", "checkpoint=out/ckpt.pt", "data.dir=more")
     assert result.code == 2 and "holds documents, not rows" in result.err

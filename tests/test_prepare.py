@@ -147,6 +147,15 @@ def test_prompts_and_responses_become_pairs_each_in_one_split(
     assert list(found) == sorted(found, key=lambda a: (found[a][1] == "val", int(a[6:-1])))
 
 
+def test_pairs_that_were_all_read_are_not_read_beyond_the_limit(tmp_path):
+    (tmp_path / "p.jsonl").write_text('{"q": "a", "a": "b"}\n' * 10)
+    where = (str(tmp_path / "p.jsonl"), "", "", "train", "q", "a", "", "", 3, 0.5)
+    source = sources.Source(*where)
+    assert sum(len(batch.pieces) for batch in source.read(source.load())) == 2 * 3
+    assert [len(batch.pieces) for batch in source.read(source.load(), 2)] == [2]
+    assert list(source.read(source.load(), 3)) == []
+
+
 def test_the_share_that_is_held_out_is_the_one_asked_for():
     held = sum(sources.share(f"text {n}") < 0.1 for n in range(20_000))
     assert abs(held / 20_000 - 0.1) < 4 * (0.1 * 0.9 / 20_000) ** 0.5

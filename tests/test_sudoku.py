@@ -142,6 +142,8 @@ def test_the_benchmark_counts_puzzles_calls_and_what_each_order_solves(run, cach
         assert "<svg" in Path(f"sudoku-{theme}.svg").read_text()
     result = run("bench.sudoku", "checkpoint=out/ckpt.pt", "dataset=sudoku6", cached)
     assert result.code == 2 and "knows no 6 x 6 grids" in result.err
+    result = run("bench.sudoku", "checkpoint=out/ckpt.pt", "strategies=[foo]", cached, *BENCH)
+    assert result.code == 2 and "sampling.strategy=foo is unknown" in result.err
 
 
 def test_a_network_that_knows_the_solution_solves_every_puzzle(run, cached, monkeypatch):
@@ -196,6 +198,9 @@ def test_a_control_is_trained_on_pairs_and_asked_for_the_solution(objective, run
         (("dataset=sudoku5",), "dataset=sudoku5: choose sudoku4, sudoku6, sudoku9"),
         (("blanks=[0]",), "blanks=0 must be a share of the cells"),
         (("blanks=[half]",), "blanks=half must be a share of the cells"),
+        (("puzzles=0",), "puzzles must be at least 1"),
+        (("seed=-1",), "seed and each of steps a number from 0 on"),
+        (("steps=[x]",), "seed and each of steps a number from 0 on"),
     ],
 )
 def test_settings_out_of_range_are_refused(words, says, run, cached):

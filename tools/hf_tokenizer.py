@@ -20,7 +20,7 @@ def convert(tokenizer, vocab_size: int):
         raise UserError(f"a tokenizer {tokenizer.kind} has no form for transformers: export others")
     converted = makers[tokenizer.kind](tokenizer, lib)
     if tokenizer.eos is not None:
-        converted.add_special_tokens([converted.id_to_token(tokenizer.eos)])
+        converted.add_special_tokens([converted.id_to_token(tokenizer.eos) or ours.EOT])
     converted.add_special_tokens([lib.AddedToken(MASK, normalized=False)])
     if converted.token_to_id(MASK) != vocab_size:
         raise UserError(f"the tokenizer already has a token {MASK} or an id {vocab_size}")

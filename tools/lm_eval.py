@@ -87,6 +87,8 @@ def main(config: Section) -> None:
     check_choice("strategy", config.strategy, strategies.STRATEGIES)
     device = devices.pick_device(config.device)
     loaded = load_model(config.checkpoint, device, Transformer, ModelConfig)
+    if loaded.layout == "pairs":
+        raise UserError(f"{config.checkpoint} answers prompts, and knows no texts: name another")
     results = lm_eval.simple_evaluate(
         model=make_adapter(loaded, config),
         tasks=config.tasks,

@@ -210,6 +210,8 @@ def main(config: Section) -> None:
     source = sources.Source(*where, *cut)
     recipe = {k: v for k, v in config.as_dict().items() if k not in NO_RECIPE}
     recipe["files"] = source.fingerprint()
+    if not config.response:
+        del recipe["response"]  # preparations of earlier versions have none
     out = Path(config.out or Path("prepared", Path(config.dataset).resolve().name))
     with folders.locked(out, "out"):
         if (out / "meta.json").is_file():

@@ -27,7 +27,7 @@ from nanomdm import strategies
 from nanomdm.checkpoint import Loaded
 from nanomdm.cli import Section
 from nanomdm.errors import UserError
-from nanomdm.prompts import Canvas
+from nanomdm.prompts import Canvas, lengths
 from tools import page
 from tools.guard import Guard, Patient, Refusal, read_object, refuse
 from tools.trace import canvas_of, record, text_of
@@ -217,7 +217,9 @@ class Stream(Response):
         canvas, sampler, seed = self.work
         filled = record(loaded, [canvas], sampler, seed, post)
         end = {"calls": filled.calls, "seconds": time.perf_counter() - start}
-        text = loaded.tokenizer.decode(filled.ids[0].tolist())
+        ids, tokenizer = filled.ids.cpu(), loaded.tokenizer
+        length = lengths(ids, canvas.is_masked[None], tokenizer.eos)
+        text = tokenizer.decode(ids[0, canvas.start : length].tolist())
         return chunk("done", end | {"label": sampler.label, "text": text})
 
 

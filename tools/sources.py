@@ -54,6 +54,8 @@ class Source:
             raise UserError("no dataset: name one of the hub or a folder, as in dataset=my-texts")
         if not 0 < self.val < 1:
             raise UserError(f"val={self.val} must lie between 0 and 1: a share of the documents")
+        if self.begins and self.response:
+            raise UserError("begins= is for documents, response= for pairs: leave one of them out")
         if self.limit < 0:
             raise UserError(f"limit={self.limit} must be 0 (all) or more")
         try:
@@ -188,6 +190,8 @@ class Source:
     def read_pairs(self, dataset, done: int) -> Iterator[Batch]:
         """Batches of prompts and responses, which stay together; empty responses are left out."""
         pieces, size = [], 0
+        if self.limit and done >= self.limit:
+            return
         for row in self.raw(dataset):
             prompt, response = (self.text_of(row, name) for name in (self.column, self.response))
             if not response:

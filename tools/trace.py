@@ -174,9 +174,9 @@ class Numbers:
 def grid_of(loaded: Loaded, length: int) -> dict:
     """How to show a square of rows as one: its columns, and the rows and columns of a box in it."""
     side = math.isqrt(length)
-    if loaded.layout != "rows" or side**2 != length:
+    if loaded.layout != "rows" or side**2 != length or side > 16:
         return {}
-    is_sudoku = loaded.state["corpus"]["name"] in sudoku.DATASETS
+    is_sudoku = loaded.state["corpus"]["name"] in sudoku.DATASETS and side in sudoku.BOXES
     return {"grid": [side, *(sudoku.BOXES[side] if is_sudoku else (side, side))]}
 
 
