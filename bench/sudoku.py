@@ -210,7 +210,7 @@ def plot(results: Sequence[Result], path: Path) -> None:
                     axis.plot(x, y, "o-", color=colours[dark], lw=2, label=order)
             axis.set(xlabel="cells that are blank", ylabel="puzzles solved", ylim=(0, 1.02))
             for ticks in (axis.xaxis, axis.yaxis):
-                ticks.set_major_formatter(PercentFormatter(1.0))
+                ticks.set_major_formatter(PercentFormatter(1.0, decimals=0))
             axis.set_xticks(sorted({result.blanks for result in results}))
             axis.grid(alpha=0.2)
             axis.legend(fontsize=11, frameon=False)
