@@ -19,7 +19,6 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Generator, Tensor
 
 from nanomdm import folders, text
@@ -93,14 +92,23 @@ class Rows:
         return len(self.starts)
 
     def __getitem__(self, i: int) -> Row:
-        start = self.starts[i]
-        ids = torch.from_numpy(self.tokens[start : start + self.length].astype(np.int64))
+        ids, predict = (tensor[0] for tensor in self.read([i]))
+        filling = (ids == self.tokenizer.eos).sum() - 2 if self.has_pairs else 0
+        return Row(ids, predict, int(predict.sum() - filling))
+
+    def read(self, numbers: list[int]) -> tuple[Tensor, Tensor]:
+        """The ids of rows, and which of their tokens are predicted, both (B, L)."""
+        starts, L = map(self.starts.__getitem__, numbers), self.length
+        rows = [self.tokens[start : start + L] for start in starts]
         if not self.has_pairs:
-            return Row(ids, torch.ones_like(ids, dtype=torch.bool), len(ids))
+            ids = torch.from_numpy(np.stack(rows).astype(np.int64))
+            return ids, torch.ones_like(ids, dtype=torch.bool)
         eos = self.tokenizer.eos
-        prompt, answer = (ids == eos).nonzero()[:2, 0].tolist()
-        ids = F.pad(ids[:answer], (0, self.length - answer), value=eos)
-        return Row(ids, torch.arange(self.length) > prompt, answer - prompt)
+        rows = [np.pad(row, (0, L - len(row)), constant_values=eos) for row in rows]
+        ids = torch.from_numpy(np.stack(rows).astype(np.int64))
+        is_end = ids == eos
+        ends = is_end.cumsum(dim=1)  # 1 from the end of the prompt on, 2 from that of the answer
+        return ids.masked_fill(ends > 1, eos), ends - is_end.int() > 0
 
     def batch(
         self, batch_size: int, generator: Generator, rows: Tensor | None = None
@@ -108,10 +116,9 @@ class Rows:
         """Random rows and which tokens to predict, both (B, L); `rows` picks some of the batch."""
         chosen = torch.randint(len(self), (batch_size,), generator=generator)
         chosen = chosen if rows is None else chosen[rows]
-        ids, predict, _ = zip(*(self[i] for i in chosen.tolist()), strict=True)
-        x0 = torch.stack(ids)
+        x0, predict = self.read(chosen.tolist())
         check_ids(x0.numpy(), self.tokenizer.vocab_size, "the train split")
-        return x0, torch.stack(predict)
+        return x0, predict
 
     def evenly(self, limit: int = 0) -> list[Row]:
         """All rows or, with a `limit`, those that hold about so many tokens, evenly spaced."""

@@ -63,15 +63,15 @@ class Content(NamedTuple):
         Also if `sha256` is that of the stream: checkpoints of earlier versions knew no documents.
         """
         cannot = tokenizer is not None and tokenizer.eos is None
-        stream = self._replace(layout=STREAM, files=[(self.name, [self.text])])
         if self.layout == PAIRS and cannot:
             raise UserError(
                 f"{self.name} holds pairs, and the checkpoint's tokenizer has no end token: start "
                 "from one that was trained on documents or pairs"
             )
-        if self.layout == DOCUMENTS and (cannot or len(self.texts) == 1 or stream.sha256 == sha256):
-            return stream
-        return self
+        if self.layout != DOCUMENTS or not (cannot or sha256 or len(self.texts) == 1):
+            return self
+        stream = self._replace(layout=STREAM, files=[(self.name, [self.text])])
+        return stream if cannot or len(self.texts) == 1 or stream.sha256 == sha256 else self
 
 
 def find(dataset: str, path: str, cache: str | Path, rows: bool = False) -> Content:
