@@ -61,6 +61,7 @@ def masked_diffusion_loss(
     eps: float = 1e-3,
     weighting: float = 1.0,
     predict: Tensor | None = None,
+    block_length: int = 0,
     share: tuple[Tensor, int] | None = None,
     nll: Callable | None = None,
 ) -> Tensor:
@@ -79,27 +80,48 @@ def masked_diffusion_loss(
     masked token costs c. `nll(xt, x0, is_masked)` -> (B, L) takes the place of `nll_from_logits`
     for a model that computes its own cross-entropies, as a `Transformer` does; `model` is then
     unused. Raises `ValueError` for a weighting out of its range.
+
+    With a `block_length` each block of so many tokens has a time of its own, and is predicted from
+    itself and the clean blocks before it (BD3-LM, arXiv 2503.09573). It gets the masks of the bound
+    (`any_order`), l of M tokens, with the weight (M / l)^g over its mean: with a Bernoulli draw for
+    each token a small block would often have no mask, and be computed in vain.
     """
     if not 0 <= weighting <= 1:
         raise ValueError(f"{weighting=} must lie in [0, 1]; 1 is the weight of the bound")
-    nll = nll or partial(nll_from_logits, model)
+    nll = nll or partial(nll_from_logits, model, block_length=block_length)
     rows, n = share or (_rows(x0, None), len(x0))
     t = (rows[:, None] + hash_noise(draw_seed(generator), rows, 1)) / n  # (B, 1)
-    p_mask = mask_probability(t, eps)
     predict = torch.ones_like(x0, dtype=torch.bool) if predict is None else predict
-    p_token = p_mask * predict.to(p_mask.device)  # (B, L): 0 for context
-    xt, is_masked = mask_tokens(x0, p_token, mask_id, generator, rows)
+    if block_length:
+        noise = hash_noise(draw_seed(generator), rows, x0.size(1))
+        noise = noise.masked_fill(~predict.to(noise.device), 2.0)
+        is_masked, _, ratio = next(in_blocks(any_order, t[:, 0], noise, block_length))
+        shares = torch.arange(1, block_length + 1) / block_length
+        weight = ratio**weighting / (shares ** (1 - weighting)).mean()  # (B, L)
+        is_masked = is_masked.to(x0.device)
+        xt = x0.masked_fill(is_masked, mask_id)
+    else:
+        p_mask = mask_probability(t, eps)
+        p_token = p_mask * predict.to(p_mask.device)  # (B, L): 0 for context
+        xt, is_masked = mask_tokens(x0, p_token, mask_id, generator, rows)
+        weight = (2 - weighting) * p_mask**-weighting  # (B, 1)
     costs = nll(xt, x0, is_masked)  # (B, L), 0 where nothing is masked
-    weight = (2 - weighting) * p_mask**-weighting  # (B, 1)
     return ((costs * weight.to(costs)).sum(dim=1) / predict.sum(dim=1)).mean()
 
 
-def nll_from_logits(model: Callable, xt: Tensor, x0: Tensor, where: Tensor) -> Tensor:
+def nll_from_logits(
+    model: Callable, xt: Tensor, x0: Tensor, where: Tensor, block_length: int = 0
+) -> Tensor:
     """Cross-entropies (B, L) in nats, 0 outside `where` (B, L), from a model's logits (B, L, V).
 
-    In float32 at least, in float64 for a float64 model.
+    In float32 at least, in float64 for a float64 model. With a `block_length` in a call for each
+    block, which sees itself as it is in xt and the blocks before it as they are in x0.
     """
-    logits = _at_least_float32(model(xt)[where])  # (N, V)
+    L, size = x0.size(1), block_length or x0.size(1)
+    logits = [
+        model(torch.cat((x0[:, :i], xt[:, i : i + size]), dim=1))[:, i:] for i in range(0, L, size)
+    ]
+    logits = _at_least_float32(torch.cat(logits, dim=1)[where])  # (N, V)
     nll = F.cross_entropy(logits, x0[where], reduction="none")
     return nll.new_zeros(x0.shape).masked_scatter(where, nll)
 
@@ -119,12 +141,12 @@ def any_order(u: Tensor, noise: Tensor) -> Iterator:
     """
     M = (noise < 1).sum(dim=1)
     count = (u * M).long() + 1
-    hidden = noise.argsort().argsort() < count[:, None]
+    hidden = (noise.argsort().argsort() < count[:, None]) & (noise < 1)
     yield hidden, hidden, M.double() / count
 
 
 def nelbo(
-    model: Callable, x0: Tensor, *, nll: Callable | None = None, **options
+    model: Callable, x0: Tensor, *, nll: Callable | None = None, block_length: int = 0, **options
 ) -> tuple[float, float]:
     """(value, standard error) of an upper bound on -log p(x0), in nats per token.
 
@@ -132,7 +154,8 @@ def nelbo(
     given and the masks are random: the error is that over the masks (nan for one draw). `options`
     are those of `estimate`.
     """
-    nats, _, counts = estimate(any_order, nll or partial(nll_from_logits, model), x0, **options)
+    nll = nll or partial(nll_from_logits, model, block_length=block_length)
+    nats, _, counts = estimate(any_order, nll, x0, block_length=block_length, **options)
     values = nats.sum(dim=1) / counts.sum()  # (draws,)
     error = values.std() / len(values) ** 0.5 if len(values) > 1 else math.nan
     return float(values.mean()), float(error)
@@ -146,6 +169,7 @@ def estimate(
     *,
     mask_id: int,
     predict: Sequence[Tensor] | None = None,
+    block_length: int = 0,
     generator: Generator | None = None,
     draws: int = 8,
     batch_size: int = 64,
@@ -161,7 +185,8 @@ def estimate(
     An estimator turns u (B,), uniform in [0, 1), and noise (B, L), uniform in [0, 1) where a token
     is to be predicted and 2 where it is context, into queries (hidden, scored, weight): mask
     `hidden` (B, L), sum the cross-entropies over `scored` (B, L), multiply by `weight` (B,). The
-    sum over its queries estimates the bound that the estimator stands for.
+    sum over its queries estimates the bound that the estimator stands for. With a `block_length` it
+    gets a row for each block, and `nll` predicts a block from itself and the clean ones before it.
 
     Returns, on the CPU: nats (draws, N) float64, the estimates, summed over the tokens of a row; u
     (draws, N) float64; counts (N,) int64, the tokens of each row that are predicted.
@@ -183,12 +208,30 @@ def estimate(
         for length in lengths.unique():
             for rows in (lengths == length).nonzero().squeeze(1).split(batch_size):
                 batch = torch.stack([x0[i] for i in rows])  # (B, L)
-                queries = estimator(u[draw, rows], torch.stack([noise[i] for i in rows]))
+                row_noise = torch.stack([noise[i] for i in rows])
+                queries = in_blocks(estimator, u[draw, rows], row_noise, block_length)
                 for hidden, scored, weight in queries:
                     hidden, scored = hidden.to(batch.device), scored.to(batch.device)
                     costs = nll(batch.masked_fill(hidden, mask_id), batch, scored).cpu()  # (B, L)
-                    nats[draw, rows] += costs.sum(dim=1, dtype=u.dtype) * weight
+                    nats[draw, rows] += (costs.to(u) * weight).sum(dim=1)
     return nats, u, counts
+
+
+def in_blocks(
+    estimator: Callable, u: Tensor, noise: Tensor, block_length: int
+) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """The queries of an estimator for which each block is a row; all three have the shape (B, L).
+
+    The times of a row's blocks, as uniform as its u (B,), are spread evenly. 0 is one block.
+    """
+    L = noise.size(1)
+    size = block_length or L
+    blocks = F.pad(noise, (0, -L % size), value=2.0).view(-1, size)
+    turns = torch.arange(len(blocks) // len(u), device=u.device) * (GOLDEN / 2**64)
+    times = ((u[:, None] + turns) % 1).flatten()  # (B blocks,)
+    for hidden, scored, weight in estimator(times, blocks):
+        query = hidden, scored, weight[:, None].expand_as(blocks)
+        yield tuple(part.reshape(len(u), -1)[:, :L] for part in query)
 
 
 def stratified_pairs(n: int, generator: Generator | None = None) -> Tensor:

@@ -17,8 +17,9 @@ def main(config: cli.Section) -> None:
     device = devices.pick_device(config.system.device)
     names = [name for name in (config.checkpoint, config.eval.against) if name]
     models = [checkpoint.load_model(name, device, Transformer, ModelConfig) for name in names]
-    exact = [loaded.model.config.causal for loaded in models]
-    masked = {"eval.bounds", "eval.samplers", "eval.curve"}
+    shape = models[0].model.config
+    exact = [bounds.is_exact(loaded.model.config) for loaded in models]
+    masked = {"eval.bounds", "eval.samplers"}
     if exact[0] and (about_masks := config.explicit & masked):
         raise UserError(
             f"{min(about_masks)} is about masks, and {names[0]} is autoregressive, scored exactly: "
@@ -41,19 +42,20 @@ def main(config: cli.Section) -> None:
 
     def show(found: dict) -> None:
         figures.update(found)
-        for line in report.lines(found, config.eval.curve):
+        for line in report.lines(found):
             print(visible(line, sys.stdout), flush=True)
 
     with devices.autocast(device, dtype):
         samples, seconds = measure(models[0], chosen["uniform"], scored, config)
         show({"seed": config.system.seed} | report.likelihood(samples, scored, exact[0]))
         if not exact[0]:
-            show(report.cost_by_rate(samples))
+            if not shape.block_length:  # a row of blocks has no masking rate
+                show(report.cost_by_rate(samples))
             measured = {"uniform": (chosen["uniform"], samples, seconds)}
             for name, bound in chosen.items():
                 if name != "uniform":
                     measured[name] = (bound, *measure(models[0], bound, scored, config))
-            show(report.side_by_side(measured))
+            show(report.side_by_side(measured, shape.block_length > 0))
             rows = []
             for name, bound in samplers.items():
                 found = measure(models[0], bound, scored, config)
@@ -83,7 +85,8 @@ def measure(
     model, start = loaded.model, time.perf_counter()
     if model.config.causal and not bound.strategy:
         bound = bounds.AUTOREGRESSIVE
-    draws, seed = 1 if bound.exact else config.eval.draws, config.system.seed
+    exact, seed = bound.exact or bounds.is_exact(model.config), config.system.seed
+    draws = 1 if exact else config.eval.draws
     with runlog.progress(draws * bound.calls * sum(map(len, scored.rows)), "token") as advance:
         if bound.strategy:
             found = bounds.score(
@@ -101,6 +104,7 @@ def measure(
             [row.to(model.device) for row in scored.rows],
             mask_id=model.config.mask_id,
             predict=scored.predict,
+            block_length=model.config.block_length,
             generator=generator(seed, "evaluation"),
             draws=draws,
         )

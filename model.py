@@ -8,6 +8,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention.flex_attention import flex_attention
 from torch.utils.checkpoint import checkpoint
 
 # On a CPU, softmax(QK^T)V written out beats PyTorch's fused attention up to this length.
@@ -35,6 +36,7 @@ class ModelConfig:
     tie_weights: bool = True  # the head uses the rows of the embedding
     qk_norm: bool = True  # queries and keys are normalised
     conv_width: int = 0  # positions that a short convolution sees; 0 for none
+    block_length: int = 0  # tokens of a block, which sees the blocks before it; 0: all see all
     learned_positions: bool = False  # also a learned vector for each position: for grids
     mlp_size: int = 0  # width of the SwiGLU layer; 0 for 8/3 of n_embd
     norm_eps: float = 1e-5  # of the RMSNorms
@@ -48,7 +50,7 @@ class ModelConfig:
             if type(value) is not kind and (type(value), kind) != (int, float):  # 1 for 1.0
                 raise ValueError(f"model.{field.name}={value!r} is not of type {kind.__name__}")
         least = dict.fromkeys(("vocab_size", "block_size", "n_layer", "n_head", "n_embd"), 1)
-        least |= {"mlp_size": 0, "norm_eps": 0, "rope_base": 1}
+        least |= {"block_length": 0, "mlp_size": 0, "norm_eps": 0, "rope_base": 1}
         for name, limit in least.items():
             if not limit <= getattr(self, name) < math.inf:
                 raise ValueError(
@@ -74,6 +76,11 @@ class ModelConfig:
             raise ValueError(
                 f"model.conv_width={self.conv_width} must be odd, for as many neighbours on each "
                 "side, or 0 for none"
+            )
+        if self.block_length and (self.causal or self.block_size % self.block_length):
+            raise ValueError(
+                f"model.block_length={self.block_length} must divide model.block_size="
+                f"{self.block_size}, and is for training.objective=diffusion: choose 0 or a divisor"
             )
         if not 0 <= self.dropout < 1:
             raise ValueError(f"model.dropout={self.dropout} must lie in [0, 1)")
@@ -113,34 +120,58 @@ def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.cat((x1 * cos - x2 * sin, x1 * sin + x2 * cos), dim=-1).type_as(x)
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, causal: bool = False) -> Tensor:
-    """Attention of (B, H, L, K) queries, keys and values: full (bidirectional), unless `causal`."""
-    if q.device.type == "cpu" and q.size(-2) <= WRITTEN_OUT_UP_TO:
+def attend(q: Tensor, k: Tensor, v: Tensor, sees=None, causal: bool = False) -> Tensor:
+    """Attention of (B, H, L, K) queries, keys and values: full (bidirectional), unless `causal`.
+
+    `sees` are the keys that each query sees: booleans (L, L), or a mask of FlexAttention.
+    """
+    if not isinstance(sees, Tensor | None):
+        return flex_attention(q, k, v, block_mask=sees)
+    if q.device.type == "cpu" and q.size(-2) <= WRITTEN_OUT_UP_TO and sees is None:
         scores = (q * q.size(-1) ** -0.5) @ k.transpose(-2, -1)  # (B, H, L, L)
         if causal:
             later = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).triu(1)
             scores = scores.masked_fill(later, -math.inf)
         return scores.softmax(dim=-1, dtype=v.dtype) @ v
-    return F.scaled_dot_product_attention(q, k, v, is_causal=causal)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=sees, is_causal=causal)
 
 
 class ShortConvolution(nn.Module):
     """x (B, L, D) plus, channel by channel, a weighted sum of its `conv_width` nearest positions.
 
     It mixes neighbours before attention has learnt to find them (Primer, arXiv 2109.08668). It
-    starts as the identity. A causal one looks back only.
+    starts as the identity. A causal one looks back only. One in blocks looks ahead up to the end of
+    a block, and what it sees of earlier blocks is clean.
     """
 
     def __init__(self, config: ModelConfig):
         super().__init__()
         width = config.conv_width
         self.before = width - 1 if config.causal else width // 2
+        self.block_length = config.block_length
         self.weight = nn.Parameter(torch.zeros(width, 1, config.n_embd))
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, streams: int = 1, cache=None) -> Tensor:
         taps = self.weight.unbind()  # width times (1, D)
-        padded = F.pad(x, (0, 0, self.before, len(taps) - 1 - self.before))
-        return x + sum(padded[:, i : i + x.size(1)] * tap for i, tap in enumerate(taps))
+        h, L = self.before, x.size(1) // streams
+        around = (0, 0, h, len(taps) - 1 - h)
+        if not self.block_length:
+            padded = F.pad(x, around)
+            return x + sum(padded[:, i : i + L] * tap for i, tap in enumerate(taps))
+        x = x.unflatten(1, (streams, L))  # (B, 1 or 2, L, D): the last stream is clean
+        clean = x[:, -1:] if cache is None else cache.extend(self, x)
+        padded, clean = F.pad(x, around), F.pad(clean, (0, 0, h, 0))[:, :, -L - h :]
+        place, y = torch.arange(L, device=x.device), x
+        for i, tap in enumerate(taps):
+            is_own = (place + i - h) // self.block_length == place // self.block_length
+            outside = clean[:, :, i : i + L] if i < h else 0.0
+            y = y + torch.where(is_own[:, None], padded[:, :, i : i + L], outside) * tap
+        return y.flatten(1, 2)
+
+
+class NoConvolution(nn.Identity):
+    def forward(self, x: Tensor, *_) -> Tensor:
+        return x
 
 
 class Attention(nn.Module):
@@ -150,7 +181,7 @@ class Attention(nn.Module):
         self.qkv = nn.Linear(config.n_embd, 3 * config.n_embd, bias=False)
         self.out = nn.Linear(config.n_embd, config.n_embd, bias=False)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, sees=None, cache=None) -> Tensor:
         B, L, D = x.shape
         q, k, v = (
             self.qkv(x).view(B, L, 3, self.n_head, -1).permute(2, 0, 3, 1, 4)
@@ -158,7 +189,9 @@ class Attention(nn.Module):
         if self.qk_norm:  # bounded attention scores let the hidden matrices take large steps
             q, k = F.rms_norm(q, q.shape[-1:]), F.rms_norm(k, k.shape[-1:])
         q, k = apply_rope(q, cos, sin), apply_rope(k, cos, sin)
-        y = attend(q, k, v, self.causal)  # (B, H, L, K)
+        if cache is not None:
+            k, v = cache.extend((self, "k"), k), cache.extend((self, "v"), v)
+        y = attend(q, k, v, sees, self.causal)  # (B, H, L, K)
         return self.out(y.transpose(1, 2).reshape(B, L, D))
 
 
@@ -178,7 +211,7 @@ class SwiGLU(nn.Module):
 class Block(nn.Module):
     def __init__(self, config: ModelConfig):
         super().__init__()
-        convolution = ShortConvolution if config.conv_width else nn.Identity
+        convolution = ShortConvolution if config.conv_width else NoConvolution
         self.attention_norm = nn.RMSNorm(config.n_embd, eps=config.norm_eps)
         self.attention_conv = convolution(config)
         self.attention = Attention(config)
@@ -187,11 +220,23 @@ class Block(nn.Module):
         self.mlp = SwiGLU(config)
         self.dropout = nn.Dropout(config.dropout)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        y = self.attention_conv(self.attention_norm(x))
-        x = x + self.dropout(self.attention(y, cos, sin))
-        y = self.mlp_conv(self.mlp_norm(x))
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, sees=None, streams=1, cache=None):
+        y = self.attention_conv(self.attention_norm(x), streams, cache)
+        x = x + self.dropout(self.attention(y, cos, sin, sees, cache))
+        y = self.mlp_conv(self.mlp_norm(x), streams, cache)
         return x + self.dropout(self.mlp(y))
+
+
+def block_mask(query: Tensor, key: Tensor, streams: int) -> Tensor:
+    """What positions in the blocks `query` (L,) see of those in the blocks `key`: booleans.
+
+    Of one stream their own block and those before. Of two, [xt; x0], a position of xt sees its own
+    block of xt, and x0 before it; x0 sees x0 alone (BD3-LM, arXiv 2503.09573).
+    """
+    own, before = query[:, None] == key, query[:, None] > key
+    if streams == 1:
+        return own | before
+    return torch.vstack((torch.hstack((own, before)), torch.hstack((own & False, own | before))))
 
 
 class Transformer(nn.Module):
@@ -203,6 +248,8 @@ class Transformer(nn.Module):
 
     With `config.causal` it is an autoregressive network behind the same interface: the prediction
     at position i sees the ids before i only, and the mask's row stands for the start of the text.
+    With `config.block_length` a position sees its block and those before it, which have to be
+    clean: they are taken from `targets` where those are given.
     """
 
     def __init__(self, config: ModelConfig):
@@ -219,6 +266,7 @@ class Transformer(nn.Module):
         )
         self.dropout = nn.Dropout(config.dropout)
         self.recompute = False  # activation checkpointing: blocks again in the backward pass
+        self.block_mask = block_mask  # devices.compile_parts has one for FlexAttention
         cos, sin = rope_tables(
             config.block_size, config.head_size, config.rope_base, config.rope_rounded
         )
@@ -240,27 +288,39 @@ class Transformer(nn.Module):
                 depth = 2 * self.config.n_layer if name.endswith("out.weight") else 1
                 nn.init.normal_(parameter, std=0.02 / math.sqrt(depth))
 
-    def hidden(self, xt: Tensor) -> Tensor:
-        """The final hidden states (B, L, D) of ids (B, L)."""
-        L = xt.size(1)
-        if L > self.config.block_size:
+    def hidden(
+        self, xt: Tensor, clean: Tensor | None = None, cache=None
+    ) -> Tensor:
+        """The final hidden states (B, L, D) of ids (B, L).
+
+        In blocks, those before a position's own are read from `clean` (B, L), a second stream, or
+        from a `cache`, whose positions xt continues, else from xt.
+        """
+        L, streams, sees = xt.size(1), 1, None
+        start = 0 if cache is None else cache.length
+        stop = start + L
+        if stop > self.config.block_size:
             raise ValueError(
-                f"the input has {L} tokens but model.block_size is {self.config.block_size}: "
+                f"the input has {stop} tokens but model.block_size is {self.config.block_size}: "
                 "shorten it or train with a larger model.block_size"
             )
         if self.config.causal:
             xt = F.pad(xt[:, :-1], (1, 0), value=self.config.mask_id)
+        if clean is not None:
+            xt, streams = torch.cat((xt, clean), dim=1), 2
+        if 0 < self.config.block_length < stop:
+            number = torch.arange(stop, device=xt.device) // self.config.block_length
+            sees = self.block_mask(number[start:], number, streams)
         x = self.embedding(xt)  # (B, L, D)
         if self.positions is not None:
-            x = x + self.positions[:L]
+            x = x + self.positions[start:stop].repeat(streams, 1)
         x = self.dropout(x)
-        cos, sin = self.cos[:L], self.sin[:L]
+        cos, sin = (table[start:stop].repeat(streams, 1) for table in (self.cos, self.sin))
         for block in self.blocks:
             if self.recompute and self.training:
-                x = checkpoint(block, x, cos, sin, use_reentrant=False)
-            else:
-                x = block(x, cos, sin)
-        return self.norm(x)
+                block = partial(checkpoint, block, use_reentrant=False)
+            x = block(x, cos, sin, sees, streams, cache)
+        return self.norm(x[:, :L])
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Logits (..., V) of hidden states (..., D)."""
@@ -280,6 +340,7 @@ class Transformer(nn.Module):
         targets: Tensor | None = None,
         where: Tensor | None = None,
         capacity: int | None = None,
+        cache=None,
     ) -> Tensor:
         """Logits (B, L, V); given `targets` and `where` (B, L), cross-entropies (B, L) in nats.
 
@@ -288,9 +349,10 @@ class Transformer(nn.Module):
         are computed: static shapes, for torch.compile and for a GPU that need not wait to learn
         their number. It has to be large enough: positions beyond it get a 0.
         """
-        hidden = self.hidden(xt)  # (B, L, D)
         if targets is None:
-            return self.logits(hidden)
+            return self.logits(self.hidden(xt, cache=cache))
+        blocks = xt.size(1) > self.config.block_length > 0
+        hidden = self.hidden(xt, targets if blocks else None)  # (B, L, D)
         if capacity is None:
             chosen = where.flatten().nonzero()
         else:

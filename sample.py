@@ -21,11 +21,16 @@ def main(config: cli.Section) -> None:
     loaded = checkpoint.load_model(config.checkpoint, device, Transformer, ModelConfig)
     shape = loaded.model.config
     with as_user_error():
-        sampler = strategies.from_config(config.sampling, diffusion.sample, shape.causal)
+        sampler = strategies.from_config(
+            config.sampling, diffusion.sample, shape.causal, shape.block_length
+        )
     if shape.causal:
         keys = {"sampling.strategy", "sampling.steps"}
         cli.ignored(config, keys, f"{config.checkpoint} is autoregressive")
-    lines, canvases = prompts.read(config, loaded.tokenizer, shape.block_size, loaded.layout)
+    if shape.block_length:
+        own = f"{config.checkpoint} has blocks of its own, of {shape.block_length} tokens"
+        cli.ignored(config, {"sampling.options.block_length"}, own)
+    lines, canvases = prompts.read(config, loaded.tokenizer, shape, loaded.layout)
     at_once = prompts.rows_at_once(shape.block_size, shape.vocab_size)
     dtype = devices.pick_dtype(config.system.dtype, device, training=False)
     with folders.open_output(config.output) as output, devices.autocast(device, dtype):
@@ -60,7 +65,8 @@ def fill(
 ) -> list[dict]:
     """Fill canvases (B, N) of one length; `rows` (B,) are their numbers among all canvases.
 
-    A canvas longer than the context is filled window by window. A sample runs from its start (B,)
+    A canvas longer than the context is filled window by window, and each window block by block if
+    the network has blocks. A sample runs from its start (B,)
     to the first end token that no text of the prompt follows. calls and seconds are those of the
     batch, nats is -log p, where that is exact and no end token was found.
     """
@@ -70,6 +76,11 @@ def fill(
     ids = ids.masked_fill(is_masked, mask_id)
     nats = torch.zeros(len(rows), dtype=torch.float64)
     watch = Watch(tokenizer, mask_id, ids[0]) if config.sampling.watch else None
+
+    def ended(window: slice, xt: Tensor) -> Tensor:  # (B,): the texts that have, with xt in there
+        ids[:, window] = xt.cpu()
+        return prompts.lengths(ids, is_masked, tokenizer.eos) < ids.size(1)
+
     windows = texts.windows(ids.size(1), model.config.block_size)
     for number, (start, stop, _) in enumerate(windows):
         window = slice(start, stop)
@@ -82,12 +93,11 @@ def fill(
             generator=generator(config.system.seed, "sample", number),
             rows=torch.tensor(rows),
             callback=watch and partial(watch.show, window),
+            ended=partial(ended, window),
         )
         calls, nats = calls + filled.calls, nats + filled.costs.sum(dim=1).cpu()
-        ids[:, window] = filled.ids.cpu()
         left[:, window] = False
-        ended = prompts.lengths(ids, is_masked, tokenizer.eos) < ids.size(1)
-        left[ended] = False  # a text that has ended is filled no further
+        left[ended(window, filled.ids)] = False  # which are filled no further
     if watch:
         watch.close()
     lengths = prompts.lengths(ids, is_masked, tokenizer.eos)

@@ -2,7 +2,7 @@
 
 import copy
 import math
-from dataclasses import asdict, replace
+from dataclasses import replace
 from functools import partial
 
 import torch
@@ -37,9 +37,9 @@ def main(config: cli.Section) -> None:
                         seeded = generator(config.system.seed, "sample", run.step)
                         log.samples(run.step, [runs.sample_text(run, seeded)])
                     if run.due(settings.save_interval) and not run.stats.consecutive:
-                        save(run, "ckpt.pt")
+                        runs.save(run, "ckpt.pt")
             if run.files.step != run.step:
-                save(run, "ckpt.pt")
+                runs.save(run, "ckpt.pt")
         run.files.require(run.step)
         interrupt.exit(run.step)
         run.stats.require_result(run.step)
@@ -79,6 +79,7 @@ def training_step(run: "Run") -> tuple[Tensor, Tensor]:
                     generator=generator(seed, "masks", run.step),
                     weighting=run.config.diffusion.weighting,
                     predict=predict,
+                    block_length=shape.block_length,
                     share=(rows, B),
                     nll=partial(run.forward, capacity=run.capacity),
                 )
@@ -111,6 +112,7 @@ def evaluate(run: "Run", log) -> None:
     training.
     """
     shape, limit, values = run.model.config, run.config.eval.tokens, {}
+    exact = bounds.is_exact(shape)
     quarter = max(1, (limit or len(run.corpus.val)) // 4)
     for split, tokens in (("train", quarter), ("val", limit)):
         rows = run.blocks[split].evenly(tokens)
@@ -120,46 +122,21 @@ def evaluate(run: "Run", log) -> None:
             [row.ids.to(run.device) for row in rows],
             mask_id=shape.mask_id,
             predict=[row.predict for row in rows],
+            block_length=shape.block_length,
             generator=generator(run.config.system.seed, "evaluation"),
-            draws=1 if shape.causal else math.ceil(bounds.LEAST_ROWS / len(rows)),
+            draws=1 if exact else math.ceil(bounds.LEAST_ROWS / len(rows)),
         )
         samples = bounds.NLLSamples(*found).counting([row.count for row in rows])
-        for name, value in samples.summary(shape.causal).items():
+        for name, value in samples.summary(exact).items():
             values[f"eval/{split}_{name}"] = value
     log.metrics(run.step, values)
     train, val = (runlog.with_error(values, split) for split in ("train", "val"))
-    name = "loss" if shape.causal else "bound"
+    name = "loss" if exact else "bound"
     log.say(f"step {run.step}: {name} {train} on train and {val} on val, nats/token")
     if (val := values["eval/val_loss"]) < run.best:
         before, run.best = run.best, val
-        if not save(run, "best.pt"):
+        if not runs.save(run, "best.pt"):
             run.best = before  # the next bound below the saved one is saved
-
-
-def save(run: "Run", name: str) -> bool:
-    """Write ckpt.pt, with all that a resume needs, or best.pt, with the EMA weights alone.
-
-    Returns whether it was written; if not, the reason is printed and the old file stays.
-    """
-    state = {
-        "model_config": asdict(run.model.config),
-        "tokenizer": run.corpus.tokenizer.state(),
-        "config": run.config.as_dict(),
-        "corpus": {
-            "name": run.corpus.name,
-            "sha256": run.corpus.sha256,
-            "layout": run.corpus.layout,
-        },
-        "step": run.step,
-        "best": run.best,
-        "ema": run.ema.state_dict(),
-    }
-    if name == "ckpt.pt":
-        state["model"] = run.model.state_dict()
-        state["optimizer"] = run.optimizer.state_dict()
-        state["scaler"] = run.scaler.state_dict()
-        state["stats"] = run.stats.state()
-    return run.files.save(name, state)
 
 
 # --- Before the first step -----------------------------------------------------------------------
@@ -182,7 +159,7 @@ class Run:
         self.dtype = devices.pick_dtype(system.dtype, device, training=True)
         with as_user_error():
             self.sampler = strategies.from_config(
-                config.sampling, sample, settings.objective == "ar"
+                config.sampling, sample, settings.objective == "ar", config.model.block_length
             )
         with parallel.main_process_first():
             sha256 = state["corpus"]["sha256"] if resumes else ""
@@ -218,7 +195,9 @@ class Run:
         B, n = settings.batch_size, settings.grad_accum * parallel.world().size
         latest = torch.arange(n - 1, B, n)[:, None]
         p_mask = mask_probability((latest.double() + 0.5) / B)
-        self.capacity = devices.masked_capacity(p_mask, self.model.config.block_size, B)
+        self.capacity = devices.masked_capacity(p_mask, L, B)
+        if size := self.model.config.block_length:
+            self.capacity = devices.block_capacity(len(latest) * L // size, size)
 
     @property
     def finished(self) -> bool:
@@ -232,12 +211,13 @@ class Run:
 def build_model(config: cli.Section, corpus: data.Corpus, loaded) -> Transformer:
     """A new network, or that of a checkpoint with its EMA weights.
 
-    The checkpoint decides the shape, but not the dropout and the objective.
+    The checkpoint decides the shape, but not dropout, blocks and objective: they have no weights.
     """
     shape = vars(config.model) | {"causal": config.training.objective == "ar"}
     with as_user_error():
         if loaded:
-            shape = replace(loaded.model.config, dropout=shape["dropout"], causal=shape["causal"])
+            free = {name: shape[name] for name in ("dropout", "block_length", "causal")}
+            shape = replace(loaded.model.config, **free)
         else:
             shape = ModelConfig(corpus.tokenizer.vocab_size, **shape)
     runs.require_room(config, corpus, shape)

@@ -21,7 +21,7 @@ from nanomdm import bounds, cli, devices, report
 from nanomdm.checkpoint import Loaded, load_model
 from nanomdm.cli import Section
 from nanomdm.errors import UserError
-from nanomdm.strategies import STRATEGIES
+from nanomdm.strategies import STRATEGIES, Sampler
 from nanomdm.texts import Texts
 
 TASKS = ("last_word", "choices")
@@ -96,7 +96,7 @@ def by_fill(values: Tensor, texts: Texts) -> Tensor:
 def greedy(loaded: Loaded, texts: Texts, batch_size: int = 64) -> list[bool]:
     """Whether the most probable tokens, filled in by decreasing confidence, equal each row.
 
-    One token per call. An autoregressive model fills from left to right.
+    One token per call. In blocks, in each by itself. An autoregressive model fills from left to right.
     """
     model, right = loaded.model, [False] * len(texts.rows)
     strategy = STRATEGIES["left_to_right" if model.config.causal else "confidence"]
@@ -109,15 +109,9 @@ def greedy(loaded: Loaded, texts: Texts, batch_size: int = 64) -> list[bool]:
             part = same[start : start + batch_size]
             x0 = torch.stack([texts.rows[i] for i in part]).to(model.device)
             is_masked = torch.stack([texts.predict[i] for i in part]).to(model.device)
-            filled = diffusion.sample(
-                model,
-                x0,
-                is_masked=is_masked,
-                mask_id=model.config.mask_id,
-                steps=masked,
-                strategy=strategy,
-                temperature=0.0,
-            )
+            settings = {"strategy": strategy, "steps": masked, "temperature": 0.0}
+            sampler = Sampler(diffusion.sample, "", settings)
+            filled = sampler.fill(model, x0, is_masked)
             for i, same_ids in zip(part, (filled.ids == x0).all(dim=1).tolist(), strict=True):
                 right[i] = same_ids
     return right

@@ -62,7 +62,8 @@ def main(config: Section) -> None:
     loaded = load_model(config.checkpoint, device, Transformer, ModelConfig)
     if loaded.model.config.causal:
         raise UserError(f"{config.checkpoint} is autoregressive: its order is from left to right")
-    grid, rows, seconds = settings_of(config, loaded.model.config.block_size), [], 0.0
+    shape = loaded.model.config
+    grid, rows, seconds = settings_of(config, shape.block_length or shape.block_size), [], 0.0
     if config.judge:
         judge = judges.load_judge(config.judge, device)
         text = judges.held_out_text(judge, config.held_out)
@@ -127,7 +128,8 @@ def score(
         options = {"draws": max(2, config.passes // 4), "seed": config.seed}
         estimator = partial(bounds.discrete, steps=steps)
         nats, error = nll_samples(model, scored.rows, estimator=estimator, **options).bound()
-        calls = steps * (1 - (1 - 1 / steps) ** L)  # with something to reveal, on average
+        size = model.config.block_length or L
+        calls = L / size * steps * (1 - (1 - 1 / steps) ** size)  # that reveal something, on average
         return {"score_calls": calls, "nats": nats, "nats_error": error}
     draws = 1 if sampler.label == strategies.EXACT else config.draws
     with progress(draws * sum(map(len, scored.rows)), "token") as advance:

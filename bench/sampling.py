@@ -1,10 +1,15 @@
 """Sampling speed: python -m bench.sampling checkpoint=out/ckpt.pt
 
 For every strategy: samples/s, tokens/s, network calls, and the network's share of the time. The
-rest is the sampler's own. Sampling in 1,000 calls should cost 1,000 forward passes.
+rest is the sampler's own. Sampling in 1,000 calls should cost 1,000 forward passes. A network with
+blocks is timed with its cache and without:
+
+python -m bench.sampling words="model.block_length=16 model.block_size=1024" batch_sizes=[1]
 """
 
+import itertools
 import json
+import shlex
 import statistics
 import time
 from pathlib import Path
@@ -20,7 +25,7 @@ from nanomdm.checkpoint import load_model
 from nanomdm.cli import Section
 from nanomdm.errors import UserError
 from nanomdm.random import generator
-from nanomdm.strategies import STRATEGIES
+from nanomdm.strategies import STRATEGIES, Sampler
 
 UNTRAINED = 65  # symbols
 
@@ -30,11 +35,12 @@ class Timed:
 
     def __init__(self, model: Transformer):
         self.model, self.seconds = model, 0.0
+        self.device, self.config = model.device, model.config
 
-    def __call__(self, xt: Tensor) -> Tensor:
+    def __call__(self, xt: Tensor, **options) -> Tensor:
         wait(xt.device)
         start = time.perf_counter()
-        logits = self.model(xt)
+        logits = self.model(xt, **options)
         wait(xt.device)
         self.seconds += time.perf_counter() - start
         return logits
@@ -44,29 +50,26 @@ def load(config: Section, device: torch.device) -> Transformer:
     if config.checkpoint:
         return load_model(config.checkpoint, device, Transformer, ModelConfig).model
     torch.manual_seed(config.seed)
-    shape = vars(cli.compose([]).model)
+    shape = vars(cli.compose(shlex.split(config.words)).model)
     return Transformer(ModelConfig(UNTRAINED, **shape)).to(device).eval()
 
 
-def measure(model: Transformer, strategy: str, batch_size: int, config: Section) -> dict:
+def measure(
+    model: Transformer, strategy: str, cached: bool, batch_size: int, config: Section
+) -> dict:
     """The median over rounds of fully masked canvases.
 
     A round before them measures the network's share, because its clock waits for the device.
     """
     L, timed = model.config.block_size, Timed(model)
     is_masked = torch.ones(batch_size, L, dtype=torch.bool, device=model.device)
+    settings = {"strategy": STRATEGIES[strategy], "steps": config.steps}
+    settings |= {} if cached else {"cached": False}
+    sampler = Sampler(diffusion.sample, strategy, settings)
 
     def fill(network) -> tuple[int, float]:
-        start = time.perf_counter()
-        sampled = diffusion.sample(
-            network,
-            is_masked.long(),
-            is_masked=is_masked,
-            mask_id=model.config.mask_id,
-            generator=generator(config.seed, "bench"),
-            strategy=STRATEGIES[strategy],
-            steps=config.steps,
-        )
+        start, seeded = time.perf_counter(), generator(config.seed, "bench")
+        sampled = sampler.fill(network, is_masked.long(), is_masked, generator=seeded)
         wait(model.device)
         return sampled.calls, time.perf_counter() - start
 
@@ -75,6 +78,7 @@ def measure(model: Transformer, strategy: str, batch_size: int, config: Section)
     seconds = statistics.median(taken for _, taken in runs)
     return {
         "strategy": strategy,
+        "cached": cached and model.config.block_length > 0,
         "batch_size": batch_size,
         "calls": runs[0][0],
         "samples_per_second": batch_size / seconds,
@@ -95,12 +99,14 @@ def main(config: Section) -> None:
     print(f"{hardware(device)}; {model.config.block_size} tokens, seed {config.seed}")
     print("| strategy | batch | calls | samples/s | tokens/s | the network's share |")
     print("| --- | --- | --- | --- | --- | --- |")
+    choices = [True, False] if model.config.block_length else [True]
     for batch_size in map(int, config.batch_sizes):
-        for name in names:
-            row = measure(model, name, batch_size, config)
+        for name, cached in itertools.product(names, choices):
+            row = measure(model, name, cached, batch_size, config)
             rows.append(row)
+            shown = name + (", no cache" if not cached else ", cache" if len(choices) > 1 else "")
             print(
-                f"| {name} | {batch_size} | {row['calls']} | {row['samples_per_second']:.2f} | "
+                f"| {shown} | {batch_size} | {row['calls']} | {row['samples_per_second']:.2f} | "
                 f"{row['tokens_per_second']:,.0f} | {row['network_share']:.0%} |",
                 flush=True,
             )

@@ -6,9 +6,11 @@ from torch import Tensor
 
 from diffusion import any_order, estimate
 from model import Transformer
-from nanomdm.bounds import NLLSamples, everything
+from nanomdm.bounds import NLLSamples, everything, is_exact
+from nanomdm.errors import as_user_error
 from nanomdm.random import generator
 from nanomdm.runlog import progress
+from nanomdm.strategies import require_order
 
 
 def nll_samples(
@@ -24,9 +26,13 @@ def nll_samples(
     """Monte Carlo samples of the bound of rows (L_i,), on masks that follow from `seed` alone.
 
     `predict` as in `diffusion.estimate`. An autoregressive network is scored exactly, in one draw.
+    Raises `UserError` for context behind what a network with blocks predicts.
     """
-    causal = model.config.causal
-    draws = 1 if causal else draws
+    causal, size = model.config.causal, model.config.block_length
+    draws = 1 if is_exact(model.config) else draws
+    with as_user_error():
+        for row in predict or () if size else ():
+            require_order(row[None], size)
     with progress(draws * sum(map(len, rows)), "token") as advance:
 
         def nll(xt: Tensor, targets: Tensor, where: Tensor) -> Tensor:
@@ -39,6 +45,7 @@ def nll_samples(
             [row.to(model.device) for row in rows],
             mask_id=model.config.mask_id,
             predict=predict,
+            block_length=size,
             generator=generator(seed, "evaluation"),
             draws=draws,
             batch_size=batch_size,

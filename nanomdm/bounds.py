@@ -103,6 +103,11 @@ BOUNDS = {
 AUTOREGRESSIVE = Bound(everything, "goes from left to right", exact=True)
 
 
+def is_exact(shape) -> bool:
+    """Whether one pass gives -log p itself: of a causal network, and of one with blocks of 1."""
+    return shape.causal or shape.block_length == 1
+
+
 def choose(names: Sequence[str], steps: int, sample: Callable) -> dict[str, Bound]:
     """`uniform` and the bounds of these names; `sample` is `diffusion.sample`.
 

@@ -157,6 +157,7 @@ IDLE = (
     ("sampling.", {"training.sample_interval": not_}),
     ("sampling.steps", {"sampling.strategy": is_adaptive}),
     ("sampling.options.top_", {"sampling.temperature": not_}),
+    ("sampling.options.block_length", {"model.block_length": bool}),
     ("sampling.options.guidance", {"prompt": not_, "prompt_file": not_}),
     (("sampling.temperature", "sampling.options"), {"eval.samplers": not_}),
     (
@@ -287,7 +288,8 @@ def jobs(words, name="config", script=None):
         if options and "training" in reads:
             swept = (setting for setting in settings if [setting] not in choices)
             config.job = " ".join("=".join(setting) for setting in swept)
-        for key, value in () if RANK else settings:
+        options = ((key, "") for key in sorted(config.explicit) if key.startswith(f"{FREE}."))
+        for key, value in () if RANK else dict([*options, *settings]).items():
             why = without_effect(key, value, config, reads, named)
             if (line := why and f"{key} has no effect {why}") not in said:
                 said.add(line)
@@ -383,7 +385,8 @@ def configure(settings, name, defaults):
     with hydra.initialize_config_dir(str(path.parent), version_base="1.3"):
         composed = OmegaConf.to_container(hydra.compose(path.stem, overrides), resolve=True)
     config = checked(flat(composed), defaults)
-    config.explicit = explicit
+    options = config.sampling.options if FREE in explicit else ()
+    config.explicit = explicit | {f"{FREE}.{name}" for name in options}
     return config
 
 
@@ -486,7 +489,7 @@ def resumed(stored: dict, config: Section, whole: bool) -> Section:
         if value != default:
             values[FREE] = values[FREE] | {name: value}
     repeated = REPEATED if whole else ()
-    for key in config.explicit.union(repeated, ["out_dir"]):
+    for key in defaults.keys() & config.explicit.union(repeated, ["out_dir"]):
         if key.startswith((*FIXED, *repeated)) and values[key] != now[key]:
             raise UserError(
                 f"{key}={now[key]} is not what the interrupted run had ({values[key]}): leave it "

@@ -7,6 +7,7 @@ import sys
 import sysconfig
 from collections.abc import Callable
 from contextlib import nullcontext, suppress
+from functools import lru_cache
 from pathlib import Path
 
 import torch
@@ -95,6 +96,11 @@ def masked_capacity(p_mask: Tensor, L: int, n: int) -> int:
     return min(len(p_mask) * L, math.ceil(L * p_mask.sum() + 6 * variance.sqrt()))
 
 
+def block_capacity(blocks: int, size: int) -> int:
+    """The same for so many blocks, of which each masks 1, 2 ... `size` tokens, equally often."""
+    return masked_capacity(torch.full((blocks, 1), (size + 1) / (2 * size)), size, 1)
+
+
 # --- torch.compile -------------------------------------------------------------------------------
 
 
@@ -116,6 +122,34 @@ def compile_parts(model: nn.Module) -> None:
         block.forward = torch.compile(block.forward, fullgraph=True, dynamic=False)
     if model.device.type == "cuda":
         model.cross_entropy = torch.compile(model.cross_entropy, fullgraph=True, dynamic=False)
+        if model.config.block_length and model.config.head_size >= 16:  # which FlexAttention needs
+            use_flex_attention(model)
+
+
+def use_flex_attention(model: nn.Module) -> None:
+    """Let two streams attend by FlexAttention, which leaves out the tiles in which nothing is seen.
+
+    It is fast where it is compiled, on a GPU. On a CPU it has no backward pass.
+    """
+    dense, size = model.block_mask, model.config.block_length
+
+    def mask(query: Tensor, key: Tensor, streams: int):
+        return flex_mask(len(key), size, key.device) if streams == 2 else dense(query, key, streams)
+
+    model.block_mask = mask
+
+
+@lru_cache
+def flex_mask(length: int, block_length: int, device: torch.device):
+    """`model.block_mask` of two streams of this length, as a mask of FlexAttention."""
+    from torch.nn.attention.flex_attention import create_block_mask  # it takes a while
+
+    def sees(b, h, i, j):
+        i_block, j_block = i % length // block_length, j % length // block_length
+        is_own = (i < length) == (j < length)
+        return is_own & (i_block == j_block) | (j >= length) & (j_block < i_block)
+
+    return create_block_mask(sees, None, None, 2 * length, 2 * length, device)
 
 
 def eager_if_compiling_fails(step: Callable) -> Callable:

@@ -11,7 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .errors import UserError
+from .errors import UserError, as_user_error
+from .strategies import require_order
 
 BLANK = re.compile(r"(?<!\\)(\\*)\[MASK(?:\*(\d+))?\]")
 LIKE_BLANK = re.compile(r"[\[<{]\W*mask\b[^\]>}]{0,9}[\]>}]?", re.IGNORECASE)
@@ -27,10 +28,11 @@ class Canvas(NamedTuple):
     start: Tensor = torch.tensor(0)  # the first token that is shown
 
 
-def read(config, tokenizer, context: int, layout: str = "stream") -> tuple[list[str], list[Canvas]]:
+def read(config, tokenizer, shape, layout: str = "stream") -> tuple[list[str], list[Canvas]]:
     """The prompts of a configuration, `num_samples` times each, and their canvases.
 
-    The one `prompt`, or the lines of `prompt_file` that are not blank. Raises `UserError`.
+    The one `prompt`, or the lines of `prompt_file` that are not blank, for a network of this
+    `shape` (its config). Raises `UserError`.
     """
     lines = [config.prompt]
     if config.prompt_file:
@@ -39,9 +41,12 @@ def read(config, tokenizer, context: int, layout: str = "stream") -> tuple[list[
         lines = read_lines(Path(config.prompt_file))
     length = config.sampling.length
     canvases = [
-        make_canvas(with_blanks(line, config.blank), length, tokenizer, context, layout)
+        make_canvas(with_blanks(line, config.blank), length, tokenizer, shape.block_size, layout)
         for line in lines
     ]
+    with as_user_error("prompt: "):
+        for canvas in canvases if shape.block_length else ():
+            require_order(canvas.is_masked[None], shape.block_length)
     check_size(config.num_samples * sum(len(canvas.ids) for canvas in canvases))
     times = range(config.num_samples)
     return [line for line in lines for _ in times], [each for each in canvases for _ in times]

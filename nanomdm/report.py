@@ -61,27 +61,35 @@ def _likelihood(samples, sizes: Tensor) -> dict:
 def cost_by_rate(samples, bins: int = 20) -> dict:
     """The cost of a masked token by masking rate, and where it decreases (None: few samples)."""
     df = len(samples.nats) - 1
-    curve = [
-        {"low": b / bins, "high": (b + 1) / bins} | figure(cost, df)
-        for b, cost in enumerate(bounds.curve(samples, bins))
-        if not math.isnan(cost[0])
-    ]
+
+    def curve(bins: int) -> list[dict]:
+        return [
+            {"low": b / bins, "high": (b + 1) / bins} | figure(cost, df)
+            for b, cost in enumerate(bounds.curve(samples, bins))
+            if not math.isnan(cost[0])
+        ]
+
     enough = df and len(samples.counts) >= 2 * bins  # a few rows say nothing of 20 rates
     decreases = [
         {"from": (b - 1) / bins, "to": (b + 1) / bins} | figure(step, df)
         for b, step in bounds.decreases(samples, bins)
     ]
-    return {"curve": curve, "decreases": decreases if enough else None}
+    return {
+        "curve": curve(bins),
+        "quarters": curve(4),
+        "decreases": decreases if enough else None,
+    }
 
 
-def side_by_side(measured: dict[str, tuple]) -> dict:
+def side_by_side(measured: dict[str, tuple], in_blocks: bool = False) -> dict:
     """A row for each bound from its (entry, samples, seconds), and what must hold between them.
 
-    `uniform` comes first.
+    `uniform` comes first. `in_blocks` each block is masked by itself: no cost by masking rate says
+    whether it decreases.
     """
     rows = [row(name, *found) for name, found in measured.items()]
-    decreases = bounds.decreases(measured["uniform"][1])
-    return {"bounds": rows} | relations(rows, bool(decreases))
+    decreases = in_blocks or bool(bounds.decreases(measured["uniform"][1]))
+    return {"bounds": rows} | relations(rows, decreases)
 
 
 def row(name: str, bound: bounds.Bound, samples, seconds: float) -> dict:
@@ -141,7 +149,7 @@ def relations(rows: Sequence[dict], decreases: bool) -> dict:
         others = []
     why = "a bug, or a network untrained where few tokens are masked"
     if decreases:
-        why = "the cost of a masked token decreases somewhere, and then it may"
+        why = "where the cost of a masked token decreases somewhere, it may"
     for row in others:
         name, gap, relation = row["name"], row["value"] - base["value"], row["relation"]
         error = math.hypot(base["standard_error"], row["standard_error"] or 0.0)
@@ -213,15 +221,15 @@ def write_json(figures: dict, path: str) -> None:
 # --- Lines ---------------------------------------------------------------------------------------
 
 
-def lines(figures: dict, show_curve: bool = False) -> list[str]:
+def lines(figures: dict) -> list[str]:
     """The figures of an evaluation, or some of them, as they are printed."""
     found = []
     if "loss" in figures:
         found += likelihood_lines(figures)
     if "documents" in figures:
         found += document_lines(figures["documents"])
-    if "curve" in figures and show_curve:
-        found += curve_lines(figures["curve"])
+    if figures.get("quarters"):
+        found.append(quarters_line(figures["quarters"]))
     if figures.get("decreases") is not None:
         found.append(decreases_line(figures["decreases"]))
     if len(figures.get("bounds", [])) > 1:
@@ -270,9 +278,9 @@ def document_lines(documents: list[dict]) -> list[str]:
     return [f"{'document':<{width}} {'tokens':>10}  {'nats/token':<16}  bits/byte", *rows]
 
 
-def curve_lines(curve: list[dict]) -> list[str]:
-    rows = [f"{row['low']:>5.0%} to {row['high']:>4.0%}  {text_of(row)}" for row in curve]
-    return [f"{'tokens masked':<14} nats per masked token", *rows]
+def quarters_line(quarters: list[dict]) -> str:
+    cells = (f"{row['value']:.3f} with {row['low']:.0%} to {row['high']:.0%}" for row in quarters)
+    return f"nats per masked token: {', '.join(cells)} of a text masked"
 
 
 def decreases_line(steps: list[dict]) -> str:

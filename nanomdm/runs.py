@@ -1,6 +1,7 @@
 """How a training run begins, and the checkpoints that it writes."""
 
 import sys
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -28,6 +29,8 @@ def starting_point(config, Transformer, ModelConfig) -> tuple:
     shape = loaded.model.config
     decided = {f"model.{name}": getattr(shape, name) for name in vars(config.model)}
     del decided["model.dropout"]
+    if not resumes and "model.block_length" in config.explicit:
+        del decided["model.block_length"]  # the weights are the same: first plain, then in blocks
     decided["data.tokenizer"] = loaded.tokenizer.state()["kind"]
     decide(config, decided, "the checkpoint")
     return config, loaded, resumes
@@ -131,6 +134,32 @@ def require_room(config, corpus, shape) -> None:
             f"{device} has {memory}: lower model.n_embd, model.n_layer, model.block_size or "
             "training.batch_size, or raise training.grad_accum"
         )
+
+
+def save(run, name: str) -> bool:
+    """Write ckpt.pt, with all that a resume needs, or best.pt, with the EMA weights alone.
+
+    Returns whether it was written; if not, the reason is printed and the old file stays.
+    """
+    state = {
+        "model_config": asdict(run.model.config),
+        "tokenizer": run.corpus.tokenizer.state(),
+        "config": run.config.as_dict(),
+        "corpus": {
+            "name": run.corpus.name,
+            "sha256": run.corpus.sha256,
+            "layout": run.corpus.layout,
+        },
+        "step": run.step,
+        "best": run.best,
+        "ema": run.ema.state_dict(),
+    }
+    if name == "ckpt.pt":
+        state["model"] = run.model.state_dict()
+        state["optimizer"] = run.optimizer.state_dict()
+        state["scaler"] = run.scaler.state_dict()
+        state["stats"] = run.stats.state()
+    return run.files.save(name, state)
 
 
 class Files:

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from functools import partial
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 GOLDEN_RATIO = (1 + math.sqrt(5)) / 2
@@ -169,6 +170,121 @@ def guided(model: Callable, is_masked: Tensor, mask_id: int, guidance: float) ->
     return logits
 
 
+# --- Block after block, for a network that sees the blocks before its own --------------------------
+
+NO_GUIDANCE = (
+    "sampling.options.guidance compares with a text whose prompt is masked, and a network with "
+    "blocks has never seen a mask before its block: leave it out"
+)
+
+
+class Cache(dict):
+    """What later blocks need of finished ones: keys, values and inputs of convolutions.
+
+    It is exact: a block sees nothing behind it, so that what it leaves stays as it is. `length` of
+    at most `size` positions are finished; entries of later ones are overwritten.
+    """
+
+    def __init__(self, size: int):
+        super().__init__()
+        self.size, self.length = size, 0
+
+    def extend(self, name, x: Tensor) -> Tensor:
+        """(..., length + N, K): the entries of this name, then x (..., N, K), which is kept, too."""
+        stop = self.length + x.size(-2)
+        if name not in self:
+            self[name] = x.new_empty(*x.shape[:-2], self.size, x.size(-1))
+        self[name][..., self.length : stop, :] = x
+        return self[name][..., :stop, :]
+
+
+def require_order(is_masked: Tensor, size: int) -> None:
+    """Raise `ValueError` if a token is given in a block behind one with a masked position (B, L).
+
+    A network with blocks of `size` positions would fill the mask without having seen it.
+    """
+    block = torch.arange(is_masked.size(1), device=is_masked.device) // size
+    first = torch.where(is_masked, block, len(block)).amin(dim=1, keepdim=True)
+    if not (is_masked | (block <= first)).all():
+        raise ValueError(
+            f"a token is given behind the block of a [MASK], where a network with blocks of {size} "
+            "tokens cannot see it: leave it out, or take a network with model.block_length=0"
+        )
+
+
+def fill_blocks(
+    sample: Callable,
+    model: Callable,
+    canvas: Tensor,
+    is_masked: Tensor,
+    size: int,
+    *,
+    mask_id: int,
+    cached: bool = True,
+    ended: Callable | None = None,
+    callback: Callable | None = None,
+    history: list | None = None,
+    x0: Tensor | None = None,
+    **options,
+):
+    """`sample` of one block of `size` positions after the other, each given those before it.
+
+    `cached` takes what finished blocks left from a `Cache`: the same tokens, sooner. After each
+    block `ended(xt)` (B,) may name rows that are filled no further. Raises `ValueError` as
+    `require_order` does.
+    """
+    require_order(is_masked, size)
+    xt, L = canvas.masked_fill(is_masked, mask_id), canvas.size(1)
+    order, costs = torch.zeros_like(xt), torch.zeros_like(xt, dtype=torch.float64)
+    cache, calls, done = Cache(L), 0, 0
+    for start in range(0, L, size):
+        here, events, before = slice(start, start + size), None if history is None else [], done
+
+        def network(block: Tensor, start=start) -> Tensor:
+            if not cached:
+                return model(torch.cat((xt[:, :start], block), dim=1))[:, start:]
+            first = cache.length
+            logits = model(torch.cat((xt[:, first:start], block), dim=1), cache=cache)
+            cache.length = start
+            return logits[:, start - first :]
+
+        def step(j: int, s: float, block: Tensor, here=here, events=events, before=before) -> None:
+            nonlocal done
+            done = before + j
+            if events is not None:
+                history.append(_widened(events.pop()._replace(step=done), here.start, L))
+            if callback:
+                whole = xt.clone()
+                whole[:, here] = block
+                callback(done, s, whole)
+
+        own = {"x0": x0[:, here]} if x0 is not None else {}
+        filled = sample(
+            network,
+            xt[:, here],
+            is_masked=is_masked[:, here],
+            mask_id=mask_id,
+            callback=step,
+            history=events,
+            **options,
+            **own,
+        )
+        xt[:, here], costs[:, here], calls = filled.ids, filled.costs, calls + filled.calls
+        order[:, here] = filled.order + before * (filled.order > 0)
+        if ended:
+            is_masked = is_masked & ~ended(xt).to(is_masked.device)[:, None]
+    return filled._replace(ids=xt, calls=calls, costs=costs, order=order, history=history)
+
+
+def _widened(event, start: int, L: int):
+    """The event of a block as one of the whole canvas."""
+
+    def widened(where: Tensor | None) -> Tensor | None:
+        return None if where is None else F.pad(where, (start, L - start - where.size(1)))
+
+    return event._replace(revealed=widened(event.revealed), again=widened(event.again))
+
+
 # --- Settings ------------------------------------------------------------------------------------
 
 
@@ -190,18 +306,32 @@ class Sampler:
         """Guidance takes two network calls for one, where there is something to be guided by."""
         return 2 if self.guidance and not is_masked.all() else 1
 
-    def fill(self, model, canvas: Tensor, is_masked: Tensor, **options):
-        """`sample` of a canvas (B, L) on the model's device; with `x0`, its score."""
+    def fill(self, model, canvas: Tensor, is_masked: Tensor, ended=None, **options):
+        """`sample` of a canvas (B, L) on the model's device; with `x0`, its score.
+
+        For a network with blocks of its own by `fill_blocks`, which heeds `ended`.
+        """
         network, device, mask_id = model, model.device, model.config.mask_id
         if device.type == "mps":  # it has no float64: only the network runs there
-            network, device = lambda xt: model(xt.to(model.device)).cpu(), torch.device("cpu")
+            device = torch.device("cpu")
+
+            def network(xt, **options):
+                return model(xt.to(model.device), **options).cpu()
+
         canvas, is_masked = canvas.to(device), is_masked.to(device)
+        options = self.settings | {"mask_id": mask_id} | options
+        options |= {k: v.to(device) for k, v in options.items() if torch.is_tensor(v)}
+        if size := model.config.block_length:
+            options["block_length"] = 0  # LLaDA's, for networks that have no blocks of their own
+            if self.guidance:
+                raise ValueError(NO_GUIDANCE)
+            return fill_blocks(
+                self.sample, network, canvas, is_masked, size, ended=ended, **options
+            )
         calls = self.calls_a_step(is_masked)
         if calls > 1:
             network = guided(network, is_masked, mask_id, self.guidance)
-        options = self.settings | {"is_masked": is_masked, "mask_id": mask_id} | options
-        options |= {k: v.to(device) for k, v in options.items() if torch.is_tensor(v)}
-        sampled = self.sample(network, canvas, **options)
+        sampled = self.sample(network, canvas, is_masked=is_masked, **options)
         return sampled._replace(calls=sampled.calls * calls)
 
 
@@ -220,10 +350,12 @@ def options_of(name: str) -> dict[str, float]:
     return {option: p.default for option, p in own.items() if p.default is not p.empty} | GENERAL
 
 
-def from_config(section, sample: Callable, causal: bool = False) -> Sampler:
+def from_config(
+    section, sample: Callable, causal: bool = False, model_blocks: int = 0
+) -> Sampler:
     """The `Sampler` of a `sampling` section; an autoregressive network goes from left to right.
 
-    `sample` is `diffusion.sample`. Raises `ValueError` for a strategy or an option that is unknown
+    `model_blocks` is the block_length of the network, 0 for none. `sample` is `diffusion.sample`. Raises `ValueError` for a strategy or an option that is unknown
     or out of its range.
     """
     name = "left_to_right" if causal else section.strategy
@@ -249,4 +381,6 @@ def from_config(section, sample: Callable, causal: bool = False) -> Sampler:
         settings["truncate"] = partial(
             keep_likeliest, top_k=general["top_k"], top_p=general["top_p"]
         )
+    if model_blocks and general["guidance"]:
+        raise ValueError(NO_GUIDANCE)
     return Sampler(sample, name, settings, general["guidance"])

@@ -51,7 +51,7 @@ class Killed(Exception):
 
 def train(folder: Path, name: str, *words: str) -> None:
     """One run into folder/name; killed after its checkpoint at `KILLED_AT`, if the name says so."""
-    save = train_script.save
+    save = train_script.runs.save
 
     def saves_and_dies(run, file):
         written = save(run, file)
@@ -64,7 +64,7 @@ def train(folder: Path, name: str, *words: str) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("NANOMDM_CACHE", f"{folder}/cache")
         if name.endswith("killed"):
-            patch.setattr(train_script, "save", saves_and_dies)
+            patch.setattr(train_script.runs, "save", saves_and_dies)
         with suppress(Killed):
             cli.main(train_script.main)
 

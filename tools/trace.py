@@ -100,8 +100,15 @@ class Recorder:
             given = {"given": pack(tokens)} | grid_of(loaded, len(tokens))
             send(row, self.numbers[row].news() | given)
 
-    def __call__(self, xt: Tensor) -> Tensor:
-        self.answers.append(logits := self.model(xt))
+    def __call__(self, xt: Tensor, cache=None) -> Tensor:
+        """The logits; of a network with blocks, which answers for the last of them, uniform ones
+        stand for those of the blocks after it."""
+        logits = whole = self.model(xt, cache=cache)
+        if cache is not None:
+            B, L = self.is_masked.shape
+            whole = logits.new_zeros(B, L, logits.size(-1))
+            whole[:, cache.length : cache.length + xt.size(1)] = logits
+        self.answers.append(whole)
         return logits
 
     def step(self, step: int, s: float, xt: Tensor) -> None:
@@ -121,15 +128,17 @@ class Recorder:
             logits = logits + self.guidance * (logits - blind[0])
         p = logits.softmax(dim=-1)
         best, counts = p.topk(self.alternatives), self.is_masked.sum(dim=1).tolist()
-        parts = (best.indices, best.values, torch.special.entr(p).sum(dim=-1))
+        entropies = torch.special.entr(p).sum(dim=-1)
+        entropies[(logits == 0).all(dim=-1)] = math.nan  # not predicted yet
+        parts = (best.indices, best.values, entropies)
         rows = zip(*(part.cpu().split(counts) for part in parts), strict=True)
         return [
             {
                 "best": pack(self.numbers[row].of(ids.flatten())),
                 "p": pack(values.flatten().double() * LIMIT),
-                "entropy": round(entropy.mean().item(), 3),
+                "entropy": round(entropy.nanmean().item(), 3),
             }
-            if len(ids)
+            if entropy.isfinite().any()
             else {}
             for row, (ids, values, entropy) in enumerate(rows)
         ]
