@@ -288,9 +288,7 @@ class Transformer(nn.Module):
                 depth = 2 * self.config.n_layer if name.endswith("out.weight") else 1
                 nn.init.normal_(parameter, std=0.02 / math.sqrt(depth))
 
-    def hidden(
-        self, xt: Tensor, clean: Tensor | None = None, cache=None
-    ) -> Tensor:
+    def hidden(self, xt: Tensor, clean: Tensor | None = None, cache=None) -> Tensor:
         """The final hidden states (B, L, D) of ids (B, L).
 
         In blocks, those before a position's own are read from `clean` (B, L), a second stream, or

@@ -129,7 +129,9 @@ def score(
         estimator = partial(bounds.discrete, steps=steps)
         nats, error = nll_samples(model, scored.rows, estimator=estimator, **options).bound()
         size = model.config.block_length or L
-        calls = L / size * steps * (1 - (1 - 1 / steps) ** size)  # that reveal something, on average
+        calls = (
+            L / size * steps * (1 - (1 - 1 / steps) ** size)
+        )  # that reveal something, on average
         return {"score_calls": calls, "nats": nats, "nats_error": error}
     draws = 1 if sampler.label == strategies.EXACT else config.draws
     with progress(draws * sum(map(len, scored.rows)), "token") as advance:

@@ -88,15 +88,15 @@ def evaluate(folder: Path, device: torch.device, draws: int) -> float:
     return nll_samples(loaded.model, rows, seed=0, draws=draws).bound()[0]
 
 
-def write_corpus(config: Section) -> Path:
-    """Write the text of the runs to a file: all of it, or its training split."""
+def write_corpus(path: str, out_dir: str, validation: bool) -> Path:
+    """Write the text of the runs to a file: for `validation` all of it, else its training split."""
     dataset = cli.load_defaults()["data"]["dataset"]
     cache = Path(os.environ.get("NANOMDM_CACHE", "prepared"))  # as in data.load
-    content = text.find(dataset, config.path, cache).text
-    path = Path(config.out_dir, "all.txt" if config.validation else "train-split.txt")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(content if config.validation else content[: int(0.9 * len(content))])
-    return path
+    content = text.find(dataset, path, cache).text
+    written = Path(out_dir, "all.txt" if validation else "train-split.txt")
+    written.parent.mkdir(parents=True, exist_ok=True)
+    written.write_text(content if validation else content[: int(0.9 * len(content))])
+    return written
 
 
 def spread(values: list[float]) -> str:
@@ -154,7 +154,8 @@ def main(config: Section) -> None:
     for name in names:
         if name not in VARIATIONS:
             raise UserError(f"variations={name} is unknown: choose some of {', '.join(VARIATIONS)}")
-    corpus, device, results = write_corpus(config), devices.pick_device("auto"), {}
+    corpus = write_corpus(config.path, config.out_dir, config.validation)
+    device, results = devices.pick_device("auto"), {}
     print(f"{hardware(device)}; {config.steps or 'all'} steps, seeds {', '.join(config.seeds)}")
     print("| variation | nats/token | against the recipe | seconds |\n| --- | --- | --- | --- |")
     for name in names:

@@ -321,7 +321,7 @@ class Sampler:
         canvas, is_masked = canvas.to(device), is_masked.to(device)
         options = self.settings | {"mask_id": mask_id} | options
         options |= {k: v.to(device) for k, v in options.items() if torch.is_tensor(v)}
-        if size := model.config.block_length:
+        if size := getattr(model.config, "block_length", 0):
             options["block_length"] = 0  # LLaDA's, for networks that have no blocks of their own
             if self.guidance:
                 raise ValueError(NO_GUIDANCE)
@@ -350,9 +350,7 @@ def options_of(name: str) -> dict[str, float]:
     return {option: p.default for option, p in own.items() if p.default is not p.empty} | GENERAL
 
 
-def from_config(
-    section, sample: Callable, causal: bool = False, model_blocks: int = 0
-) -> Sampler:
+def from_config(section, sample: Callable, causal: bool = False, model_blocks: int = 0) -> Sampler:
     """The `Sampler` of a `sampling` section; an autoregressive network goes from left to right.
 
     `model_blocks` is the block_length of the network, 0 for none. `sample` is `diffusion.sample`. Raises `ValueError` for a strategy or an option that is unknown

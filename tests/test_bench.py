@@ -142,8 +142,8 @@ def test_recipe_compares_seed_by_seed():
 
 
 def test_recipe_chooses_on_text_that_is_no_part_of_the_validation_split(tmp_path, text_file):
-    config = recipe.Section(path=str(text_file), out_dir=str(tmp_path), validation=False)
-    assert recipe.write_corpus(config).read_text() == TEXT[: int(0.9 * len(TEXT))]
+    written = recipe.write_corpus(str(text_file), str(tmp_path), validation=False)
+    assert written.read_text() == TEXT[: int(0.9 * len(TEXT))]
 
 
 def test_recipe_names_the_variations_that_there_are(run):

@@ -125,7 +125,9 @@ def test_what_a_mask_lets_through_is_what_attention_sees():
         ...... ABCDEF
         ...... ABCDEF
     """
-    drawn = [[c != "." for c in line.replace(" ", "")] for line in expected.split("\n") if line.strip()]
+    drawn = [
+        [c != "." for c in line.replace(" ", "")] for line in expected.split("\n") if line.strip()
+    ]
     assert block_mask(number, number, 2).tolist() == drawn
     assert block_mask(number, number, 1).tolist() == [row[6:] for row in drawn[6:]]
     q, k, v = torch.randn(3, 1, 1, 12, 8, generator=seeded(0))
@@ -229,7 +231,10 @@ def test_the_loss_with_the_weight_of_the_bound_is_the_bound(size):
     losses = torch.stack(
         [
             diffusion.masked_diffusion_loss(  # in random order: a row's number decides its times
-                model, x0[torch.randperm(64, generator=seeded(seed))], generator=seeded(seed), **settings
+                model,
+                x0[torch.randperm(64, generator=seeded(seed))],
+                generator=seeded(seed),
+                **settings,
             )
             for seed in range(400)
         ]
@@ -468,7 +473,9 @@ def test_blanks_are_filled_within_their_block_and_no_further_back():
     filled = sampler.fill(model, canvas, is_masked)
     assert torch.equal(filled.ids[~is_masked], canvas[~is_masked]) and (filled.ids < V).all()
     is_masked[:, 3] = True
-    with pytest.raises(ValueError, match="behind the block of a .MASK., where a network with block"):
+    with pytest.raises(
+        ValueError, match="behind the block of a .MASK., where a network with block"
+    ):
         sampler.fill(model, canvas, is_masked)
     Sampler(diffusion.sample, "", {"strategy": "confidence"}).fill(network(24), canvas, is_masked)
 
@@ -507,7 +514,9 @@ def test_a_run_in_blocks_learns_and_its_bound_is_that_of_eval(in_blocks, run):
     losses = [entry["train/loss"] for entry in entries if "train/loss" in entry]
     assert losses[-1] < losses[0]
     logged = [entry["eval/val_loss"] for entry in entries if "eval/val_loss" in entry]
-    result = run("eval.py", f"checkpoint={in_blocks}/ckpt.pt", "eval.draws=16", "eval.samplers=[eb]")
+    result = run(
+        "eval.py", f"checkpoint={in_blocks}/ckpt.pt", "eval.draws=16", "eval.samplers=[eb]"
+    )
     assert result.code == 0, result.err
     bound, error = re.search(r"^loss (\S+) ± (\S+) ", result.out, re.M).groups()
     assert abs(float(bound) - logged[-1]) < 0.1
@@ -560,7 +569,9 @@ def test_texts_of_any_length_are_the_same_without_the_cache(in_blocks, run, monk
     assert [len(part) - 1 for part in parts] == [length or 32] * 3
 
 
-def test_a_text_ends_in_the_middle_of_a_window_and_of_a_batch(in_blocks, run, monkeypatch, tmp_path):
+def test_a_text_ends_in_the_middle_of_a_window_and_of_a_batch(
+    in_blocks, run, monkeypatch, tmp_path
+):
     """Each row as alone, and no call is made for what nobody reads."""
     tokenizer = type(load_model(in_blocks / "ckpt.pt").tokenizer)
     eos = property(lambda self: int(self.encode("e")[0]), lambda self, value: None)
@@ -580,7 +591,10 @@ def test_a_text_ends_in_the_middle_of_a_window_and_of_a_batch(in_blocks, run, mo
     ("words", "message"),
     [
         (["prompt=The [MASK*3] of no"], "prompt: a token is given behind the block of a [MASK]"),
-        (["prompt=The", "sampling.options={guidance: 1}"], "has never seen a mask before its block"),
+        (
+            ["prompt=The", "sampling.options={guidance: 1}"],
+            "has never seen a mask before its block",
+        ),
     ],
 )
 def test_what_blocks_cannot_do_is_refused(in_blocks, run, words, message):
@@ -613,14 +627,18 @@ def test_a_run_in_blocks_goes_on_as_if_never_interrupted(in_blocks, run, text_fi
         assert run("train.py", *words).code == 130
     ended = run("train.py", *words, "training.resume=true")
     assert ended.code == 0 and "steps 6 to 12" in ended.out
-    ours, theirs = (load_model(path).state["ema"] for path in ("out/ckpt.pt", in_blocks / "ckpt.pt"))
+    ours, theirs = (
+        load_model(path).state["ema"] for path in ("out/ckpt.pt", in_blocks / "ckpt.pt")
+    )
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
     changed = run("train.py", *words, "training.resume=true", "model.block_length=8")
     assert changed.code == 2 and "model.block_length=8 is not what" in changed.err
 
 
 def test_micro_batches_change_nothing_in_blocks(in_blocks, run, text_file):
-    assert run("train.py", *TINY, BLOCKS, f"data.path={text_file}", "training.grad_accum=4").code == 0
+    assert (
+        run("train.py", *TINY, BLOCKS, f"data.path={text_file}", "training.grad_accum=4").code == 0
+    )
     ours, theirs = (
         [json.loads(line).get("train/loss") for line in (folder / "metrics.jsonl").open()]
         for folder in (Path("out"), in_blocks)

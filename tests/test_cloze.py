@@ -77,7 +77,7 @@ def test_greedy_filling_takes_the_surest_token_first():
     """Against a loop of its own: the most probable token of the surest position, one at a time."""
     network = arbitrary_network(LOOP)
     model = types.SimpleNamespace(
-        config=types.SimpleNamespace(causal=False, mask_id=LOOP.V), device="cpu"
+        config=types.SimpleNamespace(causal=False, mask_id=LOOP.V), device=torch.device("cpu")
     )
     loaded = types.SimpleNamespace(model=Callable(network, model))
     rows = list(LOOP.data)

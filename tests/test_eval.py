@@ -66,14 +66,17 @@ def test_an_evaluation_repeats_to_the_last_digit(evaluated):
 
 
 def test_what_is_printed_is_what_is_written(evaluated):
-    out, figures = evaluated("eval.draws=3", "eval.curve=true")
+    out, figures = evaluated("eval.draws=3")
     assert number(out, r"^loss (\S+)") == round(figures["loss"]["value"], 4)
     assert number(out, r"^loss \S+ ± (\S+)") == round(figures["loss"]["standard_error"], 4)
     assert number(out, r"^perplexity (\S+)") == round(figures["perplexity"], 2)
     assert number(out, r"^bits (\S+)") == round(figures["bits_per_byte"]["value"], 4)
     low, high = figures["loss"]["interval"]
     assert f"95% interval {low:.4f} to {high:.4f}" in out
-    assert out.count("% to ") >= len(figures["curve"])
+    assert len(figures["curve"]) == 20
+    first, *_, last = figures["quarters"]
+    assert f"nats per masked token: {first['value']:.3f} with 0% to 25%, " in out
+    assert f"{last['value']:.3f} with 75% to 100% of a text masked" in out
     assert f"{figures['tokens']:,} tokens, 3 passes" in out
 
 
@@ -275,7 +278,7 @@ def test_figures_and_curve_go_to_wandb_if_asked(evaluated, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "word", ["eval.bounds=[chain]", "eval.curve=true", "eval.samplers=[left_to_right]"]
+    "word", ["eval.bounds=[chain]", "eval.samplers=[left_to_right]"]
 )
 def test_what_is_about_masks_is_refused_for_an_autoregressive_model(run, text_file, word):
     assert run("train.py", *TINY, f"data.path={text_file}", "training.objective=ar").code == 0

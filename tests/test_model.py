@@ -273,7 +273,7 @@ def test_a_network_under_bfloat16_autocast_agrees_with_float32_to_bfloat16_preci
 def scores_of(module: Attention, x: Tensor, monkeypatch) -> Tensor:
     """The attention scores before the softmax (B, H, L, L)."""
     seen = []
-    monkeypatch.setattr(model_module, "attend", lambda q, k, v, causal: seen.append((q, k)) or v)
+    monkeypatch.setattr(model_module, "attend", lambda q, k, v, *_: seen.append((q, k)) or v)
     module(x, *rope_tables(x.size(1), 8))
     q, k = seen[0]
     return q @ k.mT / math.sqrt(q.size(-1))

@@ -30,7 +30,9 @@ RUNS = {  # of two processes
     "ddp-killed": (DDP,),
     "ddp-resumed": (DDP, RESUME),
     "ddp-pairs": (DDP, ADAMW, SPLIT),
+    "ddp-blocks": (DDP, ADAMW, SPLIT, "model.block_length=4"),
     "fsdp-pairs": (FSDP, ADAMW, "model.learned_positions=true"),
+    "fsdp-blocks": (FSDP, ADAMW, "model.block_length=4", "model.conv_width=3"),
     "fsdp-adamw": (FSDP, ADAMW),
     "fsdp-adamw-split": (FSDP, ADAMW, SPLIT),
     "fsdp-muon-split": (FSDP, SPLIT, "training.activation_checkpointing=true"),
@@ -141,6 +143,8 @@ def folder(tmp_path_factory, text_file) -> Path:
         train(folder, "killed")
         train(folder, "pairs-ddp", ADAMW)
         train(folder, "pairs-fsdp", ADAMW, "model.learned_positions=true")
+        train(folder, "blocks-ddp", ADAMW, "model.block_length=4")
+        train(folder, "blocks-fsdp", ADAMW, "model.block_length=4", "model.conv_width=3")
         for kind in ("ddp", "fsdp"):
             shutil.copytree(folder / "killed", folder / f"{kind}-resumed")
         shutil.rmtree(folder / "cache")  # so that two processes have to prepare the text
@@ -188,11 +192,12 @@ def test_two_processes_have_the_losses_of_one_to_a_hundred_thousandth_with_muon(
 
 
 @BOTH
+@pytest.mark.parametrize("what", ["pairs", "blocks"])
 @pytest.mark.parametrize("key", ["train/loss", "eval/val_loss"])
-def test_two_processes_learn_pairs_as_one_does(folder, kind, key):
+def test_two_processes_learn_pairs_and_blocks_as_one_does(folder, kind, key, what):
     """Also with learned positions, and in micro-batches: rows of unequal numbers of answers."""
-    expected = curve(folder / f"pairs-{kind}", key)
-    assert expected and curve(folder / f"{kind}-pairs", key) == pytest.approx(expected, rel=1e-5)
+    expected = curve(folder / f"{what}-{kind}", key)
+    assert expected and curve(folder / f"{kind}-{what}", key) == pytest.approx(expected, rel=1e-5)
 
 
 @BOTH

@@ -103,7 +103,7 @@ class Recorder:
     def __call__(self, xt: Tensor, cache=None) -> Tensor:
         """The logits; of a network with blocks, which answers for the last of them, uniform ones
         stand for those of the blocks after it."""
-        logits = whole = self.model(xt, cache=cache)
+        logits = whole = self.model(xt) if cache is None else self.model(xt, cache=cache)
         if cache is not None:
             B, L = self.is_masked.shape
             whole = logits.new_zeros(B, L, logits.size(-1))

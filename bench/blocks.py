@@ -1,0 +1,163 @@
+"""From autoregression to diffusion: the bound against the length of a block.
+
+python -m bench.blocks seeds=[1,2,3] steps=300
+python -m bench.blocks seconds=180
+
+For each model.block_length train.py trains a network per seed, for the same steps or the same
+seconds; all are evaluated on the same text. The first seed's are also scored under a sampler in few
+steps a block: what a text costs against the network calls that it takes.
+"""
+
+import json
+import shlex
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from functools import partial
+from pathlib import Path
+
+import torch
+
+import data
+import diffusion
+import train
+from bench.recipe import spread, write_corpus
+from bench.score import nll_samples
+from bench.throughput import hardware, make_run, seconds
+from model import ModelConfig, Transformer
+from nanomdm import bounds, cli, devices, texts
+from nanomdm.checkpoint import Loaded, load_model
+from nanomdm.cli import Section
+from nanomdm.errors import UserError
+from nanomdm.strategies import STRATEGIES, Sampler
+from tools.plot import import_pyplot
+
+CONTROL = "causal"
+TIMED = 12  # steps
+
+
+def words_of(config: Section, name: str) -> list[str]:
+    """What train.py is told of a run: the length of its blocks, or the causal control."""
+    own = "training.objective=ar" if name == CONTROL else f"model.block_length={name}"
+    return [*shlex.split(config.words), own]
+
+
+def steps_of(config: Section, name: str) -> int:
+    """The optimizer steps of a run: those of the configuration, or what fits into its seconds."""
+    if not config.seconds:
+        return config.steps
+    device = devices.pick_device("auto")
+    with tempfile.TemporaryDirectory() as folder:
+        settings = cli.compose([*words_of(config, name), "system.compile=true"])
+        run = make_run(settings, Path(folder), device)
+        step = partial(devices.eager_if_compiling_fails(train.training_step), run)
+        start = seconds(step, device)
+        step()
+        each = statistics.median(seconds(step, device) for _ in range(TIMED))
+    return max(1, int((config.seconds - start) / each))
+
+
+def run_of(config: Section, name: str, steps: int, seed: int, corpus: Path) -> Path:
+    """The folder of a run. Trains it in a process of its own unless that is done."""
+    folder = Path(config.out_dir, f"{name}-{steps}-{seed}")
+    if (folder / "seconds.json").is_file():
+        return folder
+    words = [f"data.path={corpus}", f"out_dir={folder}", f"system.seed={seed}"]
+    words += [f"training.max_iters={steps}", "training.eval_interval=0", "system.compile=true"]
+    words += ["training.sample_interval=0", "training.save_interval=0", *words_of(config, name)]
+    began = time.perf_counter()
+    command = [sys.executable, str(cli.ROOT / "train.py"), *words]
+    result = subprocess.run(command, capture_output=True, text=True)
+    if result.returncode:
+        raise UserError(f"{name}, seed {seed} failed: {result.stderr.strip().splitlines()[-1:]}")
+    (folder / "seconds.json").write_text(json.dumps(time.perf_counter() - began))
+    return folder
+
+
+def evaluate(folder: Path, config: Section) -> dict:
+    """The bound of a run's averaged weights on the validation split, with its error."""
+    loaded, corpus = load(folder)
+    rows = [row.ids for row in corpus.rows("val", loaded.model.config.block_size).evenly()]
+    value, error = nll_samples(loaded.model, rows, seed=0, draws=config.draws).bound()
+    taken = json.loads((folder / "seconds.json").read_text())
+    return {"folder": str(folder), "bound": value, "error": error, "seconds": taken}
+
+
+def load(folder: Path) -> tuple[Loaded, data.Corpus]:
+    device = devices.pick_device("auto")
+    loaded = load_model(folder / "ckpt.pt", device, Transformer, ModelConfig)
+    return loaded, data.load(cli.section(loaded.config["data"]), loaded.tokenizer)
+
+
+def scores(folder: Path, config: Section) -> list[dict]:
+    """(steps of a block, calls of a text, nats per token) under the sampler `spread`."""
+    loaded, corpus = load(folder)
+    model, found = loaded.model, []
+    context, size = model.config.block_size, model.config.block_length
+    scored = texts.cut("", [("", corpus.val)], loaded.tokenizer, context, limit=config.tokens)
+    for count in (2**i for i in range(size.bit_length()) if 2**i <= size):
+        settings = {"strategy": STRATEGIES["spread"], "steps": count}
+        sampler = Sampler(diffusion.sample, "spread", settings)
+        samples = bounds.score(sampler, model, scored, draws=1, seed=0, advance=lambda n: None)
+        nats = samples.bound()[0]
+        found.append({"steps": count, "calls": samples.calls, "nats": nats})
+    return found
+
+
+def plot(results: dict[str, dict], path: Path) -> None:
+    """Two pictures side by side: the bound by block length, and nats against calls."""
+    figure, axes = import_pyplot().subplots(1, 2, figsize=(10, 4), layout="constrained")
+    lengths = [name for name in results if name != CONTROL]
+    for position, name in enumerate(lengths):
+        values = [run["bound"] for run in results[name]["runs"]]
+        axes[0].plot([position] * len(values), values, "o", color="C0", ms=4, alpha=0.6)
+    means = [statistics.fmean(run["bound"] for run in results[name]["runs"]) for name in lengths]
+    axes[0].plot(means, color="C0", label="blocks, each seed and the mean")
+    if CONTROL in results:
+        control = statistics.fmean(run["bound"] for run in results[CONTROL]["runs"])
+        axes[0].axhline(control, color="C1", ls="--", label="causal network")
+    axes[0].set_xticks(range(len(lengths)), lengths)
+    axes[0].set(xlabel="tokens in a block", ylabel="nats per token (1: exact, else a bound)")
+    axes[0].legend(frameon=False)
+    for number, name in enumerate(lengths):
+        points = [(each["calls"], each["nats"]) for each in results[name]["scores"]]
+        if points:
+            axes[1].plot(*zip(*points, strict=True), "o-", color=f"C{number}", ms=3, label=name)
+    axes[1].set_xscale("log", base=2)
+    axes[1].set(xlabel="network calls for a text", ylabel="nats per token under spread")
+    axes[1].legend(frameon=False, title="tokens in a block")
+    for each in axes:
+        each.grid(alpha=0.3)
+    figure.savefig(path, dpi=120)
+
+
+def main(config: Section) -> None:
+    names = [str(int(length)) for length in config.lengths] + [CONTROL] * config.control
+    import_pyplot()  # before anything is trained
+    corpus = write_corpus(config.path, config.out_dir, config.validation)
+    results = {}
+    print(f"{hardware(devices.pick_device('auto'))}; seeds {', '.join(config.seeds)}")
+    print("| block | steps | nats/token | seconds |\n| --- | --- | --- | --- |")
+    for name in names:
+        steps = steps_of(config, name)
+        folders = [run_of(config, name, steps, int(seed), corpus) for seed in config.seeds]
+        runs = [evaluate(folder, config) for folder in folders]
+        found = [] if name == CONTROL or not config.tokens else scores(folders[0], config)
+        results[name] = {"steps": steps, "runs": runs, "scores": found}
+        bound = spread([run["bound"] for run in runs]).lstrip("+")
+        taken = statistics.median(run["seconds"] for run in runs)
+        print(f"| {name} | {steps} | {bound} | {taken:.0f} |", flush=True)
+        about = {"hardware": hardware(torch.device("cpu")), "results": results}
+        Path(config.out_dir, "results.json").write_text(json.dumps(about, indent=1))
+    print("\n| block | calls: nats/token |\n| --- | --- |")
+    for name, found in results.items():
+        cells = (f"{each['calls']:.0f}: {each['nats']:.3f}" for each in found["scores"])
+        if found["scores"]:
+            print(f"| {name} | {', '.join(cells)} |")
+    plot(results, Path(config.out_dir, "blocks.png"))
+
+
+if __name__ == "__main__":
+    cli.main(main, "bench/blocks")
