@@ -50,7 +50,7 @@ def steps_of(config: Section, name: str) -> int:
         return config.steps
     device = devices.pick_device("auto")
     with tempfile.TemporaryDirectory() as folder:
-        settings = cli.compose([*words_of(config, name), "system.compile=true"])
+        settings = cli.compose(words_of(config, name))
         run = make_run(settings, Path(folder), device)
         step = partial(devices.eager_if_compiling_fails(train.training_step), run)
         start = seconds(step, device)
@@ -65,7 +65,7 @@ def run_of(config: Section, name: str, steps: int, seed: int, corpus: Path) -> P
     if (folder / "seconds.json").is_file():
         return folder
     words = [f"data.path={corpus}", f"out_dir={folder}", f"system.seed={seed}"]
-    words += [f"training.max_iters={steps}", "training.eval_interval=0", "system.compile=true"]
+    words += [f"training.max_iters={steps}", "training.eval_interval=0"]
     words += ["training.sample_interval=0", "training.save_interval=0", *words_of(config, name)]
     began = time.perf_counter()
     command = [sys.executable, str(cli.ROOT / "train.py"), *words]
@@ -106,31 +106,56 @@ def scores(folder: Path, config: Section) -> list[dict]:
     return found
 
 
+COLOURS = ("#c2410c", "#fb923c"), ("#1d4ed8", "#60a5fa")  # light and dark: blocks, the control
+CURVES = "viridis_r", "viridis"  # of colours from the shortest block to the longest
+
+
 def plot(results: dict[str, dict], path: Path) -> None:
-    """Two pictures side by side: the bound by block length, and nats against calls."""
-    figure, axes = import_pyplot().subplots(1, 2, figsize=(10, 4), layout="constrained")
+    """PATH-light.svg and PATH-dark.svg: nats by the length of a block, and nats against calls."""
+    pyplot = import_pyplot()
+    keys = ("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color")
     lengths = [name for name in results if name != CONTROL]
-    for position, name in enumerate(lengths):
+    for dark, theme in enumerate(("light", "dark")):
+        style = dict.fromkeys(keys, ("#1c1917", "#e7e5e4")[dark])
+        with pyplot.rc_context(style | {"font.size": 12, "svg.hashsalt": "nanomdm"}):
+            figure, axes = pyplot.subplots(1, 2, figsize=(10, 4.2), layout="constrained")
+            draw_bounds(axes[0], results, lengths, dark)
+            draw_scores(axes[1], results, lengths, pyplot.get_cmap(CURVES[dark]))
+            for axis in axes:
+                axis.grid(alpha=0.2)
+                if axis.get_legend_handles_labels()[0]:
+                    axis.legend(fontsize=10, frameon=False)
+            figure.savefig(f"{path}-{theme}.svg", transparent=True, metadata={"Date": None})
+            pyplot.close(figure)
+
+
+def draw_bounds(axis, results: dict[str, dict], lengths: list[str], dark: int) -> None:
+    for number, name in enumerate(lengths):
         values = [run["bound"] for run in results[name]["runs"]]
-        axes[0].plot([position] * len(values), values, "o", color="C0", ms=4, alpha=0.6)
+        axis.plot([number] * len(values), values, "o", color=COLOURS[0][dark], ms=4, alpha=0.5)
     means = [statistics.fmean(run["bound"] for run in results[name]["runs"]) for name in lengths]
-    axes[0].plot(means, color="C0", label="blocks, each seed and the mean")
+    axis.plot(means, color=COLOURS[0][dark], lw=2.5, label="blocks: each seed, and the mean")
     if CONTROL in results:
         control = statistics.fmean(run["bound"] for run in results[CONTROL]["runs"])
-        axes[0].axhline(control, color="C1", ls="--", label="causal network")
-    axes[0].set_xticks(range(len(lengths)), lengths)
-    axes[0].set(xlabel="tokens in a block", ylabel="nats per token (1: exact, else a bound)")
-    axes[0].legend(frameon=False)
+        axis.axhline(control, color=COLOURS[1][dark], ls="--", label="causal network")
+    axis.set_xticks(range(len(lengths)), lengths)
+    axis.set(xlabel="tokens in a block", ylabel="nats per token: exact at 1, else a bound")
+
+
+def draw_scores(axis, results: dict[str, dict], lengths: list[str], colours) -> None:
     for number, name in enumerate(lengths):
         points = [(each["calls"], each["nats"]) for each in results[name]["scores"]]
         if points:
-            axes[1].plot(*zip(*points, strict=True), "o-", color=f"C{number}", ms=3, label=name)
-    axes[1].set_xscale("log", base=2)
-    axes[1].set(xlabel="network calls for a text", ylabel="nats per token under spread")
-    axes[1].legend(frameon=False, title="tokens in a block")
-    for each in axes:
-        each.grid(alpha=0.3)
-    figure.savefig(path, dpi=120)
+            colour = colours((number + 0.5) / len(lengths))
+            axis.plot(
+                *zip(*points, strict=True), "o-", color=colour, ms=4, label=f"blocks of {name}"
+            )
+    axis.set(
+        xscale="log", xlabel="network calls for a text", ylabel="nats per token under `spread`"
+    )
+    ticks = [2**k for k in range(11) if 2**k <= axis.get_xlim()[1]]
+    axis.set_xticks(ticks, [str(tick) for tick in ticks], minor=False)
+    axis.minorticks_off()
 
 
 def main(config: Section) -> None:
@@ -156,7 +181,7 @@ def main(config: Section) -> None:
         cells = (f"{each['calls']:.0f}: {each['nats']:.3f}" for each in found["scores"])
         if found["scores"]:
             print(f"| {name} | {', '.join(cells)} |")
-    plot(results, Path(config.out_dir, "blocks.png"))
+    plot(results, Path(config.out_dir, "blocks"))
 
 
 if __name__ == "__main__":

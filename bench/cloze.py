@@ -96,7 +96,7 @@ def by_fill(values: Tensor, texts: Texts) -> Tensor:
 def greedy(loaded: Loaded, texts: Texts, batch_size: int = 64) -> list[bool]:
     """Whether the most probable tokens, filled in by decreasing confidence, equal each row.
 
-    One token per call. In blocks, in each by itself. An autoregressive model fills from left to right.
+    One token per call; in blocks, block by block. An autoregressive model goes from left to right.
     """
     model, right = loaded.model, [False] * len(texts.rows)
     strategy = STRATEGIES["left_to_right" if model.config.causal else "confidence"]

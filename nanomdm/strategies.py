@@ -170,7 +170,7 @@ def guided(model: Callable, is_masked: Tensor, mask_id: int, guidance: float) ->
     return logits
 
 
-# --- Block after block, for a network that sees the blocks before its own --------------------------
+# --- Block after block, for a network that sees the blocks before its own ------------------------
 
 NO_GUIDANCE = (
     "sampling.options.guidance compares with a text whose prompt is masked, and a network with "
@@ -190,7 +190,7 @@ class Cache(dict):
         self.size, self.length = size, 0
 
     def extend(self, name, x: Tensor) -> Tensor:
-        """(..., length + N, K): the entries of this name, then x (..., N, K), which is kept, too."""
+        """(..., length + N, K): the entries of this name, then x (..., N, K), kept as well."""
         stop = self.length + x.size(-2)
         if name not in self:
             self[name] = x.new_empty(*x.shape[:-2], self.size, x.size(-1))
@@ -210,6 +210,52 @@ def require_order(is_masked: Tensor, size: int) -> None:
             f"a token is given behind the block of a [MASK], where a network with blocks of {size} "
             "tokens cannot see it: leave it out, or take a network with model.block_length=0"
         )
+
+
+class Behind:
+    """A network for the block behind finished ones: its ids (B, n) to its logits (B, n, V)."""
+
+    def __init__(self, model: Callable, size: int, cached: bool):
+        self.model, self.cache = model, Cache(size) if cached else None
+        self.finished = None  # ids (B, N) of the blocks before
+
+    def __call__(self, block: Tensor) -> Tensor:
+        start = self.finished.size(1)
+        if self.cache is None:
+            return self.model(torch.cat((self.finished, block), dim=1))[:, start:]
+        known = self.cache.length  # the last of the finished blocks is computed with this one
+        ids = torch.cat((self.finished[:, known:], block), dim=1)
+        logits = self.model(ids, cache=self.cache)
+        self.cache.length = start
+        return logits[:, start - known :]
+
+
+class Steps:
+    """The steps of each block, told as those of the whole canvas xt (B, L)."""
+
+    def __init__(self, xt: Tensor, callback: Callable | None, history: list | None):
+        self.xt, self.callback, self.history = xt, callback, history
+        self.events = None if history is None else []
+        self.here, self.before, self.done = slice(0), 0, 0
+
+    def begin(self, here: slice) -> None:
+        self.here, self.before = here, self.done
+
+    def __call__(self, step: int, s: float, block: Tensor) -> None:
+        self.done = self.before + step
+        if self.history is not None:
+            event = self.events.pop()._replace(step=self.done)
+            whole = {name: self.widened(getattr(event, name)) for name in ("revealed", "again")}
+            self.history.append(event._replace(**whole))
+        if self.callback:
+            xt = self.xt.clone()
+            xt[:, self.here] = block
+            self.callback(self.done, s, xt)
+
+    def widened(self, where: Tensor | None) -> Tensor | None:
+        if where is not None:
+            start, L = self.here.start, self.xt.size(1)
+            return F.pad(where, (start, L - start - where.size(1)))
 
 
 def fill_blocks(
@@ -234,55 +280,28 @@ def fill_blocks(
     `require_order` does.
     """
     require_order(is_masked, size)
-    xt, L = canvas.masked_fill(is_masked, mask_id), canvas.size(1)
+    xt, L, calls = canvas.masked_fill(is_masked, mask_id), canvas.size(1), 0
     order, costs = torch.zeros_like(xt), torch.zeros_like(xt, dtype=torch.float64)
-    cache, calls, done = Cache(L), 0, 0
+    network, steps = Behind(model, L, cached), Steps(xt, callback, history)
     for start in range(0, L, size):
-        here, events, before = slice(start, start + size), None if history is None else [], done
-
-        def network(block: Tensor, start=start) -> Tensor:
-            if not cached:
-                return model(torch.cat((xt[:, :start], block), dim=1))[:, start:]
-            first = cache.length
-            logits = model(torch.cat((xt[:, first:start], block), dim=1), cache=cache)
-            cache.length = start
-            return logits[:, start - first :]
-
-        def step(j: int, s: float, block: Tensor, here=here, events=events, before=before) -> None:
-            nonlocal done
-            done = before + j
-            if events is not None:
-                history.append(_widened(events.pop()._replace(step=done), here.start, L))
-            if callback:
-                whole = xt.clone()
-                whole[:, here] = block
-                callback(done, s, whole)
-
-        own = {"x0": x0[:, here]} if x0 is not None else {}
+        here = slice(start, start + size)
+        network.finished = xt[:, :start]
+        steps.begin(here)
         filled = sample(
             network,
             xt[:, here],
             is_masked=is_masked[:, here],
             mask_id=mask_id,
-            callback=step,
-            history=events,
+            callback=steps,
+            history=steps.events,
+            x0=None if x0 is None else x0[:, here],
             **options,
-            **own,
         )
         xt[:, here], costs[:, here], calls = filled.ids, filled.costs, calls + filled.calls
-        order[:, here] = filled.order + before * (filled.order > 0)
+        order[:, here] = filled.order + steps.before * (filled.order > 0)
         if ended:
-            is_masked = is_masked & ~ended(xt).to(is_masked.device)[:, None]
+            is_masked = is_masked & ~ended(xt).to(xt.device)[:, None]
     return filled._replace(ids=xt, calls=calls, costs=costs, order=order, history=history)
-
-
-def _widened(event, start: int, L: int):
-    """The event of a block as one of the whole canvas."""
-
-    def widened(where: Tensor | None) -> Tensor | None:
-        return None if where is None else F.pad(where, (start, L - start - where.size(1)))
-
-    return event._replace(revealed=widened(event.revealed), again=widened(event.again))
 
 
 # --- Settings ------------------------------------------------------------------------------------
@@ -353,8 +372,8 @@ def options_of(name: str) -> dict[str, float]:
 def from_config(section, sample: Callable, causal: bool = False, model_blocks: int = 0) -> Sampler:
     """The `Sampler` of a `sampling` section; an autoregressive network goes from left to right.
 
-    `model_blocks` is the block_length of the network, 0 for none. `sample` is `diffusion.sample`. Raises `ValueError` for a strategy or an option that is unknown
-    or out of its range.
+    `sample` is `diffusion.sample`, `model_blocks` the block_length of the network (0 for none).
+    Raises `ValueError` for a strategy or an option that is unknown or out of its range.
     """
     name = "left_to_right" if causal else section.strategy
     if name not in STRATEGIES:

@@ -119,6 +119,33 @@ def test_recipe_trains_a_run_once_and_draws_its_curve(run, tmp_path, text_file):
     assert path.stat().st_mtime_ns == trained
 
 
+def test_blocks_are_trained_once_scored_and_drawn(run, tmp_path, text_file):
+    words = ["lengths=[1,4,16]", "seeds=[2]", "steps=3", "tokens=64", WORDS, f"path={text_file}"]
+    first = run("bench.blocks", *words)
+    assert first.code == 0, first.err
+    results = json.loads((tmp_path / "out-blocks" / "results.json").read_text())["results"]
+    assert list(results) == ["1", "4", "16", "causal"]
+    assert f"| 4 | 3 | {results['4']['runs'][0]['bound']:.4f} |" in first.out
+    calls = [[round(each["calls"]) for each in found["scores"]] for found in results.values()]
+    assert calls == [[32], [8, 16, 32], [2, 4, 8, 16, 32], []]  # of a text of 32 tokens
+    assert results["1"]["scores"][0]["nats"] == pytest.approx(
+        results["1"]["runs"][0]["bound"], abs=0.5
+    )
+    assert (tmp_path / "out-blocks" / "blocks-dark.svg").stat().st_size > 10_000
+    path = tmp_path / "out-blocks" / "4-3-2" / "ckpt.pt"
+    trained = path.stat().st_mtime_ns
+    run("bench.blocks", *words)
+    assert path.stat().st_mtime_ns == trained
+
+
+def test_blocks_take_as_many_steps_as_their_seconds_hold(run, tmp_path, text_file):
+    words = ["lengths=[4]", "seeds=[2]", "tokens=0", WORDS, f"path={text_file}", "control=false"]
+    result = run("bench.blocks", *words, "seconds=1")
+    assert result.code == 0, result.err
+    found = json.loads((tmp_path / "out-blocks" / "results.json").read_text())["results"]["4"]
+    assert found["steps"] > 5 and found["scores"] == []
+
+
 def test_recipe_varies_what_is_a_field_of_the_network_alone(run, tmp_path, text_file):
     words = ("variations=[no QK-norm]", "seeds=[2]", "steps=2", WORDS, f"path={text_file}")
     result = run("bench.recipe", *words)

@@ -277,9 +277,7 @@ def test_figures_and_curve_go_to_wandb_if_asked(evaluated, monkeypatch):
 # --- What does not go together -----------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    "word", ["eval.bounds=[chain]", "eval.samplers=[left_to_right]"]
-)
+@pytest.mark.parametrize("word", ["eval.bounds=[chain]", "eval.samplers=[left_to_right]"])
 def test_what_is_about_masks_is_refused_for_an_autoregressive_model(run, text_file, word):
     assert run("train.py", *TINY, f"data.path={text_file}", "training.objective=ar").code == 0
     result = run("eval.py", CPU, word)

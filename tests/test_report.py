@@ -112,7 +112,9 @@ def test_a_chain_that_differs_by_chance_is_none():
 
 
 @pytest.mark.parametrize("name", ["discrete", "continuous"])
-@pytest.mark.parametrize("decreases, why", [(True, "somewhere, it may"), (False, "a bug, or a network")])
+@pytest.mark.parametrize(
+    "decreases, why", [(True, "somewhere, it may"), (False, "a bug, or a network")]
+)
 def test_fewer_steps_below_the_bound_are_a_remark_that_says_why(name, decreases, why):
     found = report.relations([row("uniform", 2.0), row(name, 1.5)], decreases)
     assert not found["violations"] and why in found["remarks"][0]
