@@ -51,6 +51,14 @@ def output_of(code: str, folder: Path, *path: Path | str) -> str:
     return result.stdout
 
 
+def test_the_example_of_blocks_runs(tmp_path):
+    page = (ROOT / "docs" / "blocks.md").read_text()
+    code = re.search(r"```python\n(.*?)```", page, re.S)[1]
+    out = output_of(f"{code}\nprint(filled.ids.shape, float(loss), value)", tmp_path, ROOT)
+    shape, loss, value = re.fullmatch(r"torch.Size\((.*)\) (\S+) (\S+)\n", out).groups()
+    assert shape == "[2, 128]" and 3 < float(loss) < 6 and 3 < float(value) < 6
+
+
 # --- The wheel ----------------------------------------------------------------------------------
 
 

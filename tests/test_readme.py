@@ -30,7 +30,9 @@ def commands(text: str) -> list[str]:
 
 
 COMMANDS = commands(README)
-PAGES = (ROOT / "docs" / f"{name}.md" for name in ("evaluation", "seeing", "pairs", "sudoku"))
+PAGES = (
+    ROOT / "docs" / f"{name}.md" for name in ("evaluation", "seeing", "pairs", "sudoku", "blocks")
+)
 DOCUMENTED = [command for page in PAGES for command in commands(page.read_text())]
 PROMISED = """
 python train.py
@@ -54,7 +56,8 @@ SHRINK = [word for word in TINY if not word.startswith(("system", "sampling"))]
 @pytest.fixture
 def folder(tmp_path, trained, monkeypatch):
     """A working directory as a user has it after a first run, on a corpus that is tiny."""
-    for name in ("out", "out-ar", "out-sudoku", "out-pairs", "out-documents", "out-sudoku9"):
+    runs = ("ar", "sudoku", "sudoku9", "pairs", "documents", "blocks")
+    for name in ("out", *(f"out-{run}" for run in runs)):
         shutil.copytree(trained, tmp_path / name)
     (tmp_path / "corpora").mkdir()
     (tmp_path / "corpora" / "plays.txt").write_text(TEXT)
