@@ -83,11 +83,13 @@ def masked_diffusion_loss(
 
     With a `block_length` each block of so many tokens has a time of its own, and is predicted from
     itself and the clean blocks before it (BD3-LM, arXiv 2503.09573). It gets the masks of the bound
-    (`any_order`), l of M tokens, with the weight (M / l)^g over its mean: with a Bernoulli draw for
-    each token a small block would often have no mask, and be computed in vain.
+    (`any_order`), l of M tokens, and the weight (M / l)^g, divided by what keeps the scale: with a
+    Bernoulli draw for each token a small block would often have no mask, and be wasted work. `eps`
+    is then unused. The default is the block_length of the model, if it has one.
     """
     if not 0 <= weighting <= 1:
         raise ValueError(f"{weighting=} must lie in [0, 1]; 1 is the weight of the bound")
+    block_length = block_length or _blocks_of(model)
     nll = nll or partial(nll_from_logits, model, block_length=block_length)
     rows, n = share or (_rows(x0, None), len(x0))
     t = (rows[:, None] + hash_noise(draw_seed(generator), rows, 1)) / n  # (B, 1)
@@ -95,9 +97,8 @@ def masked_diffusion_loss(
     if block_length:
         noise = hash_noise(draw_seed(generator), rows, x0.size(1))
         noise = noise.masked_fill(~predict.to(noise.device), 2.0)
-        is_masked, _, ratio = next(in_blocks(any_order, t[:, 0], noise, block_length))
-        shares = torch.arange(1, block_length + 1) / block_length
-        weight = ratio**weighting / (shares ** (1 - weighting)).mean()  # (B, L)
+        masks = partial(weighted_masks, weighting=weighting)
+        is_masked, _, weight = next(in_blocks(masks, t[:, 0], noise, block_length))  # (B, L)
         is_masked = is_masked.to(x0.device)
         xt = x0.masked_fill(is_masked, mask_id)
     else:
@@ -114,8 +115,8 @@ def nll_from_logits(
 ) -> Tensor:
     """Cross-entropies (B, L) in nats, 0 outside `where` (B, L), from a model's logits (B, L, V).
 
-    In float32 at least, in float64 for a float64 model. With a `block_length` in a call for each
-    block, which sees itself as it is in xt and the blocks before it as they are in x0.
+    In float32 at least, in float64 for a float64 model. With a `block_length`, one call a block:
+    it sees itself as it is in xt and the blocks before it as they are in x0.
     """
     L, size = x0.size(1), block_length or x0.size(1)
     logits = [
@@ -124,6 +125,10 @@ def nll_from_logits(
     logits = _at_least_float32(torch.cat(logits, dim=1)[where])  # (N, V)
     nll = F.cross_entropy(logits, x0[where], reduction="none")
     return nll.new_zeros(x0.shape).masked_scatter(where, nll)
+
+
+def _blocks_of(model: Callable) -> int:
+    return getattr(getattr(model, "config", None), "block_length", 0)
 
 
 def _at_least_float32(logits: Tensor) -> Tensor:
@@ -141,8 +146,17 @@ def any_order(u: Tensor, noise: Tensor) -> Iterator:
     """
     M = (noise < 1).sum(dim=1)
     count = (u * M).long() + 1
-    hidden = (noise.argsort().argsort() < count[:, None]) & (noise < 1)
+    hidden = (noise.argsort().argsort() < count[:, None]) & (noise < 1)  # M may be 0 in a block
     yield hidden, hidden, M.double() / count
+
+
+def weighted_masks(u: Tensor, noise: Tensor, weighting: float) -> Iterator:
+    """`any_order` with the weight (M / l)^g, divided by its part in the mean of a constant cost."""
+    for hidden, scored, ratio in any_order(u, noise):
+        M = (noise < 1).sum(dim=1, keepdim=True).clamp(min=1)
+        shares = torch.arange(1, noise.size(1) + 1, device=M.device) / M  # l / M, and above 1
+        scale = (shares ** (1 - weighting) * (shares <= 1)).sum(dim=1) / M[:, 0]
+        yield hidden, scored, ratio**weighting / scale
 
 
 def nelbo(
@@ -152,8 +166,9 @@ def nelbo(
 
     The short form of `estimate` with `any_order`, which train.py and eval.py call. The text is
     given and the masks are random: the error is that over the masks (nan for one draw). `options`
-    are those of `estimate`.
+    are those of `estimate`; the default `block_length` is that of the model, if it has one.
     """
+    block_length = block_length or _blocks_of(model)
     nll = nll or partial(nll_from_logits, model, block_length=block_length)
     nats, _, counts = estimate(any_order, nll, x0, block_length=block_length, **options)
     values = nats.sum(dim=1) / counts.sum()  # (draws,)
@@ -220,9 +235,9 @@ def estimate(
 def in_blocks(
     estimator: Callable, u: Tensor, noise: Tensor, block_length: int
 ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    """The queries of an estimator for which each block is a row; all three have the shape (B, L).
+    """The queries of an estimator for every block by itself, all three of the shape (B, L).
 
-    The times of a row's blocks, as uniform as its u (B,), are spread evenly. 0 is one block.
+    The times of a row's blocks, as uniform as its u (B,), are spread evenly. 0: one block a row.
     """
     L = noise.size(1)
     size = block_length or L
@@ -365,6 +380,8 @@ def sample(
             f"{strategy=} must be stochastic, confidence or a function, {steps=} at least 1, "
             f"{temperature=} and {block_length=} not negative"
         )
+    if 0 < _blocks_of(model) < canvas.size(1):
+        raise ValueError("the network has blocks: fill it by nanomdm.strategies.Sampler")
     adaptive = getattr(getattr(strategy, "func", strategy), "adaptive", False)  # of a partial, too
     xt = canvas.masked_fill(is_masked, mask_id)
     order, costs = torch.zeros_like(xt), torch.zeros_like(xt, dtype=torch.float64)

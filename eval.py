@@ -27,8 +27,11 @@ def main(config: cli.Section) -> None:
         )
     if all(exact):
         cli.ignored(config, {"eval.draws"}, f"{names[0]} is autoregressive, scored exactly")
+    cli.decided_by_shape(config, shape)
     chosen = bounds.choose(config.eval.bounds, config.sampling.steps, diffusion.sample)
-    samplers = bounds.samplers(config.eval.samplers, config.sampling, diffusion.sample)
+    samplers = bounds.samplers(
+        config.eval.samplers, config.sampling, diffusion.sample, shape.block_length
+    )
     greedy = []
     if models[0].layout == "pairs":
         greedy = bounds.greedy(config, diffusion.sample, exact[0])

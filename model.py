@@ -1,4 +1,4 @@
-"""The network: a transformer that sees the whole sequence and predicts every position of it."""
+"""The network: a transformer that sees, by default, the whole sequence and predicts all of it."""
 
 import math
 from dataclasses import dataclass, fields
@@ -36,12 +36,12 @@ class ModelConfig:
     tie_weights: bool = True  # the head uses the rows of the embedding
     qk_norm: bool = True  # queries and keys are normalised
     conv_width: int = 0  # positions that a short convolution sees; 0 for none
-    block_length: int = 0  # tokens of a block, which sees the blocks before it; 0: all see all
     learned_positions: bool = False  # also a learned vector for each position: for grids
     mlp_size: int = 0  # width of the SwiGLU layer; 0 for 8/3 of n_embd
     norm_eps: float = 1e-5  # of the RMSNorms
     rope_base: float = 10000.0  # longest wavelength of the rotary embedding, over 2 pi
     rope_rounded: bool = False  # its tables in the precision of bfloat16
+    block_length: int = 0  # tokens of a block, which sees the blocks before it; 0: all see all
     causal: bool = False  # autoregressive: position i is predicted from the positions before it
 
     def __post_init__(self):
@@ -77,10 +77,15 @@ class ModelConfig:
                 f"model.conv_width={self.conv_width} must be odd, for as many neighbours on each "
                 "side, or 0 for none"
             )
-        if self.block_length and (self.causal or self.block_size % self.block_length):
+        if self.block_length and self.block_size % self.block_length:
             raise ValueError(
                 f"model.block_length={self.block_length} must divide model.block_size="
-                f"{self.block_size}, and is for training.objective=diffusion: choose 0 or a divisor"
+                f"{self.block_size}: choose a divisor, or 0 for no blocks"
+            )
+        if self.block_length and self.causal:
+            raise ValueError(
+                f"model.block_length={self.block_length} is for training.objective=diffusion: set "
+                "it to 0"
             )
         if not 0 <= self.dropout < 1:
             raise ValueError(f"model.dropout={self.dropout} must lie in [0, 1)")
@@ -120,28 +125,27 @@ def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.cat((x1 * cos - x2 * sin, x1 * sin + x2 * cos), dim=-1).type_as(x)
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, sees=None, causal: bool = False) -> Tensor:
+def attend(q: Tensor, k: Tensor, v: Tensor, visible=None, causal: bool = False) -> Tensor:
     """Attention of (B, H, L, K) queries, keys and values: full (bidirectional), unless `causal`.
 
-    `sees` are the keys that each query sees: booleans (L, L), or a mask of FlexAttention.
+    `visible` are the keys that each query sees: booleans (L, keys), or a mask of FlexAttention.
     """
-    if not isinstance(sees, Tensor | None):
-        return flex_attention(q, k, v, block_mask=sees)
-    if q.device.type == "cpu" and q.size(-2) <= WRITTEN_OUT_UP_TO and sees is None:
+    if not isinstance(visible, Tensor | None):
+        return flex_attention(q, k, v, block_mask=visible)
+    if q.device.type == "cpu" and q.size(-2) <= WRITTEN_OUT_UP_TO and visible is None:
         scores = (q * q.size(-1) ** -0.5) @ k.transpose(-2, -1)  # (B, H, L, L)
         if causal:
             later = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).triu(1)
             scores = scores.masked_fill(later, -math.inf)
         return scores.softmax(dim=-1, dtype=v.dtype) @ v
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=sees, is_causal=causal)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=visible, is_causal=causal)
 
 
 class ShortConvolution(nn.Module):
     """x (B, L, D) plus, channel by channel, a weighted sum of its `conv_width` nearest positions.
 
     It mixes neighbours before attention has learnt to find them (Primer, arXiv 2109.08668). It
-    starts as the identity. A causal one looks back only. One in blocks looks ahead up to the end of
-    a block, and what it sees of earlier blocks is clean.
+    starts as the identity. A causal one looks back only.
     """
 
     def __init__(self, config: ModelConfig):
@@ -151,22 +155,10 @@ class ShortConvolution(nn.Module):
         self.block_length = config.block_length
         self.weight = nn.Parameter(torch.zeros(width, 1, config.n_embd))
 
-    def forward(self, x: Tensor, streams: int = 1, cache=None) -> Tensor:
+    def forward(self, x: Tensor, *_) -> Tensor:
         taps = self.weight.unbind()  # width times (1, D)
-        h, L = self.before, x.size(1) // streams
-        around = (0, 0, h, len(taps) - 1 - h)
-        if not self.block_length:
-            padded = F.pad(x, around)
-            return x + sum(padded[:, i : i + L] * tap for i, tap in enumerate(taps))
-        x = x.unflatten(1, (streams, L))  # (B, 1 or 2, L, D): the last stream is clean
-        clean = x[:, -1:] if cache is None else cache.extend(self, x)
-        padded, clean = F.pad(x, around), F.pad(clean, (0, 0, h, 0))[:, :, -L - h :]
-        place, y = torch.arange(L, device=x.device), x
-        for i, tap in enumerate(taps):
-            is_own = (place + i - h) // self.block_length == place // self.block_length
-            outside = clean[:, :, i : i + L] if i < h else 0.0
-            y = y + torch.where(is_own[:, None], padded[:, :, i : i + L], outside) * tap
-        return y.flatten(1, 2)
+        padded = F.pad(x, (0, 0, self.before, len(taps) - 1 - self.before))
+        return x + sum(padded[:, i : i + x.size(1)] * tap for i, tap in enumerate(taps))
 
 
 class NoConvolution(nn.Identity):
@@ -181,7 +173,7 @@ class Attention(nn.Module):
         self.qkv = nn.Linear(config.n_embd, 3 * config.n_embd, bias=False)
         self.out = nn.Linear(config.n_embd, config.n_embd, bias=False)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, sees=None, cache=None) -> Tensor:
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, visible=None, cache=None) -> Tensor:
         B, L, D = x.shape
         q, k, v = (
             self.qkv(x).view(B, L, 3, self.n_head, -1).permute(2, 0, 3, 1, 4)
@@ -191,7 +183,7 @@ class Attention(nn.Module):
         q, k = apply_rope(q, cos, sin), apply_rope(k, cos, sin)
         if cache is not None:
             k, v = cache.extend((self, "k"), k), cache.extend((self, "v"), v)
-        y = attend(q, k, v, sees, self.causal)  # (B, H, L, K)
+        y = attend(q, k, v, visible, self.causal)  # (B, H, L, K)
         return self.out(y.transpose(1, 2).reshape(B, L, D))
 
 
@@ -211,7 +203,8 @@ class SwiGLU(nn.Module):
 class Block(nn.Module):
     def __init__(self, config: ModelConfig):
         super().__init__()
-        convolution = ShortConvolution if config.conv_width else NoConvolution
+        convolution = BlockConvolution if config.block_length else ShortConvolution
+        convolution = convolution if config.conv_width else NoConvolution
         self.attention_norm = nn.RMSNorm(config.n_embd, eps=config.norm_eps)
         self.attention_conv = convolution(config)
         self.attention = Attention(config)
@@ -220,23 +213,46 @@ class Block(nn.Module):
         self.mlp = SwiGLU(config)
         self.dropout = nn.Dropout(config.dropout)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, sees=None, streams=1, cache=None):
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, visible=None, streams=1, cache=None):
         y = self.attention_conv(self.attention_norm(x), streams, cache)
-        x = x + self.dropout(self.attention(y, cos, sin, sees, cache))
+        x = x + self.dropout(self.attention(y, cos, sin, visible, cache))
         y = self.mlp_conv(self.mlp_norm(x), streams, cache)
         return x + self.dropout(self.mlp(y))
 
 
-def block_mask(query: Tensor, key: Tensor, streams: int) -> Tensor:
-    """What positions in the blocks `query` (L,) see of those in the blocks `key`: booleans.
+# --- Blocks: between diffusion and autoregression (BD3-LM, arXiv 2503.09573) ----------------------
 
-    Of one stream their own block and those before. Of two, [xt; x0], a position of xt sees its own
-    block of xt, and x0 before it; x0 sees x0 alone (BD3-LM, arXiv 2503.09573).
+
+def block_mask(query: Tensor, key: Tensor, streams: int) -> Tensor:
+    """Which positions in the blocks `key` those in the blocks `query` (L,) see: booleans.
+
+    With one stream their own block and those before. With two, [xt; x0], a position of xt sees its
+    own block of xt, and x0 before it; a position of x0 sees x0 alone.
     """
     own, before = query[:, None] == key, query[:, None] > key
     if streams == 1:
         return own | before
     return torch.vstack((torch.hstack((own, before)), torch.hstack((own & False, own | before))))
+
+
+class BlockConvolution(ShortConvolution):
+    """It looks ahead no further than its block's end, and back into clean blocks alone.
+
+    They are those of the last stream or, before its first position, of the cache.
+    """
+
+    def forward(self, x: Tensor, streams: int = 1, cache=None) -> Tensor:
+        h, size = self.before, self.block_length
+        x = x.unflatten(1, (streams, -1))  # (B, streams, L, D)
+        L, y = x.size(2), x
+        clean = x[:, -1:] if cache is None else cache.extend(self, x)
+        padded, clean = F.pad(x, (0, 0, h, h)), F.pad(clean, (0, 0, h, 0))[:, :, -L - h :]
+        place = torch.arange(L, device=x.device)
+        for i, tap in enumerate(self.weight.unbind()):
+            is_own = (place + i - h) // size == place // size
+            outside = clean[:, :, i : i + L] if i < h else 0.0
+            y = y + torch.where(is_own[:, None], padded[:, :, i : i + L], outside) * tap
+        return y.flatten(1, 2)
 
 
 class Transformer(nn.Module):
@@ -248,8 +264,8 @@ class Transformer(nn.Module):
 
     With `config.causal` it is an autoregressive network behind the same interface: the prediction
     at position i sees the ids before i only, and the mask's row stands for the start of the text.
-    With `config.block_length` a position sees its block and those before it, which have to be
-    clean: they are taken from `targets` where those are given.
+    With `config.block_length` a position sees its own block and those before it: in `targets`, if
+    they are given, else in xt, where they have to be clean.
     """
 
     def __init__(self, config: ModelConfig):
@@ -291,10 +307,10 @@ class Transformer(nn.Module):
     def hidden(self, xt: Tensor, clean: Tensor | None = None, cache=None) -> Tensor:
         """The final hidden states (B, L, D) of ids (B, L).
 
-        In blocks, those before a position's own are read from `clean` (B, L), a second stream, or
-        from a `cache`, whose positions xt continues, else from xt.
+        In blocks, those before a position's own are read from `clean` (B, L), a second stream; or
+        from a `strategies.Cache`, whose finished positions xt continues; else from xt.
         """
-        L, streams, sees = xt.size(1), 1, None
+        L, streams, visible = xt.size(1), 1, None
         start = 0 if cache is None else cache.length
         stop = start + L
         if stop > self.config.block_size:
@@ -307,9 +323,9 @@ class Transformer(nn.Module):
         if clean is not None:
             xt, streams = torch.cat((xt, clean), dim=1), 2
         if 0 < self.config.block_length < stop:
-            number = torch.arange(stop, device=xt.device) // self.config.block_length
-            sees = self.block_mask(number[start:], number, streams)
-        x = self.embedding(xt)  # (B, L, D)
+            block_of = torch.arange(stop, device=xt.device) // self.config.block_length
+            visible = self.block_mask(block_of[start:], block_of, streams)
+        x = self.embedding(xt)  # (B, streams L, D)
         if self.positions is not None:
             x = x + self.positions[start:stop].repeat(streams, 1)
         x = self.dropout(x)
@@ -317,7 +333,7 @@ class Transformer(nn.Module):
         for block in self.blocks:
             if self.recompute and self.training:
                 block = partial(checkpoint, block, use_reentrant=False)
-            x = block(x, cos, sin, sees, streams, cache)
+            x = block(x, cos, sin, visible, streams, cache)
         return self.norm(x[:, :L])
 
     def logits(self, hidden: Tensor) -> Tensor:
@@ -342,7 +358,8 @@ class Transformer(nn.Module):
     ) -> Tensor:
         """Logits (B, L, V); given `targets` and `where` (B, L), cross-entropies (B, L) in nats.
 
-        The cross-entropies are float32, 0 outside `where`; logits are built for the positions in
+        The cross-entropies are float32, 0 outside `where`. In blocks, `targets` are also read: as
+        the blocks before a position's own. Logits are built for the positions in
         `where` alone, in chunks of `LOGITS_AT_ONCE`. `capacity` fixes the number of positions that
         are computed: static shapes, for torch.compile and for a GPU that need not wait to learn
         their number. It has to be large enough: positions beyond it get a 0.

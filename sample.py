@@ -24,12 +24,7 @@ def main(config: cli.Section) -> None:
         sampler = strategies.from_config(
             config.sampling, diffusion.sample, shape.causal, shape.block_length
         )
-    if shape.causal:
-        keys = {"sampling.strategy", "sampling.steps"}
-        cli.ignored(config, keys, f"{config.checkpoint} is autoregressive")
-    if shape.block_length:
-        own = f"{config.checkpoint} has blocks of its own, of {shape.block_length} tokens"
-        cli.ignored(config, {"sampling.options.block_length"}, own)
+    cli.decided_by_shape(config, shape)
     lines, canvases = prompts.read(config, loaded.tokenizer, shape, loaded.layout)
     at_once = prompts.rows_at_once(shape.block_size, shape.vocab_size)
     dtype = devices.pick_dtype(config.system.dtype, device, training=False)
@@ -66,9 +61,9 @@ def fill(
     """Fill canvases (B, N) of one length; `rows` (B,) are their numbers among all canvases.
 
     A canvas longer than the context is filled window by window, and each window block by block if
-    the network has blocks. A sample runs from its start (B,)
-    to the first end token that no text of the prompt follows. calls and seconds are those of the
-    batch, nats is -log p, where that is exact and no end token was found.
+    the network has blocks. A sample runs from its start (B,) to the first end token that no text of
+    the prompt follows. calls and seconds are those of the batch, nats is -log p, where that is
+    exact and no end token was found.
     """
     began, calls = time.perf_counter(), 0
     model, tokenizer = loaded.model, loaded.tokenizer
@@ -77,11 +72,14 @@ def fill(
     nats = torch.zeros(len(rows), dtype=torch.float64)
     watch = Watch(tokenizer, mask_id, ids[0]) if config.sampling.watch else None
 
-    def ended(window: slice, xt: Tensor) -> Tensor:  # (B,): the texts that have, with xt in there
-        ids[:, window] = xt.cpu()
-        return prompts.lengths(ids, is_masked, tokenizer.eos) < ids.size(1)
+    def ended(window: slice, xt: Tensor) -> Tensor:
+        """(B,): which texts have ended, with xt (B, n) in this window of theirs."""
+        whole = ids.clone()
+        whole[:, window] = xt.cpu()
+        return prompts.lengths(whole, is_masked, tokenizer.eos) < ids.size(1)
 
-    windows = texts.windows(ids.size(1), model.config.block_size)
+    shape = model.config
+    windows = texts.windows(ids.size(1), shape.block_size, unit=shape.block_length)
     for number, (start, stop, _) in enumerate(windows):
         window = slice(start, stop)
         if not left[:, window].any():
@@ -96,8 +94,9 @@ def fill(
             ended=partial(ended, window),
         )
         calls, nats = calls + filled.calls, nats + filled.costs.sum(dim=1).cpu()
-        left[:, window] = False
         left[ended(window, filled.ids)] = False  # which are filled no further
+        ids[:, window] = filled.ids.cpu()
+        left[:, window] = False
     if watch:
         watch.close()
     lengths = prompts.lengths(ids, is_masked, tokenizer.eos)

@@ -2,7 +2,6 @@
 
 import copy
 import math
-from dataclasses import replace
 from functools import partial
 
 import torch
@@ -166,7 +165,8 @@ class Run:
             self.corpus = data.load(config.data, loaded and loaded.tokenizer, sha256)
         runs.decided_by_data(config, self.corpus, loaded)
 
-        self.model = build_model(config, self.corpus, loaded).to(device)
+        model = runs.build_model(config, self.corpus, loaded, Transformer, ModelConfig)
+        self.model = model.to(device)
         self.model.recompute = settings.activation_checkpointing
         self.ema = copy.deepcopy(self.model).eval()  # moving average: as yet the same weights
         if resumes:
@@ -194,10 +194,11 @@ class Run:
         # Every n-th row is in a micro-batch: the last one has the latest times, and most masks.
         B, n = settings.batch_size, settings.grad_accum * parallel.world().size
         latest = torch.arange(n - 1, B, n)[:, None]
-        p_mask = mask_probability((latest.double() + 0.5) / B)
-        self.capacity = devices.masked_capacity(p_mask, L, B)
         if size := self.model.config.block_length:
             self.capacity = devices.block_capacity(len(latest) * L // size, size)
+        else:
+            p_mask = mask_probability((latest.double() + 0.5) / B)
+            self.capacity = devices.masked_capacity(p_mask, L, B)
 
     @property
     def finished(self) -> bool:
@@ -206,26 +207,6 @@ class Run:
     def due(self, interval: int) -> bool:
         """Whether to do now what is done every `interval` steps and after the last; 0: never."""
         return interval > 0 and (self.step % interval == 0 or self.finished)
-
-
-def build_model(config: cli.Section, corpus: data.Corpus, loaded) -> Transformer:
-    """A new network, or that of a checkpoint with its EMA weights.
-
-    The checkpoint decides the shape, but not dropout, blocks and objective: they have no weights.
-    """
-    shape = vars(config.model) | {"causal": config.training.objective == "ar"}
-    with as_user_error():
-        if loaded:
-            free = {name: shape[name] for name in ("dropout", "block_length", "causal")}
-            shape = replace(loaded.model.config, **free)
-        else:
-            shape = ModelConfig(corpus.tokenizer.vocab_size, **shape)
-    runs.require_room(config, corpus, shape)
-    torch.manual_seed(generator(config.system.seed, "weights").initial_seed())
-    model = Transformer(shape)
-    if loaded:
-        model.load_state_dict(loaded.model.state_dict())
-    return model
 
 
 if __name__ == "__main__":

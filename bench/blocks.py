@@ -18,8 +18,6 @@ import time
 from functools import partial
 from pathlib import Path
 
-import torch
-
 import data
 import diffusion
 import train
@@ -174,7 +172,7 @@ def main(config: Section) -> None:
         bound = spread([run["bound"] for run in runs]).lstrip("+")
         taken = statistics.median(run["seconds"] for run in runs)
         print(f"| {name} | {steps} | {bound} | {taken:.0f} |", flush=True)
-        about = {"hardware": hardware(torch.device("cpu")), "results": results}
+        about = {"hardware": hardware(devices.pick_device("auto")), "results": results}
         Path(config.out_dir, "results.json").write_text(json.dumps(about, indent=1))
     print("\n| block | calls: nats/token |\n| --- | --- |")
     for name, found in results.items():

@@ -53,7 +53,7 @@ def score(folder: Path, config: Section) -> tuple[bounds.NLLSamples, dict]:
         loaded.model, texts.rows, seed=1337, draws=config.draws, batch_size=config.batch_size
     )
     seconds = json.loads((folder / "seconds.json").read_text())
-    exact = loaded.model.config.causal
+    exact = bounds.is_exact(loaded.model.config)
     about = {"steps": loaded.state["step"], "seconds": seconds, "corpus": corpus.name}
     return samples, {"run": folder.name, **about, **report.likelihood(samples, texts, exact)}
 

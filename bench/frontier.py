@@ -60,7 +60,7 @@ def main(config: Section) -> None:
         raise UserError("nothing to measure: name a judge, or tokens of held-out text")
     device = devices.pick_device(config.device)
     loaded = load_model(config.checkpoint, device, Transformer, ModelConfig)
-    if loaded.model.config.causal:
+    if bounds.is_exact(loaded.model.config):
         raise UserError(f"{config.checkpoint} is autoregressive: its order is from left to right")
     shape = loaded.model.config
     grid, rows, seconds = settings_of(config, shape.block_length or shape.block_size), [], 0.0
@@ -69,7 +69,7 @@ def main(config: Section) -> None:
         text = judges.held_out_text(judge, config.held_out)
         held_out = judges.cut(text, loaded.model.config.block_size, config.samples, config.seed)
         judges.controls(judge, held_out, config.seed)  # refuses a judge that cannot judge
-    if devices.pays_to_compile(config.compile, device, steps=config.tokens):
+    if not shape.block_length and devices.pays_to_compile(config.compile, device, config.tokens):
         devices.compile_parts(loaded.model)
     print(HEADER)
     if config.tokens:
@@ -81,7 +81,7 @@ def main(config: Section) -> None:
             rows.append(Row(name, "control")._replace(**measure(judge, texts_)))
             print(line(rows[-1]), flush=True)
     for section in grid:
-        sampler = strategies.from_config(section, diffusion.sample)
+        sampler = strategies.from_config(section, diffusion.sample, False, shape.block_length)
         row = Row(describe(section), sampler.label)
         if config.judge:
             row = row._replace(**sample_and_measure(loaded, judge, sampler, config))

@@ -24,7 +24,7 @@ from nanomdm.bounds import wilson
 from nanomdm.checkpoint import Loaded, load_model
 from nanomdm.cli import Section
 from nanomdm.errors import UserError, as_user_error, write_atomically
-from nanomdm.prompts import batches, make_canvas, with_blanks
+from nanomdm.prompts import batches, make_canvas, require_order, with_blanks
 from nanomdm.random import generator
 
 NAMES = {"first_hitting": "random", "left_to_right": "left to right"}
@@ -126,7 +126,9 @@ def orders(config: Section, loaded: Loaded):
         for count in [0] if strategies.is_adaptive(name) else steps:
             section = SimpleNamespace(strategy=name, steps=count or 1, temperature=0.0, options={})
             with as_user_error():
-                sampler = strategies.from_config(section, diffusion.sample, causal)
+                sampler = strategies.from_config(
+                    section, diffusion.sample, causal, loaded.model.config.block_length
+                )
             yield (f"{shown}, {count} steps" if count else shown), sampler
 
 
@@ -143,6 +145,8 @@ def measure(
     is_pair = loaded.layout == "pairs"
     lines = puzzles if is_pair else [with_blanks(puzzle, ".") for puzzle in puzzles]
     canvases = [make_canvas(line, 0, tokenizer, L, loaded.layout) for line in lines]
+    for canvas in canvases:
+        require_order(loaded.model.config, canvas.is_masked)
     if not order.endswith("steps"):
         settings = sampler.settings | {"steps": int(canvases[0].is_masked.sum())}
         sampler = strategies.Sampler(sampler.sample, sampler.name, settings)

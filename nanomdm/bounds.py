@@ -144,7 +144,9 @@ def greedy(config, sample: Callable, causal: bool) -> list[tuple[str, Bound]]:
     return list(samplers(names, section, sample).items())
 
 
-def samplers(names: Sequence[str], section, sample: Callable) -> dict[str, Bound]:
+def samplers(
+    names: Sequence[str], section, sample: Callable, model_blocks: int = 0
+) -> dict[str, Bound]:
     """The scores of strategies, each with those options of a `sampling` section that it takes.
 
     Raises `UserError`.
@@ -161,7 +163,8 @@ def samplers(names: Sequence[str], section, sample: Callable) -> dict[str, Bound
         }
         settings = {"strategy": name, "steps": section.steps, "temperature": section.temperature}
         with as_user_error():
-            sampler = from_config(SimpleNamespace(**settings, options=options), sample)
+            section_of = SimpleNamespace(**settings, options=options)
+            sampler = from_config(section_of, sample, model_blocks=model_blocks)
         if sampler.label == NONE:
             raise UserError(
                 f"eval.samplers={name} masks tokens again: many paths lead to a text, and no one "

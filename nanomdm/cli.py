@@ -153,6 +153,10 @@ IDLE = (
         ("diffusion.weighting", "sampling.strategy", "sampling.steps"),
         {"training.objective": "ar".__eq__},
     ),
+    (
+        ("diffusion.weighting", "sampling.strategy", "sampling.steps"),
+        {"model.block_length": (1).__eq__},
+    ),
     ("eval.tokens", {"training.eval_interval": not_}),
     ("sampling.", {"training.sample_interval": not_}),
     ("sampling.steps", {"sampling.strategy": is_adaptive}),
@@ -176,6 +180,7 @@ OPTIONS = {name: value for each in STRATEGIES for name, value in options_of(each
 RENAMED = {"training.eval_tokens": "eval.tokens"}
 RENAMED |= {f"sampling.{name}": f"{FREE}.{name}" for name in OPTIONS}
 GONE = {"diffusion.eps": 1e-3, "diffusion.masking": "bernoulli", "training.min_lr_ratio": 0.0}
+GONE |= {"eval.curve": False}
 
 
 class Section(SimpleNamespace):
@@ -288,8 +293,8 @@ def jobs(words, name="config", script=None):
         if options and "training" in reads:
             swept = (setting for setting in settings if [setting] not in choices)
             config.job = " ".join("=".join(setting) for setting in swept)
-        options = ((key, "") for key in sorted(config.explicit) if key.startswith(f"{FREE}."))
-        for key, value in () if RANK else dict([*options, *settings]).items():
+        named_options = [(key, "") for key in config.explicit if key.startswith(f"{FREE}.")]
+        for key, value in () if RANK else dict([*named_options, *settings]).items():
             why = without_effect(key, value, config, reads, named)
             if (line := why and f"{key} has no effect {why}") not in said:
                 said.add(line)
@@ -315,6 +320,16 @@ def ignored(config: Section, keys: set[str], why: str) -> None:
     """Print that explicit settings have no effect, where that shows only in a checkpoint."""
     for key in sorted(config.explicit & keys):
         print(f"{key} has no effect: {why}", file=sys.stderr)
+
+
+def decided_by_shape(config: Section, shape) -> None:
+    """Print which explicit settings of sampling have no effect on a network of this shape."""
+    if shape.causal or shape.block_length == 1:
+        keys = {"sampling.strategy", "sampling.steps"}
+        ignored(config, keys, f"{config.checkpoint} is autoregressive")
+    if shape.block_length:
+        own = f"{config.checkpoint} has blocks of its own, of {shape.block_length} tokens"
+        ignored(config, {f"{FREE}.block_length"}, own)
 
 
 def compose(words: Sequence[str], experiment: str = "") -> Section:

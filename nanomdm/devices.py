@@ -12,6 +12,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
+from torch.nn.attention.flex_attention import create_block_mask
 
 from .errors import UserError
 
@@ -131,10 +132,12 @@ def use_flex_attention(model: nn.Module) -> None:
 
     It is fast where it is compiled, on a GPU. On a CPU it has no backward pass.
     """
-    dense, size = model.block_mask, model.config.block_length
+    model.dense_mask, size = model.block_mask, model.config.block_length
 
     def mask(query: Tensor, key: Tensor, streams: int):
-        return flex_mask(len(key), size, key.device) if streams == 2 else dense(query, key, streams)
+        if streams == 1:
+            return model.dense_mask(query, key, streams)
+        return flex_mask(len(key), size, key.device)
 
     model.block_mask = mask
 
@@ -142,7 +145,6 @@ def use_flex_attention(model: nn.Module) -> None:
 @lru_cache
 def flex_mask(length: int, block_length: int, device: torch.device):
     """`model.block_mask` of two streams of this length, as a mask of FlexAttention."""
-    from torch.nn.attention.flex_attention import create_block_mask  # it takes a while
 
     def sees(b, h, i, j):
         i_block, j_block = i % length // block_length, j % length // block_length
@@ -164,6 +166,7 @@ def eager_if_compiling_fails(step: Callable) -> Callable:
                 f"torch.compile failed ({type(error).__name__}): going on without", file=sys.stderr
             )
             torch.compiler.set_stance("force_eager")
+            run.model.block_mask = getattr(run.model, "dense_mask", run.model.block_mask)
             return step(run)
 
     return attempt

@@ -11,8 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from . import strategies
 from .errors import UserError, as_user_error
-from .strategies import require_order
 
 BLANK = re.compile(r"(?<!\\)(\\*)\[MASK(?:\*(\d+))?\]")
 LIKE_BLANK = re.compile(r"[\[<{]\W*mask\b[^\]>}]{0,9}[\]>}]?", re.IGNORECASE)
@@ -44,12 +44,18 @@ def read(config, tokenizer, shape, layout: str = "stream") -> tuple[list[str], l
         make_canvas(with_blanks(line, config.blank), length, tokenizer, shape.block_size, layout)
         for line in lines
     ]
-    with as_user_error("prompt: "):
-        for canvas in canvases if shape.block_length else ():
-            require_order(canvas.is_masked[None], shape.block_length)
+    for canvas in canvases:
+        require_order(shape, canvas.is_masked)
     check_size(config.num_samples * sum(len(canvas.ids) for canvas in canvases))
     times = range(config.num_samples)
     return [line for line in lines for _ in times], [each for each in canvases for _ in times]
+
+
+def require_order(shape, is_masked: Tensor) -> None:
+    """Raise `UserError` for a canvas that a network of this shape with blocks cannot fill."""
+    if shape.block_length:
+        with as_user_error("prompt: "):
+            strategies.require_order(is_masked[None], shape.block_length)
 
 
 def check_size(tokens: int) -> None:

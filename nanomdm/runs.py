@@ -1,14 +1,15 @@
 """How a training run begins, and the checkpoints that it writes."""
 
 import sys
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
 
 from . import checkpoint, cli, devices, optim, parallel, runlog
-from .errors import UserError, check_choice
+from .errors import UserError, as_user_error, check_choice
 from .prompts import Canvas, lengths, make_canvas
+from .random import generator
 
 
 def starting_point(config, Transformer, ModelConfig) -> tuple:
@@ -71,7 +72,7 @@ def require_rows(splits: dict) -> None:
             print(f"{many}, the model's context, and are left out", file=sys.stderr)
 
 
-def sample_text(run, generator) -> str:
+def sample_text(run, seeded) -> str:
     """A text for the log: from masks alone or, for pairs, the answer to a prompt of val."""
     tokenizer, L = run.corpus.tokenizer, run.model.config.block_size
     canvas = make_canvas("", 0, tokenizer, L, run.corpus.layout)
@@ -81,7 +82,7 @@ def sample_text(run, generator) -> str:
         canvas = Canvas(ids, predict, predict.int().argmax())
         prompt = f"{tokenizer.decode(ids[: canvas.start - 1].tolist())} -> "
     is_masked = canvas.is_masked[None]
-    ids = run.sampler.fill(run.ema, canvas.ids[None], is_masked, generator=generator).ids.cpu()
+    ids = run.sampler.fill(run.ema, canvas.ids[None], is_masked, generator=seeded).ids.cpu()
     length = lengths(ids, is_masked, tokenizer.eos)
     return prompt + tokenizer.decode(ids[0, canvas.start : length].tolist())
 
@@ -99,6 +100,26 @@ def announce_schedule(settings, state: dict) -> None:
     if now != before and last != new:
         rates = f"the learning rate goes from {last} to {new} of its peak"
         print(f"training.max_iters was {before} and is {now}: {rates}", file=sys.stderr)
+
+
+def build_model(config, corpus, loaded, Transformer, ModelConfig):
+    """A new network, or that of a checkpoint with its EMA weights.
+
+    The checkpoint decides the shape, but for what has no weights: dropout, blocks, the objective.
+    """
+    shape = vars(config.model) | {"causal": config.training.objective == "ar"}
+    with as_user_error():
+        if loaded:
+            free = {name: shape[name] for name in ("dropout", "block_length", "causal")}
+            shape = replace(loaded.model.config, **free)
+        else:
+            shape = ModelConfig(corpus.tokenizer.vocab_size, **shape)
+    require_room(config, corpus, shape)
+    torch.manual_seed(generator(config.system.seed, "weights").initial_seed())
+    model = Transformer(shape)
+    if loaded:
+        model.load_state_dict(loaded.model.state_dict())
+    return model
 
 
 def check(config) -> None:
@@ -126,6 +147,7 @@ def require_room(config, corpus, shape) -> None:
     weights /= processes if config.system.parallel == "fsdp" else 1
     kept = 1 if settings.activation_checkpointing else layers
     kept *= rows * shape.block_size * shape.n_embd * (100 if device.type == "cpu" else 16)
+    kept *= 2 if 0 < shape.block_length < shape.block_size else 1  # streams
     gibibytes = [n / 2**30 for n in (16 * weights, kept, devices.memory(device))]
     if sum(gibibytes[:2]) > gibibytes[2]:
         model, batch, memory = (f"{n:,.1f} GiB" for n in gibibytes)

@@ -178,7 +178,7 @@ NO_GUIDANCE = (
 )
 
 
-class Cache(dict):
+class Cache:
     """What later blocks need of finished ones: keys, values and inputs of convolutions.
 
     It is exact: a block sees nothing behind it, so that what it leaves stays as it is. `length` of
@@ -186,16 +186,15 @@ class Cache(dict):
     """
 
     def __init__(self, size: int):
-        super().__init__()
-        self.size, self.length = size, 0
+        self.size, self.length, self.entries = size, 0, {}
 
     def extend(self, name, x: Tensor) -> Tensor:
         """(..., length + N, K): the entries of this name, then x (..., N, K), kept as well."""
         stop = self.length + x.size(-2)
-        if name not in self:
-            self[name] = x.new_empty(*x.shape[:-2], self.size, x.size(-1))
-        self[name][..., self.length : stop, :] = x
-        return self[name][..., :stop, :]
+        if name not in self.entries:
+            self.entries[name] = x.new_empty(*x.shape[:-2], self.size, x.size(-1))
+        self.entries[name][..., self.length : stop, :] = x
+        return self.entries[name][..., :stop, :]
 
 
 def require_order(is_masked: Tensor, size: int) -> None:
@@ -375,7 +374,7 @@ def from_config(section, sample: Callable, causal: bool = False, model_blocks: i
     `sample` is `diffusion.sample`, `model_blocks` the block_length of the network (0 for none).
     Raises `ValueError` for a strategy or an option that is unknown or out of its range.
     """
-    name = "left_to_right" if causal else section.strategy
+    name = "left_to_right" if causal or model_blocks == 1 else section.strategy
     if name not in STRATEGIES:
         raise ValueError(f"sampling.strategy={name} is unknown: choose {', '.join(STRATEGIES)}")
     known = options_of(name)

@@ -117,20 +117,24 @@ def read(path: str, tokenizer, layout: str = text.STREAM, length: int = 0) -> li
     return documents
 
 
-def windows(length: int, context: int, stride: int = 0) -> list[tuple[int, int, int]]:
+def windows(
+    length: int, context: int, stride: int = 0, unit: int = 1
+) -> list[tuple[int, int, int]]:
     """(start, stop, first) of the windows over a text: its tokens, and the first that is predicted.
 
     Each token is predicted once. A window moves by `stride` tokens and has up to `context`, those
     before `first` being context; with `stride` = `context` there are none, and the windows do not
     overlap. 0 is half the context: so sample.py fills a long text, and so its score is exact.
+    Windows begin at multiples of `unit`, the block of a network, if several fit into the context.
     Raises `UserError` for a stride outside 1 ... context.
     """
-    stride = stride or max(1, context // 2)
+    unit = unit if 0 < unit < context else 1
+    stride = stride or max(unit, context // 2 // unit * unit)
     if not 1 <= stride <= context:
         raise UserError(f"stride={stride} must lie in 1 ... {context}, the model's context")
     found = []
     for first, stop in pairwise([0, *range(context, length, stride), length]):
-        start = first if stride == context else max(0, stop - context)
+        start = first if stride == context else -(-max(0, stop - context) // unit) * unit
         found.append((start, stop, first))
     return found
 

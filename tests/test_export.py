@@ -9,6 +9,7 @@ import sys
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
+from unittest import mock
 
 import pytest
 import torch
@@ -19,7 +20,7 @@ from test_tokenizers import gpt2 as gpt2_tokenizer  # noqa: F401
 from diffusion import sample
 from model import ModelConfig, Transformer
 from nanomdm import checkpoint, cli
-from nanomdm.strategies import STRATEGIES, from_config
+from nanomdm.strategies import STRATEGIES, Sampler, from_config
 from nanomdm.tokenizers import BPETokenizer, ByteTokenizer, CharTokenizer
 from tools import export, hf_tokenizer
 
@@ -104,6 +105,20 @@ def test_masks_are_filled_as_our_own_sampler_fills_them(strategy, exported, ours
     expected = sampler.fill(ours.model, ids, ids == V, generator=generator).ids
     assert torch.equal(exported[2].fill(ids, seed=5, **values, **options), expected)
     assert not (expected == V).any() and torch.equal(expected[ids != V], ids[ids != V])
+
+
+def test_a_network_with_blocks_is_filled_block_by_block(exported):
+    torch.manual_seed(0)
+    network = Transformer(ModelConfig(9, block_length=4, **SHAPE)).eval()
+    with mock.patch.object(exported[2], "transformer", network):
+        ids = torch.full((2, 32), 9).masked_fill(torch.arange(32) < 5, 3)
+        filled = exported[2].fill(ids, seed=5, strategy="spread", steps=3)
+        with pytest.raises(ValueError, match="behind the block of a .MASK."):
+            exported[2].fill(ids.masked_fill(torch.arange(32) == 1, 9))
+    sampler = Sampler(sample, "spread", {"strategy": STRATEGIES["spread"], "steps": 3})
+    generator = torch.Generator().manual_seed(5)
+    assert torch.equal(filled, sampler.fill(network, ids, ids == 9, generator=generator).ids)
+    assert "in blocks of 4: each is predicted" in export.blocks_of(network.config)
 
 
 def test_masks_are_filled_by_the_defaults_of_diffusion_py_and_a_strategys_own_settings(

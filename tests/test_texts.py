@@ -18,6 +18,16 @@ def cut(*lengths: int, **settings) -> texts.Texts:
 # --- Windows -------------------------------------------------------------------------------------
 
 
+def test_windows_begin_where_blocks_do():
+    for length in range(1, 60):
+        for unit in (1, 2, 4, 8):
+            found = texts.windows(length, 16, unit=unit)
+            assert all(start % unit == 0 and 0 < stop - start <= 16 for start, stop, _ in found)
+            assert [first for *_, first in found[1:]] == [stop for _, stop, _ in found[:-1]]
+            assert found[-1][1] == length and all(start <= first for start, _, first in found)
+    assert texts.windows(40, 16, unit=16) == texts.windows(40, 16)  # one block: as without
+
+
 @pytest.mark.parametrize("length", [1, 7, 8, 9, 23, 64])
 @pytest.mark.parametrize("stride", [1, 3, 8])
 def test_windows_predict_every_token_once(length, stride):

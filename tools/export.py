@@ -153,7 +153,7 @@ def card(config: Section, loaded: Loaded, figures: dict | None) -> str:
         "NAME": Path(config.to).resolve().name,
         "PARAMETERS": f"{count:,}",
         "SHAPE": f"{network.n_layer} layers, {network.n_head} heads, {network.n_embd} wide",
-        "CONTEXT": f"{network.block_size} tokens",
+        "CONTEXT": f"{network.block_size} tokens{blocks_of(network)}",
         "TOKENIZER": f"{state['tokenizer']['kind']}, {network.vocab_size:,} tokens",
         "CORPUS": corpus_of(state["corpus"]),
         "TRAINING": training_of(state, loaded.config),
@@ -162,6 +162,16 @@ def card(config: Section, loaded: Loaded, figures: dict | None) -> str:
     for key, value in values.items():
         text = text.replace(f"{{{key}}}", value)
     return text
+
+
+def blocks_of(network: ModelConfig) -> str:
+    if not network.block_length:
+        return ""
+    return (
+        f", in blocks of {network.block_length}: each is predicted from itself and from those "
+        "before it, which have to be without masks. `fill` fills block after block, and refuses a "
+        "mask before the block of a given token"
+    )
 
 
 def corpus_of(corpus: dict) -> str:

@@ -66,7 +66,10 @@ def generate(loaded: Loaded, prompt: str, wanted: dict, config: Section) -> str:
     sampling = {"strategy": config.strategy, "steps": config.steps, "options": {}}
     sampling["temperature"] = float(wanted.get("temperature", 0.0))
     with as_user_error():
-        sampler = strategies.from_config(Section(**sampling), sample, model.config.causal)
+        shape = model.config
+        sampler = strategies.from_config(
+            Section(**sampling), sample, shape.causal, shape.block_length
+        )
         filled = sampler.fill(model, canvas, is_masked, generator=generator(config.seed, "sample"))
     text = loaded.tokenizer.decode(filled.ids[0, len(known) :].tolist())
     stops = wanted.get("until") or []

@@ -87,5 +87,5 @@ class NanoMDMForMaskedLM(PreTrainedModel):
         )
         is_masked = input_ids == self.transformer.config.mask_id
         generator = torch.Generator().manual_seed(seed)
-        sampler = from_config(section, sample)
+        sampler = from_config(section, sample, False, self.transformer.config.block_length)
         return sampler.fill(self.transformer, input_ids, is_masked, generator=generator).ids

@@ -27,7 +27,7 @@ from nanomdm import strategies
 from nanomdm.checkpoint import Loaded
 from nanomdm.cli import Section
 from nanomdm.errors import UserError
-from nanomdm.prompts import Canvas, lengths
+from nanomdm.prompts import Canvas, lengths, require_order
 from tools import page
 from tools.guard import Guard, Patient, Refusal, read_object, refuse
 from tools.trace import canvas_of, record, text_of
@@ -122,8 +122,10 @@ class Demo:
                 raise UserError(f"{name}={values[name]} must lie in {low} ... {high}")
         sampling = {name: values[name] for name in ("strategy", "steps", "temperature")}
         sampling |= {"options": {"guidance": values["guidance"]}}
-        causal = self.loaded.model.config.causal
-        sampler = strategies.from_config(Section(**sampling), sample, causal)
+        shape = self.loaded.model.config
+        sampler = strategies.from_config(
+            Section(**sampling), sample, shape.causal, shape.block_length
+        )
         if values["canvas"]:
             canvas = self.edited(values["canvas"])
         else:
@@ -143,6 +145,7 @@ class Demo:
         if None not in cells:
             raise UserError("canvas holds no null: nothing is left to generate")
         is_masked = torch.tensor([cell is None for cell in cells])
+        require_order(self.loaded.model.config, is_masked)
         return Canvas(torch.tensor([cell or 0 for cell in cells]), is_masked)
 
 

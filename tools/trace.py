@@ -32,7 +32,7 @@ from diffusion import Event, Sampled
 from nanomdm import sudoku
 from nanomdm.checkpoint import Loaded
 from nanomdm.errors import UserError
-from nanomdm.prompts import Canvas, make_canvas, parse
+from nanomdm.prompts import Canvas, make_canvas, parse, require_order
 from nanomdm.random import generator
 from nanomdm.strategies import Sampler
 from nanomdm.tokenizers import EOT
@@ -56,6 +56,7 @@ def canvas_of(prompt: str, length: int, loaded: Loaded, limit: int) -> Canvas:
         raise UserError(f"the text has {size} tokens, and at most {limit} can be shown")
     if not canvas.is_masked.any():
         raise UserError("nothing is masked: write [MASK*n] where tokens are missing")
+    require_order(loaded.model.config, canvas.is_masked)
     return canvas
 
 

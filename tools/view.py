@@ -25,7 +25,7 @@ def main(config: Section) -> None:
     loaded = load_model(config.checkpoint, device, Transformer, ModelConfig)
     shape = loaded.model.config
     with as_user_error():
-        sampler = strategies.from_config(config.sampling, sample, shape.causal)
+        sampler = strategies.from_config(config.sampling, sample, shape.causal, shape.block_length)
     prompt = with_blanks(config.prompt, config.blank)
     canvas = canvas_of(prompt, config.sampling.length, loaded, limit=shape.block_size)
     traces = [[] for _ in range(config.num_samples)]
