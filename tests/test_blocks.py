@@ -342,6 +342,7 @@ def test_loss_and_bound_of_a_network_with_blocks_are_about_its_blocks_unless_tol
 def fill(model, canvas, is_masked, size, seed=0, **settings):
     """`fill_blocks` of a model that is no Transformer."""
     settings = {"cached": False, "mask_id": LOOP.V, "generator": seeded(seed)} | settings
+    settings["strategy"] = STRATEGIES[settings["strategy"]]
     return fill_blocks(diffusion.sample, model, canvas, is_masked, size, **settings)
 
 
@@ -351,8 +352,8 @@ def fill(model, canvas, is_masked, size, seed=0, **settings):
     [
         {"strategy": "confidence", "steps": 1},
         {"strategy": "confidence", "steps": 2, "temperature": 0.7},
-        {"strategy": strategies.left_to_right},
-        {"strategy": strategies.eb},
+        {"strategy": "left_to_right"},
+        {"strategy": "eb"},
     ],
     ids=str,
 )
