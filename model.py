@@ -246,12 +246,15 @@ class BlockConvolution(ShortConvolution):
         x = x.unflatten(1, (streams, -1))  # (B, streams, L, D)
         L, y = x.size(2), x
         clean = x[:, -1:] if cache is None else cache.extend(self, x)
-        padded, clean = F.pad(x, (0, 0, h, h)), F.pad(clean, (0, 0, h, 0))[:, :, -L - h :]
-        place = torch.arange(L, device=x.device)
+        clean = F.pad(clean, (0, 0, h, h))[:, :, -L - 2 * h :]
+        padded = clean if streams == 1 else F.pad(x, (0, 0, h, h))
+        place = torch.arange(-h, L + h, device=x.device) // size
         for i, tap in enumerate(self.weight.unbind()):
-            is_own = (place + i - h) // size == place // size
-            outside = clean[:, :, i : i + L] if i < h else 0.0
-            y = y + torch.where(is_own[:, None], padded[:, :, i : i + L], outside) * tap
+            there = padded[:, :, i : i + L]
+            if i > h or (i < h and streams == 2):  # else what is there is right in any block
+                is_own = (place[i : i + L] == place[h : h + L])[:, None]
+                there = torch.where(is_own, there, clean[:, :, i : i + L] if i < h else 0.0)
+            y = y + there * tap
         return y.flatten(1, 2)
 
 
@@ -322,7 +325,7 @@ class Transformer(nn.Module):
             xt = F.pad(xt[:, :-1], (1, 0), value=self.config.mask_id)
         if clean is not None:
             xt, streams = torch.cat((xt, clean), dim=1), 2
-        if 0 < self.config.block_length < stop:
+        if 0 < self.config.block_length < L:  # else all is seen: a block and what is before it
             block_of = torch.arange(stop, device=xt.device) // self.config.block_length
             visible = self.block_mask(block_of[start:], block_of, streams)
         x = self.embedding(xt)  # (B, streams L, D)
