@@ -122,7 +122,8 @@ def plot(results: dict[str, dict], path: Path) -> None:
             for axis in axes:
                 axis.grid(alpha=0.2)
                 if axis.get_legend_handles_labels()[0]:
-                    axis.legend(fontsize=10, frameon=False)
+                    place = "center right" if axis is axes[0] else "upper right"
+                    axis.legend(fontsize=10, frameon=False, loc=place)
             figure.savefig(f"{path}-{theme}.svg", transparent=True, metadata={"Date": None})
             pyplot.close(figure)
 
