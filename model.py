@@ -34,7 +34,7 @@ class ModelConfig:
     n_embd: int = 128  # width of the residual stream
     dropout: float = 0.0
     tie_weights: bool = True  # the head uses the rows of the embedding
-    qk_norm: bool = True  # queries and keys are normalised
+    qk_norm: float = 1.25  # root mean square that queries and keys are brought to; 0: as they are
     conv_width: int = 0  # positions that a short convolution sees; 0 for none
     learned_positions: bool = False  # also a learned vector for each position: for grids
     mlp_size: int = 0  # width of the SwiGLU layer; 0 for 8/3 of n_embd
@@ -47,10 +47,12 @@ class ModelConfig:
     def __post_init__(self):
         for field in fields(self):
             value, kind = getattr(self, field.name), field.type
-            if type(value) is not kind and (type(value), kind) != (int, float):  # 1 for 1.0
+            is_number = kind is float and isinstance(value, int)  # 1 for 1.0
+            if type(value) is not kind and not is_number:
                 raise ValueError(f"model.{field.name}={value!r} is not of type {kind.__name__}")
         least = dict.fromkeys(("vocab_size", "block_size", "n_layer", "n_head", "n_embd"), 1)
-        least |= {"block_length": 0, "mlp_size": 0, "norm_eps": 0, "rope_base": 1}
+        least |= {"block_length": 0, "mlp_size": 0, "qk_norm": 0}
+        least |= {"norm_eps": 0, "rope_base": 1}
         for name, limit in least.items():
             if not limit <= getattr(self, name) < math.inf:
                 raise ValueError(
@@ -120,7 +122,7 @@ def rope_tables(
 
 
 def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turn the pairs (x[k], x[k + K/2]) of x (B, H, L, K) by their position's angle, in float32."""
+    """Turn the pairs (x[k], x[k + K/2]) of x (..., L, K) by their position's angle, in float32."""
     x1, x2 = x.float().chunk(2, dim=-1)
     return torch.cat((x1 * cos - x2 * sin, x1 * sin + x2 * cos), dim=-1).type_as(x)
 
@@ -175,12 +177,11 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, visible=None, cache=None) -> Tensor:
         B, L, D = x.shape
-        q, k, v = (
-            self.qkv(x).view(B, L, 3, self.n_head, -1).permute(2, 0, 3, 1, 4)
-        )  # each (B, H, L, K)
+        qkv = self.qkv(x).view(B, L, 3, self.n_head, -1).permute(2, 0, 3, 1, 4)
+        qk, v = qkv[:2], qkv[2]  # (2, B, H, L, K) and (B, H, L, K)
         if self.qk_norm:  # bounded attention scores let the hidden matrices take large steps
-            q, k = F.rms_norm(q, q.shape[-1:]), F.rms_norm(k, k.shape[-1:])
-        q, k = apply_rope(q, cos, sin), apply_rope(k, cos, sin)
+            qk = self.qk_norm * F.rms_norm(qk, qk.shape[-1:])
+        q, k = apply_rope(qk, cos, sin)
         if cache is not None:
             k, v = cache.extend((self, "k"), k), cache.extend((self, "v"), v)
         y = attend(q, k, v, visible, self.causal)  # (B, H, L, K)

@@ -20,7 +20,9 @@ def main(config: cli.Section) -> None:
     with parallel.processes(device), folders.locked(config.out_dir):
         run = Run(config, device)
         config, settings = run.config, run.config.training
-        step = devices.eager_if_compiling_fails(training_step) if run.compiled else training_step
+        step = training_step
+        if run.compiled:
+            step = devices.eager_if_compiling_fails(step, run.model)
         with runlog.Interrupt() as interrupt, runlog.open_log(run) as log:
             while not (run.finished or interrupt.stop):
                 loss, grad_norm = step(run)
@@ -171,8 +173,9 @@ class Run:
         self.ema = copy.deepcopy(self.model).eval()  # moving average: as yet the same weights
         if resumes:
             self.model.load_state_dict(state["model"])
-        steps = settings.max_iters - self.step
-        self.compiled = devices.pays_to_compile(system.compile, device, steps)
+        L = self.model.config.block_size
+        tokens = (settings.max_iters - self.step) * settings.batch_size * L
+        self.compiled = devices.pays_to_compile(system.compile, device, tokens)
         if self.compiled:
             devices.compile_parts(self.model)
         # What a training step calls: the model, or its copies or shards in all processes.
@@ -186,7 +189,6 @@ class Run:
             self.optimizer.load_state_dict(state["optimizer"])
             self.scaler.load_state_dict(state.get("scaler") or self.scaler.state_dict())
             runs.announce_schedule(settings, state)
-        L = self.model.config.block_size
         self.rows = self.corpus.rows("train", L, overlap=True)
         self.blocks = {split: self.corpus.rows(split, L) for split in data.SPLITS}
         runs.require_rows(self.blocks)

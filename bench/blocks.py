@@ -50,7 +50,7 @@ def steps_of(config: Section, name: str) -> int:
     with tempfile.TemporaryDirectory() as folder:
         settings = cli.compose(words_of(config, name))
         run = make_run(settings, Path(folder), device)
-        step = partial(devices.eager_if_compiling_fails(train.training_step), run)
+        step = partial(devices.eager_if_compiling_fails(train.training_step, run.model), run)
         start = seconds(step, device)
         step()
         each = statistics.median(seconds(step, device) for _ in range(TIMED))

@@ -69,7 +69,7 @@ def main(config: Section) -> None:
         text = judges.held_out_text(judge, config.held_out)
         held_out = judges.cut(text, loaded.model.config.block_size, config.samples, config.seed)
         judges.controls(judge, held_out, config.seed)  # refuses a judge that cannot judge
-    if not shape.block_length and devices.pays_to_compile(config.compile, device, config.tokens):
+    if not shape.block_length and devices.pays_to_compile(config.compile, device, math.inf):
         devices.compile_parts(loaded.model)
     print(HEADER)
     if config.tokens:

@@ -32,6 +32,7 @@ VARIATIONS = {  # words for train.py
     "no weight": ["diffusion.weighting=0.0"],
     "no convolution": ["model.conv_width=0"],
     "no QK-norm": [],
+    "QK-norm 1": [],
     "untied head": [],
     "cosine": ["training.lr_schedule=cosine"],
     "half the rate": ["training.learning_rate=2.5e-3"],
@@ -44,9 +45,10 @@ VARIATIONS = {  # words for train.py
     ],
 }
 FIELDS = {  # of ModelConfig, besides: they are no settings
-    "no QK-norm": {"qk_norm": False},
+    "no QK-norm": {"qk_norm": 0},
+    "QK-norm 1": {"qk_norm": 1},
     "untied head": {"tie_weights": False},
-    "plain AdamW": {"qk_norm": False},
+    "plain AdamW": {"qk_norm": 0},
 }
 CHILD = "import json, sys; from bench import recipe; recipe.run(**json.loads(sys.argv[1]))"
 

@@ -2,6 +2,7 @@
 
 python -m bench.throughput presets=[default,small]
 python -m bench.throughput nanogpt=../nanoGPT
+python -m bench.throughput busy=1
 
 It times whole optimizer steps as train.py takes them, on random tokens in a memory-mapped file. The
 model FLOPs utilisation (MFU) is the rate of the operations that are done, relative to that of
@@ -14,10 +15,12 @@ import platform
 import resource
 import shlex
 import statistics
+import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
@@ -139,12 +142,31 @@ def load_nanogpt(folder: str, config: Section, vocabulary: int, device: torch.de
     return step
 
 
-def measure(run: train.Run, rival: Callable | None, steps: int, rounds: int) -> dict:
-    """Tokens/s of `rounds` rounds of `steps` steps, alternating with those of a rival, if any."""
+@contextmanager
+def busy_machine(processes: int) -> Iterator[None]:
+    """Meanwhile, so many other processes compute."""
+    command = [sys.executable, "-c", "while True: pass"]
+    others = [subprocess.Popen(command) for _ in range(processes)]
+    try:
+        time.sleep(1)  # until they do, and until our threads have noticed
+        yield
+    finally:
+        for other in others:
+            other.kill()
+            other.wait()
+
+
+def measure(run: train.Run, rival: Callable | None, steps: int, rounds: int, busy: int) -> dict:
+    """Tokens/s of `rounds` rounds of `steps` steps, alternating with those of a rival, if any.
+
+    And with those beside `busy` other processes.
+    """
     device, settings = run.device, run.config.training
     tokens = settings.batch_size * run.model.config.block_size
     step = train.training_step
-    step = partial(devices.eager_if_compiling_fails(step) if run.compiled else step, run)
+    if run.compiled:
+        step = devices.eager_if_compiling_fails(step, run.model)
+    step = partial(step, run)
 
     def one_round(step: Callable) -> float:
         return steps * tokens / seconds(lambda: [step() for _ in range(steps)], device)
@@ -154,11 +176,16 @@ def measure(run: train.Run, rival: Callable | None, steps: int, rounds: int) -> 
     first = seconds(step, device)
     for warm_up in [step, step] + ([rival] if rival else []):
         warm_up()
-    ours, theirs = [], []
+    ours, theirs, beside = [], [], []
     for _ in range(rounds):
         ours.append(one_round(step))
         theirs += [one_round(rival)] if rival else []
+        if busy:
+            with busy_machine(busy):
+                beside.append(one_round(step))
+            one_round(step)  # until our threads have noticed again
     ratios = [a / b for a, b in zip(ours, theirs, strict=False)]
+    shares = [b / a for a, b in zip(ours, beside, strict=False)]
     return {
         "parameters": sum(p.numel() for p in run.model.parameters()),
         "dtype": str(run.dtype)[6:],
@@ -169,8 +196,14 @@ def measure(run: train.Run, rival: Callable | None, steps: int, rounds: int) -> 
         "loading_share": loading_share(run, tokens / statistics.median(ours)),
         "peak_memory_bytes": peak_memory(device),
         "nanogpt": statistics.median(theirs) if rival else None,
-        "times_nanogpt": [min(ratios), statistics.median(ratios), max(ratios)] if rival else None,
+        "times_nanogpt": spread(ratios) if rival else None,
+        "beside_others": statistics.median(beside) if busy else None,
+        "share_beside_others": spread(shares) if busy else None,
     }
+
+
+def spread(values: list[float]) -> list[float]:
+    return [min(values), statistics.median(values), max(values)]
 
 
 def loading_share(run: train.Run, step_seconds: float) -> float:
@@ -202,7 +235,7 @@ def bench(config: Section, preset: str, head: str, device: torch.device, folder:
     rival = load_nanogpt(config.nanogpt, settings, vocabulary, device) if config.nanogpt else None
     if head == "full":
         run.model.forward = partial(full_head, run.model.forward)
-    figures = measure(run, rival, config.steps, config.rounds)
+    figures = measure(run, rival, config.steps, config.rounds, config.busy)
     processes, training = parallel.world().size, settings.training
     tokens = training.batch_size * settings.model.block_size / training.grad_accum / processes
     rows = 1.0 if head == "full" or run.model.config.causal else run.capacity / tokens
@@ -254,6 +287,13 @@ def main(config: Section) -> None:
                     print(
                         f"\nnanoGPT at this size, in turn: {row['nanogpt'] / 1e3:,.1f}k tokens/s; "
                         f"ours is {middle:.2f} times as fast ({low:.2f} to {high:.2f})"
+                    )
+                if is_main and config.busy:
+                    low, middle, high = row["share_beside_others"]
+                    print(
+                        f"\nbeside {config.busy} busy process(es), in turn: "
+                        f"{row['beside_others'] / 1e3:,.1f}k tokens/s, {middle:.0%} of the speed "
+                        f"alone ({low:.0%} to {high:.0%})"
                     )
     if config.output and is_main:
         Path(config.output).write_text(

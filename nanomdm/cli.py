@@ -19,6 +19,7 @@ from hydra.errors import HydraException, OverrideParseException
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from .devices import considerate_threads, keep_freed_memory
 from .errors import UserError, as_user_error, check_choice, optional, visible
 from .runlog import ranking
 from .strategies import STRATEGIES, is_adaptive, options_of
@@ -122,6 +123,7 @@ READS = {
         "sampling",
         "system.device",
         "system.dtype",
+        "system.compile",
         "system.seed",
     ),
     "eval.py": (
@@ -137,6 +139,7 @@ READS = {
         "eval",
         "system.device",
         "system.dtype",
+        "system.compile",
         "system.seed",
         "logging",
     ),
@@ -228,12 +231,14 @@ def main(script: Callable, name: str = "config") -> None:
     if sys.stdout:  # it may be closed
         sys.stdout.reconfigure(errors="backslashreplace")  # for terminals that lack a letter
     swept, code = {}, 0
+    keep_freed_memory()
     try:
         for config in jobs(sys.argv[1:], name, script):
             if config.job:
                 swept[config.out_dir] = config.job
             try:
-                script(config)
+                with considerate_threads():
+                    script(config)
             except FloatingPointError as error:
                 code = complain(error, 1)
                 if config.job:

@@ -1,13 +1,17 @@
-"""Device, precision and torch.compile."""
+"""Device, precision, threads and torch.compile."""
 
+import ctypes
 import math
 import os
+import re
 import shutil
 import sys
 import sysconfig
-from collections.abc import Callable
-from contextlib import nullcontext, suppress
-from functools import lru_cache
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext, suppress
+from functools import lru_cache, partial
 from pathlib import Path
 
 import torch
@@ -17,7 +21,9 @@ from torch.nn.attention.flex_attention import create_block_mask
 from .errors import UserError
 
 CONTAINER = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
-WORTH_COMPILING = 500  # steps on a CPU after which the start-up time is earned back (docs/LOG.md)
+WORTH_COMPILING = (
+    2**20
+)  # tokens on a CPU after which the start-up time is earned back (docs/LOG.md)
 
 
 def pick_device(name: str, local_rank: int = 0) -> torch.device:
@@ -79,6 +85,75 @@ def with_float64(device: torch.device) -> torch.device:
     return torch.device("cpu") if device.type == "mps" else device
 
 
+# --- A CPU's memory and threads ------------------------------------------------------------------
+
+KEPT = 2**30  # bytes of freed memory that stay with the process
+LARGE = 2**25  # bytes of a tensor that does not: the most that glibc takes
+
+LOOK = 0.25  # seconds in which threads spin, and are watched
+SLEEP = 4.0  # seconds, at most, between two looks while the cores are crowded
+CROWDED = 0.85  # the share of the cores' time below which another process must have the rest
+
+
+@contextmanager
+def considerate_threads() -> Iterator[None]:
+    """Meanwhile, OpenMP's threads wait for each other asleep whenever the cores are crowded.
+
+    Else they spin: fastest alone, and beside a busy process several times slower, because the one
+    that is waited for has lost its core to it, or to one that spins. No result depends on it. A
+    user's OMP_WAIT_POLICY or GOMP_SPINCOUNT is left alone, and so is another library than GNU's.
+    """
+    maps = Path("/proc/self/maps")
+    loaded = re.search(r"/.*libgomp.*", maps.read_text()) if maps.is_file() else None
+    if (
+        not loaded
+        or torch.get_num_threads() < 2
+        or {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT"} & {*os.environ}
+    ):
+        yield
+        return
+    closed = threading.Event()
+    watch = threading.Thread(target=_watch, args=(ctypes.CDLL(loaded[0]), closed), daemon=True)
+    watch.start()
+    try:
+        yield
+    finally:
+        closed.set()
+        watch.join()
+
+
+def keep_freed_memory() -> None:
+    """Let glibc keep what a step frees: else the next one faults it in again, page by page.
+
+    A user's MALLOC_ variables are left alone.
+    """
+    with suppress(AttributeError, TypeError):  # another C library
+        if not any(name.startswith("MALLOC_") for name in os.environ):
+            ctypes.CDLL(None).mallopt(-3, LARGE)  # M_MMAP_THRESHOLD
+            ctypes.CDLL(None).mallopt(-1, KEPT)  # M_TRIM_THRESHOLD
+
+
+def _watch(openmp: ctypes.CDLL, closed: threading.Event) -> None:
+    cores, pause = len(os.sched_getaffinity(0)), LOOK
+
+    def crowd() -> None:
+        """With more threads than cores, OpenMP puts those that wait to sleep: so start some."""
+        openmp.GOMP_parallel(openmp.omp_get_level, None, cores, 0)
+        closed.wait(pause)
+
+    while not closed.is_set():
+        used, seconds = time.process_time(), time.perf_counter()
+        closed.wait(LOOK)
+        used, seconds = time.process_time() - used, time.perf_counter() - seconds
+        if used < CROWDED * seconds * min(cores, torch.get_num_threads()):
+            pause = min(2 * pause, SLEEP)
+            extra = threading.Thread(target=crowd)  # they end with the thread that starts them
+            extra.start()
+            extra.join()
+        else:
+            pause = LOOK
+
+
 def move(ids: Tensor, device: torch.device) -> Tensor:
     """ids on the device, by a copy that does not wait for the GPU's queue to run empty."""
     return (
@@ -105,13 +180,13 @@ def block_capacity(blocks: int, size: int) -> int:
 # --- torch.compile -------------------------------------------------------------------------------
 
 
-def pays_to_compile(setting: str, device: torch.device, steps: int) -> bool:
-    """`auto`: always on a GPU; on a CPU if there is a C++ compiler and the run is long enough."""
+def pays_to_compile(setting: str, device: torch.device, tokens: float) -> bool:
+    """`auto`: always on a GPU; on a CPU if there is a C++ compiler and the work is long enough."""
     if setting != "auto" or device.type != "cpu":
         return setting == "true" or (setting == "auto" and device.type == "cuda")
     compiler = shutil.which(os.environ.get("CXX", "g++")) or shutil.which("clang++")
     headers = Path(sysconfig.get_path("include"), "Python.h").exists()
-    return bool(compiler) and headers and steps >= WORTH_COMPILING
+    return bool(compiler) and headers and tokens >= WORTH_COMPILING
 
 
 def compile_parts(model: nn.Module) -> None:
@@ -120,11 +195,40 @@ def compile_parts(model: nn.Module) -> None:
     Parts and not the whole: it starts sooner, and leaves the hooks of FSDP and DDP where they are.
     """
     for block in model.blocks:
-        block.forward = torch.compile(block.forward, fullgraph=True, dynamic=False)
+        block.forward = compiled(block.forward)
     if model.device.type == "cuda":
-        model.cross_entropy = torch.compile(model.cross_entropy, fullgraph=True, dynamic=False)
+        model.cross_entropy = compiled(model.cross_entropy)
         if model.config.block_length and model.config.head_size >= 16:  # which FlexAttention needs
             use_flex_attention(model)
+
+
+def compiled(function: Callable) -> Callable:
+    from torch._inductor import config  # a second, which few commands need
+
+    config.cpp.vec_isa_ok = True  # what PyTorch runs on here; to try it out takes three seconds
+    return torch.compile(function, fullgraph=True, dynamic=False)
+
+
+def compile_calls(
+    model: nn.Module, setting: str, lengths: list[int], passes: int, rows: int = 64
+) -> None:
+    """Compile a network that texts of these lengths go through `passes` times, `rows` at once.
+
+    What has another shape than most, as a last batch has, is computed without: each would be
+    compiled anew. `auto` does so on a CPU alone.
+    """
+    device, tokens = model.device, passes * sum(lengths)
+    if setting == "auto" and device.type != "cpu" or not pays_to_compile(setting, device, tokens):
+        return
+    B, L = min(rows, len(lengths)), min(model.config.block_size, max(lengths))
+
+    def either(eager: Callable, fast: Callable, x: Tensor, *rest) -> Tensor:
+        is_usual = len(x) == B and x.size(1) in (L, 2 * L)  # one stream, or two
+        return (fast if is_usual else eager)(x, *rest)
+
+    for block in model.blocks:
+        block.forward = partial(either, block.forward, compiled(block.forward))
+    model.forward = eager_if_compiling_fails(model.forward, model)
 
 
 def use_flex_attention(model: nn.Module) -> None:
@@ -154,19 +258,19 @@ def flex_mask(length: int, block_length: int, device: torch.device):
     return create_block_mask(sees, None, None, 2 * length, 2 * length, device)
 
 
-def eager_if_compiling_fails(step: Callable) -> Callable:
-    """A training step that goes on without torch.compile from the first failure of it."""
-    from torch._dynamo.exc import TorchDynamoException  # a second, which few commands need
+def eager_if_compiling_fails(call: Callable, model: nn.Module) -> Callable:
+    """A call of the model that goes on without torch.compile from the first failure of it."""
+    from torch._dynamo.exc import TorchDynamoException
 
-    def attempt(run):
+    def attempt(*inputs, **options):
         try:
-            return step(run)
+            return call(*inputs, **options)
         except TorchDynamoException as error:
             print(
                 f"torch.compile failed ({type(error).__name__}): going on without", file=sys.stderr
             )
             torch.compiler.set_stance("force_eager")
-            run.model.block_mask = getattr(run.model, "dense_mask", run.model.block_mask)
-            return step(run)
+            model.block_mask = getattr(model, "dense_mask", model.block_mask)
+            return call(*inputs, **options)
 
     return attempt

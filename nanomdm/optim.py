@@ -13,6 +13,7 @@ from .parallel import full_tensor, shard_like
 # hidden matrices the best rate was about four times AdamW's (docs/LOG.md). One learning_rate scales
 # both.
 MUON_RATE = 4.0
+TAPS_RATE = 8.0  # of AdamW's on convolutions, which start as 0 and have few weights (docs/LOG.md)
 STACKED = {"qkv": 3, "gate_up": 2}  # maps that one matrix of a block holds
 AVERAGED = 50  # steps, about, in the running average of the training loss
 MAX_SKIPPED = 50  # consecutive skipped steps after which training stops
@@ -23,9 +24,13 @@ MAX_SKIPPED = 50  # consecutive skipped steps after which training stops
 
 def adamw(parameters: dict[str, Tensor], learning_rate: float, weight_decay: float):
     """AdamW. Decay applies to matrices only, not to norms and convolutions."""
+    vectors, matrices, taps = (
+        [p for p in parameters.values() if p.ndim == ndim] for ndim in (1, 2, 3)
+    )
     groups = [
-        {"params": [p for p in parameters.values() if p.ndim == 2], "weight_decay": weight_decay},
-        {"params": [p for p in parameters.values() if p.ndim != 2], "weight_decay": 0.0},
+        {"params": matrices, "weight_decay": weight_decay},
+        {"params": vectors, "weight_decay": 0.0},
+        {"params": taps, "weight_decay": 0.0, "lr": TAPS_RATE * learning_rate},
     ]
     return [AdamW(groups, lr=learning_rate, betas=(0.9, 0.95), fused=True)]
 

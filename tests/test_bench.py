@@ -151,7 +151,7 @@ def test_recipe_varies_what_is_a_field_of_the_network_alone(run, tmp_path, text_
     result = run("bench.recipe", *words)
     assert result.code == 0, result.err
     state = checkpoint.load(tmp_path / "out-recipe" / "no-QK-norm-2" / "ckpt.pt")
-    assert state["model_config"]["qk_norm"] is False and state["step"] == 2
+    assert state["model_config"]["qk_norm"] == 0 and state["step"] == 2
 
 
 def test_recipe_says_why_a_run_failed(run, text_file):

@@ -406,7 +406,7 @@ def test_a_setting_without_effect_is_said_in_one_line(run, monkeypatch):
             "sampling.strategy=threshold",
         ),
         ("sample.py", "sampling.temperature=0 sampling.options.top_p=0.5", "temperature=0.0"),
-        ("sample.py", "system.compile=true", "on sample.py"),
+        ("sample.py", "system.parallel=ddp", "on sample.py"),
         ("sample.py", "data.path=x", "on sample.py"),
         ("sample.py", "+experiment=small", "on sample.py"),
         ("sample.py", "sampling.options.guidance=2", "with prompt= and prompt_file="),

@@ -74,7 +74,7 @@ def attention_by_loops(module: Attention, x: Tensor) -> Tensor:
         q, k, v = ([W[h] @ x[i] for i in range(length)] for W in (Wq, Wk, Wv))
         if module.qk_norm:
             eps = torch.finfo(torch.float32).eps
-            q, k = ([normed(y, eps) for y in ys] for ys in (q, k))
+            q, k = ([module.qk_norm * normed(y, eps) for y in ys] for ys in (q, k))
         q, k = ([turned(y, i) for i, y in enumerate(ys)] for ys in (q, k))
         for i in range(length):
             weights = torch.stack([(q[i] @ k[j] / math.sqrt(D // H)).exp() for j in range(length)])
@@ -130,7 +130,7 @@ def test_a_dropout_outside_its_range_is_refused_by_its_name_and_range(dropout):
 
 @pytest.mark.parametrize(
     ("key", "value"),
-    [("n_layer", 2.0), ("n_head", True), ("n_embd", "64"), ("qk_norm", 1), ("dropout", None)],
+    [("n_layer", 2.0), ("n_head", True), ("n_embd", "64"), ("tie_weights", 1), ("qk_norm", "1")],
 )
 def test_a_value_of_another_type_is_refused_by_its_name(key, value):
     with pytest.raises(ValueError, match=rf"model\.{key}={value!r} is not of type"):
@@ -166,7 +166,7 @@ def test_no_logit_is_computed_for_the_mask(tie_weights):
 
 
 @pytest.mark.parametrize("tie_weights", [True, False])
-@pytest.mark.parametrize("qk_norm", [True, False])
+@pytest.mark.parametrize("qk_norm", [1.25, 0])
 def test_the_network_equals_a_float64_transformer_written_with_loops(tie_weights, qk_norm):
     model, xt = build(tie_weights=tie_weights, qk_norm=qk_norm), random_ids(2)
     expected = torch.stack([logits_by_loops(model, row) for row in xt])
@@ -228,7 +228,7 @@ def test_rope_tables_tell_neighbouring_positions_apart_at_length_4096():
     torch.testing.assert_close(steps.angle(), torch.ones(4095), rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize("qk_norm", [True, False])
+@pytest.mark.parametrize("qk_norm", [1.25, 2, 0, True, False])  # earlier networks have True: 1
 def test_attention_equals_a_float64_loop_over_heads_and_positions(qk_norm):
     module, x = drawn(Attention(replace(CONFIG, qk_norm=qk_norm))), random(1, L, 16)
     expected = attention_by_loops(module, x[0].double())
@@ -282,11 +282,11 @@ def scores_of(module: Attention, x: Tensor, monkeypatch) -> Tensor:
 def test_scores_stay_below_the_root_of_the_head_width_however_large_the_weights(monkeypatch):
     module = drawn(Attention(CONFIG), scale=1e3)
     scores = scores_of(module, random(1, L, 16), monkeypatch)
-    assert scores.abs().max() <= math.sqrt(8) + 1e-4
+    assert scores.abs().max() <= module.qk_norm**2 * math.sqrt(8) + 1e-4
 
 
 def test_scores_grow_with_the_weights_without_the_norm_of_queries_and_keys(monkeypatch):
-    module = drawn(Attention(replace(CONFIG, qk_norm=False)), scale=1e3)
+    module = drawn(Attention(replace(CONFIG, qk_norm=0)), scale=1e3)
     scores = scores_of(module, random(1, L, 16), monkeypatch)
     assert scores.abs().max() > 1e4
 
