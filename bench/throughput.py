@@ -263,9 +263,9 @@ def line(row: dict) -> str:
 
 
 def main(config: Section) -> None:
-    for name in ("steps", "rounds"):
-        if getattr(config, name) < 1:
-            raise UserError(f"{name}={getattr(config, name)} must be at least 1")
+    for name, least in (("steps", 1), ("rounds", 1), ("busy", 0)):
+        if getattr(config, name) < least:
+            raise UserError(f"{name}={getattr(config, name)} must be at least {least}")
     for head in config.heads:
         if head not in ("masked", "full"):
             raise UserError(f"heads=[{head}] is unknown: choose masked, full or both")

@@ -220,7 +220,8 @@ def compile_calls(
     device, tokens = model.device, passes * sum(lengths)
     if setting == "auto" and device.type != "cpu" or not pays_to_compile(setting, device, tokens):
         return
-    B, L = min(rows, len(lengths)), min(model.config.block_size, max(lengths))
+    L = min(model.config.block_size, max(lengths))
+    B = min(rows, sum(length >= L for length in lengths))
 
     def either(eager: Callable, fast: Callable, x: Tensor, *rest) -> Tensor:
         is_usual = len(x) == B and x.size(1) in (L, 2 * L)  # one stream, or two

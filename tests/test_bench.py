@@ -81,6 +81,21 @@ def test_throughput_times_a_rival_in_turn(run, tmp_path):
     assert "times as fast" in result.out
 
 
+def test_throughput_times_itself_beside_a_busy_process(run, tmp_path):
+    words = (WORDS, "steps=2", "rounds=2", "device=cpu", "busy=1", "output=speed.json")
+    result = run("bench.throughput", *words)
+    assert result.code == 0, result.err
+    (row,) = json.loads((tmp_path / "speed.json").read_text())["rows"]
+    share = row["share_beside_others"][1]
+    assert f"beside 1 busy process(es), in turn: {row['beside_others'] / 1e3:,.1f}k" in result.out
+    assert f"{share:.0%} of the speed alone" in result.out and share > 0
+
+
+def test_throughput_refuses_fewer_processes_than_none(run):
+    result = run("bench.throughput", "busy=-1")
+    assert (result.code, result.err.count("\n")) == (2, 1) and "busy=-1" in result.err
+
+
 def test_throughput_says_where_the_rival_is_missing(run):
     result = run("bench.throughput", WORDS, "nanogpt=nowhere", "device=cpu")
     assert (result.code, result.err.count("\n")) == (2, 1)

@@ -1,9 +1,12 @@
 """nanomdm/devices.py: the rules that measurements led to, and the capacity of a batch."""
 
 import math
+import subprocess
+import sys
 
 import pytest
 import torch
+from conftest import environment
 from problems import seeded
 
 import diffusion
@@ -109,3 +112,73 @@ def test_the_memory_is_that_of_the_container(tmp_path, monkeypatch, content, lim
     machine = devices.memory()
     monkeypatch.setattr(devices, "CONTAINER", (str(tmp_path / "limit"), str(tmp_path / "none")))
     assert machine > 2**28 and devices.memory() == min(machine, limit)
+
+
+# --- Threads and memory of a CPU -----------------------------------------------------------------
+
+LINUX = pytest.mark.skipif(sys.platform != "linux", reason="about GNU's libraries")
+WAITING = """
+import time, torch
+from nanomdm import devices
+
+def cost():  # CPU seconds of threads that have nothing to do but wait for the next operation
+    x, used = torch.ones(2**22), time.process_time()
+    for _ in range(50):
+        x.add_(1)
+        time.sleep(0.004)
+    return time.process_time() - used
+
+devices.LOOK = 0.01
+before = cost()
+with devices.considerate_threads():
+    time.sleep(0.3)  # the process uses no core: another might
+    crowded = cost()
+print(before, crowded, cost())
+"""
+FREED = """
+import torch
+from pathlib import Path
+from nanomdm import devices
+
+devices.keep_freed_memory()
+tensors = [torch.ones(2**20) for _ in range(64)]
+del tensors
+print(4096 * int(Path("/proc/self/statm").read_text().split()[1]))
+"""
+
+
+def printed(code: str, **changes: str) -> list[float]:
+    variables = environment(**changes)
+    result = subprocess.run(
+        [sys.executable, "-c", code],
+        env={name: value for name, value in variables.items() if value},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert result.returncode == 0, result.stderr
+    return [float(word) for word in result.stdout.split()]
+
+
+@LINUX
+def test_threads_sleep_while_the_cores_are_crowded_and_only_then():
+    two = {"OMP_NUM_THREADS": "2", "OMP_WAIT_POLICY": "", "GOMP_SPINCOUNT": ""}
+    before, crowded, after = printed(WAITING, **two)
+    assert crowded < 0.6 * before and crowded < 0.6 * after
+
+
+@LINUX
+@pytest.mark.parametrize(
+    "variables",
+    [{"OMP_NUM_THREADS": "2", "OMP_WAIT_POLICY": "ACTIVE"}, {"OMP_NUM_THREADS": "1"}],
+    ids=["a policy of the user's", "one thread"],
+)
+def test_threads_are_not_watched_without_need(variables):
+    code = "import threading\nfrom nanomdm import devices\nwith devices.considerate_threads():\n"
+    assert printed(f"{code}    print(threading.active_count())", **variables) == [1]
+
+
+@LINUX
+def test_freed_memory_stays_unless_the_user_has_settings_of_their_own():
+    kept, given_back = printed(FREED), printed(FREED, MALLOC_TRIM_THRESHOLD_="131072")
+    assert kept[0] > given_back[0] + 2**27  # half of what was freed

@@ -8,8 +8,9 @@ import types
 
 import pytest
 from conftest import TEXT, TINY
+from torch._dynamo.utils import counters
 
-from nanomdm import runlog
+from nanomdm import devices, runlog
 
 CPU = "system.device=cpu"
 
@@ -60,6 +61,28 @@ def test_bits_are_per_byte_where_a_character_has_two(run, tmp_path):
 def test_an_evaluation_repeats_to_the_last_digit(evaluated):
     (first, _), (second, _) = evaluated(), evaluated()
     assert first.splitlines()[:-1] == second.splitlines()[:-1]  # the last line is the time
+
+
+def test_a_compiled_evaluation_has_the_same_result(evaluated):
+    counters.clear()
+    (_, eager), (_, compiled) = evaluated(), evaluated("system.compile=true")
+    assert counters["stats"]["unique_graphs"] == 1 and not counters["graph_break"]
+    assert compiled["loss"]["value"] == pytest.approx(eager["loss"]["value"], abs=1e-3)
+
+
+def test_the_usual_batch_alone_is_compiled(evaluated, monkeypatch, tmp_path):
+    (tmp_path / "text.txt").write_text(TEXT[: 70 * 32 + 3])
+    words, seen = ("data.path=text.txt", "eval.draws=2"), []
+    (_, expected), compiled = evaluated(*words), []
+
+    def stand_in(function):
+        compiled.append(function)
+        return lambda x, *rest: seen.append(tuple(x.shape[:2])) or function(x, *rest)
+
+    monkeypatch.setattr(devices, "compiled", stand_in)
+    _, figures = evaluated(*words, "system.compile=true")
+    assert figures["loss"] == expected["loss"]
+    assert seen == 2 * len(compiled) * [(64, 32)]  # neither the last 6 rows nor the text's end
 
 
 # --- JSON ----------------------------------------------------------------------------------------

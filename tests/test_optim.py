@@ -13,6 +13,7 @@ from nanomdm.optim import (
     MUON_RATE,
     OPTIMIZERS,
     SCHEDULES,
+    TAPS_RATE,
     Muon,
     Optimizers,
     StepStats,
@@ -97,6 +98,14 @@ def test_convolutions_are_trained_by_adamw_without_decay():
     plain = [group for group in adamw.param_groups if group["weight_decay"] == 0]
     names = set(names_in(model, plain))
     assert {f"blocks.{i}.{n}_conv.weight" for i in range(2) for n in ("attention", "mlp")} < names
+
+
+def test_convolutions_have_a_higher_rate_than_the_rest_of_adamw():
+    model = Transformer(ModelConfig(7, 8, n_layer=1, n_head=2, n_embd=16, conv_width=3))
+    for group in optimizer_of(model, "muon").parts[0].param_groups:
+        convolutions = {"conv" in name for name in names_in(model, [group])}
+        assert len(convolutions) == 1  # all or none
+        assert group["lr"] == RATE * (TAPS_RATE if convolutions.pop() else 1)
 
 
 def test_a_frozen_parameter_is_left_out():

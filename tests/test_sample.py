@@ -8,7 +8,7 @@ import torch
 from conftest import TEXT, load_model
 
 import diffusion
-from nanomdm import checkpoint, prompts, strategies
+from nanomdm import checkpoint, devices, prompts, strategies
 from nanomdm.texts import windows
 from nanomdm.tokenizers import CharTokenizer
 
@@ -151,6 +151,17 @@ def test_the_batch_size_changes_no_text(texts, monkeypatch):
 
 
 # --- Beyond the context -------------------------------------------------------------------------
+
+
+def test_compiled_calls_give_the_same_texts(texts, monkeypatch):
+    words, seen = ("num_samples=3", "sampling.length=40"), []
+    expected = texts(*words)
+
+    def stand_in(function):
+        return lambda x, *rest: seen.append(tuple(x.shape[:2])) or function(x, *rest)
+
+    monkeypatch.setattr(devices, "compiled", stand_in)
+    assert texts(*words, "system.compile=true") == expected and set(seen) == {(3, CONTEXT)}
 
 
 @pytest.mark.parametrize("strategy", ["stochastic", "first_hitting", "entropy", "remask"])
