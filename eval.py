@@ -36,9 +36,9 @@ def main(config: cli.Section) -> None:
     if models[0].layout == "pairs":
         greedy = bounds.greedy(config, diffusion.sample, exact[0])
     scored = choose_texts(config, models)
-    lengths, draws = list(map(len, scored.rows)), config.eval.draws
     for loaded in models:
-        devices.compile_calls(loaded.model, config.system.compile, lengths, draws)
+        setting, rows = config.system.compile, scored.rows
+        devices.compile_calls(loaded.model, setting, rows, config.eval.draws)
     dtype = devices.pick_dtype(config.system.dtype, device, training=False)
     for name, loaded in zip(names, models, strict=True):
         print(f"{name}: {loaded.weights}, on {device}")

@@ -27,8 +27,8 @@ def main(config: cli.Section) -> None:
     cli.decided_by_shape(config, shape)
     lines, canvases = prompts.read(config, loaded.tokenizer, shape, loaded.layout)
     at_once = prompts.rows_at_once(shape.block_size, shape.vocab_size)
-    sizes, steps = [len(canvas.ids) for canvas in canvases], config.sampling.steps
-    devices.compile_calls(loaded.model, config.system.compile, sizes, steps, at_once)
+    blank, steps = [canvas.ids for canvas in canvases], config.sampling.steps
+    devices.compile_calls(loaded.model, config.system.compile, blank, steps, at_once)
     dtype = devices.pick_dtype(config.system.dtype, device, training=False)
     with folders.open_output(config.output) as output, devices.autocast(device, dtype):
         about = f"{loaded.weights}, on {device}; {sampler.name} ({sampler.label})"

@@ -101,8 +101,8 @@ def main(config: Section) -> None:
     print("| --- | --- | --- | --- | --- | --- |")
     choices = [True, False] if model.config.block_length else [True]
     for batch_size in map(int, config.batch_sizes):
-        lengths = batch_size * [model.config.block_size]
-        devices.compile_calls(model, config.compile, lengths, config.steps)
+        canvases = torch.zeros(batch_size, model.config.block_size)
+        devices.compile_calls(model, config.compile, canvases, config.steps)
         for name, cached in itertools.product(names, choices):
             row = measure(model, name, cached, batch_size, config)
             rows.append(row)

@@ -9,7 +9,7 @@ import sys
 import sysconfig
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from functools import lru_cache, partial
 from pathlib import Path
@@ -210,14 +210,15 @@ def compiled(function: Callable) -> Callable:
 
 
 def compile_calls(
-    model: nn.Module, setting: str, lengths: list[int], passes: int, rows: int = 64
+    model: nn.Module, setting: str, texts: Sequence[Tensor], passes: int, rows: int = 64
 ) -> None:
-    """Compile a network that texts of these lengths go through `passes` times, `rows` at once.
+    """Compile a network that these texts (L_i,) go through `passes` times, `rows` of them at once.
 
     What has another shape than most, as a last batch has, is computed without: each would be
     compiled anew. `auto` does so on a CPU alone.
     """
-    device, tokens = model.device, passes * sum(lengths)
+    device, lengths = model.device, list(map(len, texts))
+    tokens = passes * sum(lengths)
     if setting == "auto" and device.type != "cpu" or not pays_to_compile(setting, device, tokens):
         return
     L = min(model.config.block_size, max(lengths))
