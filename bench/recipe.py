@@ -35,7 +35,7 @@ VARIATIONS = {  # words for train.py
     "QK-norm 1": [],
     "untied head": [],
     "cosine": ["training.lr_schedule=cosine"],
-    "half the rate": ["training.learning_rate=2.5e-3"],
+    "half the rate": ["training.learning_rate=5e-3"],
     "AdamW 1e-3": ["training.optimizer=adamw", "training.learning_rate=1e-3"],
     "AdamW 3e-3": ["training.optimizer=adamw", "training.learning_rate=3e-3"],
     "AdamW 6e-3": ["training.optimizer=adamw", "training.learning_rate=6e-3"],

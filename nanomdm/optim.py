@@ -9,11 +9,11 @@ from torch.optim import AdamW, Optimizer
 from .errors import UserError, check_choice
 from .parallel import full_tensor, shard_like
 
-# Muon's update has a root mean square of 0.2 by construction, AdamW's is a little higher; on the
-# hidden matrices the best rate was about four times AdamW's (docs/LOG.md). One learning_rate scales
-# both.
-MUON_RATE = 4.0
-TAPS_RATE = 8.0  # of AdamW's on convolutions, which start as 0 and have few weights (docs/LOG.md)
+# learning_rate is that of AdamW on the embedding, the head and the norms. Hidden matrices under Muon,
+# whose update has a root mean square of 0.2, and convolutions, which start as 0 and have few
+# weights, learn best at so many times that rate (docs/LOG.md).
+MUON_RATE = 2.0
+TAPS_RATE = 4.0
 STACKED = {"qkv": 3, "gate_up": 2}  # maps that one matrix of a block holds
 AVERAGED = 50  # steps, about, in the running average of the training loss
 MAX_SKIPPED = 50  # consecutive skipped steps after which training stops

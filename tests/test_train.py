@@ -219,7 +219,7 @@ def test_the_rate_of_a_run_that_is_made_longer_is_announced(run, text_file):
     line = "training.max_iters was 12 and is 24: the learning rate goes from 0% to 52% of its peak"
     assert line in longer.err
     last, first = [row["train/lr"] for row in metrics() if "train/lr" in row][11:13]
-    assert last == 0 and first == pytest.approx(11 / 21 * 5e-3)
+    assert last == 0 and first == pytest.approx(11 / 21 * 1e-2)
 
 
 @pytest.mark.parametrize(("finite", "code"), [(6, 0), (5, 1)])
