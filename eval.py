@@ -36,9 +36,9 @@ def main(config: cli.Section) -> None:
     if models[0].layout == "pairs":
         greedy = bounds.greedy(config, diffusion.sample, exact[0])
     scored = choose_texts(config, models)
+    passes = 1 if exact[0] else config.eval.draws
     for loaded in models:
-        setting, rows = config.system.compile, scored.rows
-        devices.compile_calls(loaded.model, setting, rows, config.eval.draws)
+        devices.compile_calls(loaded.model, config.system.compile, scored.rows, passes)
     dtype = devices.pick_dtype(config.system.dtype, device, training=False)
     for name, loaded in zip(names, models, strict=True):
         print(f"{name}: {loaded.weights}, on {device}")

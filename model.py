@@ -47,7 +47,7 @@ class ModelConfig:
     def __post_init__(self):
         for field in fields(self):
             value, kind = getattr(self, field.name), field.type
-            is_number = kind is float and isinstance(value, int)  # 1 for 1.0
+            is_number = kind is float and isinstance(value, int)  # 1 for 1.0, and True
             if type(value) is not kind and not is_number:
                 raise ValueError(f"model.{field.name}={value!r} is not of type {kind.__name__}")
         least = dict.fromkeys(("vocab_size", "block_size", "n_layer", "n_head", "n_embd"), 1)

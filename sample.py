@@ -27,6 +27,9 @@ def main(config: cli.Section) -> None:
     cli.decided_by_shape(config, shape)
     lines, canvases = prompts.read(config, loaded.tokenizer, shape, loaded.layout)
     at_once = prompts.rows_at_once(shape.block_size, shape.vocab_size)
+    if shape.block_length:
+        cached = f"calls of {config.checkpoint}, which has blocks, go on from a cache"
+        cli.ignored(config, {"system.compile"}, cached)
     blank, steps = [canvas.ids for canvas in canvases], config.sampling.steps
     devices.compile_calls(loaded.model, config.system.compile, blank, steps, at_once)
     dtype = devices.pick_dtype(config.system.dtype, device, training=False)

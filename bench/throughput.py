@@ -144,7 +144,7 @@ def load_nanogpt(folder: str, config: Section, vocabulary: int, device: torch.de
 
 @contextmanager
 def busy_machine(processes: int) -> Iterator[None]:
-    """Meanwhile, so many other processes compute."""
+    """Run so many busy processes beside the block."""
     command = [sys.executable, "-c", "while True: pass"]
     others = [subprocess.Popen(command) for _ in range(processes)]
     try:

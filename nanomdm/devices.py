@@ -9,6 +9,7 @@ import sys
 import sysconfig
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from functools import lru_cache, partial
@@ -21,9 +22,7 @@ from torch.nn.attention.flex_attention import create_block_mask
 from .errors import UserError
 
 CONTAINER = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
-WORTH_COMPILING = (
-    2**20
-)  # tokens on a CPU after which the start-up time is earned back (docs/LOG.md)
+WORTH_COMPILING = 2**20  # tokens on a CPU that earn back the start-up time (docs/LOG.md)
 
 
 def pick_device(name: str, local_rank: int = 0) -> torch.device:
@@ -88,32 +87,29 @@ def with_float64(device: torch.device) -> torch.device:
 # --- A CPU's memory and threads ------------------------------------------------------------------
 
 KEPT = 2**30  # bytes of freed memory that stay with the process
-LARGE = 2**25  # bytes of a tensor that does not: the most that glibc takes
+LARGE = 2**25  # bytes from which on a tensor does not: the most that glibc takes
 
 LOOK = 0.25  # seconds in which threads spin, and are watched
 SLEEP = 4.0  # seconds, at most, between two looks while the cores are crowded
-CROWDED = 0.85  # the share of the cores' time below which another process must have the rest
+CROWDED = 0.85  # the share of the cores' time below which another process may have the rest
 
 
 @contextmanager
 def considerate_threads() -> Iterator[None]:
-    """Meanwhile, OpenMP's threads wait for each other asleep whenever the cores are crowded.
+    """In this block OpenMP's threads wait for each other asleep whenever the cores are crowded.
 
-    Else they spin: fastest alone, and beside a busy process several times slower, because the one
-    that is waited for has lost its core to it, or to one that spins. No result depends on it. A
-    user's OMP_WAIT_POLICY or GOMP_SPINCOUNT is left alone, and so is another library than GNU's.
+    By default they spin, which is fastest alone but several times slower beside a busy process: the
+    thread that is waited for has lost its core to it, or to one that spins. No result depends on
+    it. A user's OMP_WAIT_POLICY or GOMP_SPINCOUNT is left alone, and so are machines with a GPU and
+    other libraries than GNU's.
     """
-    maps = Path("/proc/self/maps")
-    loaded = re.search(r"/.*libgomp.*", maps.read_text()) if maps.is_file() else None
-    if (
-        not loaded
-        or torch.get_num_threads() < 2
-        or {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT"} & {*os.environ}
-    ):
+    chosen = {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT"} & {*os.environ}
+    openmp, threads = _gnu_openmp(), torch.get_num_threads()
+    if not openmp or threads < 2 or chosen or torch.cuda.is_available():
         yield
         return
     closed = threading.Event()
-    watch = threading.Thread(target=_watch, args=(ctypes.CDLL(loaded[0]), closed), daemon=True)
+    watch = threading.Thread(target=_watch, args=(openmp, threads, closed), daemon=True)
     watch.start()
     try:
         yield
@@ -122,36 +118,47 @@ def considerate_threads() -> Iterator[None]:
         watch.join()
 
 
-def keep_freed_memory() -> None:
-    """Let glibc keep what a step frees: else the next one faults it in again, page by page.
+def _gnu_openmp() -> ctypes.CDLL | None:
+    """GNU's OpenMP, if this process has loaded it."""
+    maps = Path("/proc/self/maps")
+    pattern = re.compile(r"/.*/libgomp[^/]*\.so[\d.]*$", re.MULTILINE)
+    if found := maps.is_file() and pattern.search(maps.read_text()):
+        with suppress(OSError):
+            library = ctypes.CDLL(found[0])
+            return library if hasattr(library, "GOMP_parallel") else None
+    return None
 
-    A user's MALLOC_ variables are left alone.
-    """
-    with suppress(AttributeError, TypeError):  # another C library
-        if not any(name.startswith("MALLOC_") for name in os.environ):
-            ctypes.CDLL(None).mallopt(-3, LARGE)  # M_MMAP_THRESHOLD
-            ctypes.CDLL(None).mallopt(-1, KEPT)  # M_TRIM_THRESHOLD
 
-
-def _watch(openmp: ctypes.CDLL, closed: threading.Event) -> None:
+def _watch(openmp: ctypes.CDLL, threads: int, closed: threading.Event) -> None:
     cores, pause = len(os.sched_getaffinity(0)), LOOK
 
     def crowd() -> None:
         """With more threads than cores, OpenMP puts those that wait to sleep: so start some."""
-        openmp.GOMP_parallel(openmp.omp_get_level, None, cores, 0)
+        openmp.GOMP_parallel(openmp.omp_get_level, None, max(2, cores - threads + 2), 0)
         closed.wait(pause)
 
     while not closed.is_set():
         used, seconds = time.process_time(), time.perf_counter()
         closed.wait(LOOK)
         used, seconds = time.process_time() - used, time.perf_counter() - seconds
-        if used < CROWDED * seconds * min(cores, torch.get_num_threads()):
+        if used < CROWDED * seconds * min(cores, threads):
             pause = min(2 * pause, SLEEP)
             extra = threading.Thread(target=crowd)  # they end with the thread that starts them
             extra.start()
             extra.join()
         else:
             pause = LOOK
+
+
+def keep_freed_memory() -> None:
+    """Let glibc keep what a step frees: else the next one faults it in again, page by page.
+
+    A user's MALLOC_ variables and GLIBC_TUNABLES are left alone.
+    """
+    with suppress(AttributeError, TypeError):  # another C library
+        if not any(name.startswith(("MALLOC_", "GLIBC_TUNABLES")) for name in os.environ):
+            ctypes.CDLL(None).mallopt(-3, LARGE)  # M_MMAP_THRESHOLD
+            ctypes.CDLL(None).mallopt(-1, KEPT)  # M_TRIM_THRESHOLD
 
 
 def move(ids: Tensor, device: torch.device) -> Tensor:
@@ -205,7 +212,8 @@ def compile_parts(model: nn.Module) -> None:
 def compiled(function: Callable) -> Callable:
     from torch._inductor import config  # a second, which few commands need
 
-    config.cpp.vec_isa_ok = True  # what PyTorch runs on here; to try it out takes three seconds
+    if config.cpp.vec_isa_ok is None:
+        config.cpp.vec_isa_ok = True  # what the processor has: to try it out takes three seconds
     return torch.compile(function, fullgraph=True, dynamic=False)
 
 
@@ -214,19 +222,21 @@ def compile_calls(
 ) -> None:
     """Compile a network that these texts (L_i,) go through `passes` times, `rows` of them at once.
 
-    What has another shape than most, as a last batch has, is computed without: each would be
-    compiled anew. `auto` does so on a CPU alone.
+    It is compiled for the length that most tokens are in. What has another shape, as a last batch
+    has, is computed without, for each would be compiled anew; and so is what goes on from a cache,
+    whose size grows. With `auto`, only on a CPU.
     """
-    device, lengths = model.device, list(map(len, texts))
-    tokens = passes * sum(lengths)
+    device, lengths = model.device, Counter(map(len, texts))
+    tokens = passes * lengths.total()
     if setting == "auto" and device.type != "cpu" or not pays_to_compile(setting, device, tokens):
         return
-    L = min(model.config.block_size, max(lengths))
-    B = min(rows, sum(length >= L for length in lengths))
+    length, number = max(lengths.items(), key=math.prod)
+    B, L = min(rows, number), min(length, model.config.block_size)
 
     def either(eager: Callable, fast: Callable, x: Tensor, *rest) -> Tensor:
+        *_, cache = rest
         is_usual = len(x) == B and x.size(1) in (L, 2 * L)  # one stream, or two
-        return (fast if is_usual else eager)(x, *rest)
+        return (fast if is_usual and cache is None else eager)(x, *rest)
 
     for block in model.blocks:
         block.forward = partial(either, block.forward, compiled(block.forward))
@@ -262,12 +272,12 @@ def flex_mask(length: int, block_length: int, device: torch.device):
 
 def eager_if_compiling_fails(call: Callable, model: nn.Module) -> Callable:
     """A call of the model that goes on without torch.compile from the first failure of it."""
-    from torch._dynamo.exc import TorchDynamoException
+    from torch._dynamo.exc import FailOnRecompileLimitHit, TorchDynamoException
 
     def attempt(*inputs, **options):
         try:
             return call(*inputs, **options)
-        except TorchDynamoException as error:
+        except (TorchDynamoException, FailOnRecompileLimitHit) as error:
             print(
                 f"torch.compile failed ({type(error).__name__}): going on without", file=sys.stderr
             )

@@ -9,8 +9,8 @@ from torch.optim import AdamW, Optimizer
 from .errors import UserError, check_choice
 from .parallel import full_tensor, shard_like
 
-# learning_rate is that of AdamW on the embedding, the head and the norms. Hidden matrices under Muon,
-# whose update has a root mean square of 0.2, and convolutions, which start as 0 and have few
+# learning_rate is that of AdamW on the embedding, the head and the norms. Hidden matrices under
+# Muon, whose update has a root mean square of 0.2, and convolutions, which start as 0 and have few
 # weights, learn best at so many times that rate (docs/LOG.md).
 MUON_RATE = 2.0
 TAPS_RATE = 4.0
@@ -24,9 +24,9 @@ MAX_SKIPPED = 50  # consecutive skipped steps after which training stops
 
 def adamw(parameters: dict[str, Tensor], learning_rate: float, weight_decay: float):
     """AdamW. Decay applies to matrices only, not to norms and convolutions."""
-    vectors, matrices, taps = (
-        [p for p in parameters.values() if p.ndim == ndim] for ndim in (1, 2, 3)
-    )
+    matrices = [p for p in parameters.values() if p.ndim == 2]
+    taps = [p for p in parameters.values() if p.ndim == 3]
+    vectors = [p for p in parameters.values() if p.ndim not in (2, 3)]
     groups = [
         {"params": matrices, "weight_decay": weight_decay},
         {"params": vectors, "weight_decay": 0.0},
@@ -142,6 +142,8 @@ class Optimizers:
         self.set_learning_rate(0.0)
         try:
             for part, its_own in zip(self.parts, stored, strict=True):
+                if len(its_own["param_groups"]) not in (0, len(part.param_groups)):
+                    raise ValueError("it is of an earlier version, which had other rates")
                 restore(part, its_own["state"])
         except Exception as error:  # a file may hold anything
             raise UserError(

@@ -660,6 +660,21 @@ def test_a_sampler_that_knows_no_blocks_is_refused():
             function(model, x0, is_masked=is_masked, mask_id=V)
 
 
+def test_calls_that_go_on_from_a_cache_are_not_compiled_and_that_is_said(
+    in_blocks, run, monkeypatch
+):
+    """Each layer and each size of the cache would be compiled anew."""
+    words = (f"checkpoint={in_blocks}/ckpt.pt", "sampling.length=8", "sampling.steps=2")
+    expected = run("sample.py", *words).out
+
+    def stand_in(function):
+        return lambda x, *rest: pytest.fail("compiled")
+
+    monkeypatch.setattr(devices, "compiled", stand_in)
+    result = run("sample.py", *words, "system.compile=true")
+    assert result.out == expected and "system.compile has no effect" in result.err
+
+
 def test_blocks_of_the_sampler_have_no_effect_and_that_is_said(in_blocks, run, text_file):
     word = "sampling.options={block_length: 8}"
     sampled = run("sample.py", f"checkpoint={in_blocks}/ckpt.pt", word)

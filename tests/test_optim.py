@@ -9,6 +9,7 @@ from torch import Tensor
 
 from model import ModelConfig, Transformer
 from nanomdm import checkpoint
+from nanomdm.errors import UserError
 from nanomdm.optim import (
     MUON_RATE,
     OPTIMIZERS,
@@ -106,6 +107,24 @@ def test_convolutions_have_a_higher_rate_than_the_rest_of_adamw():
         convolutions = {"conv" in name for name in names_in(model, [group])}
         assert len(convolutions) == 1  # all or none
         assert group["lr"] == RATE * (TAPS_RATE if convolutions.pop() else 1)
+
+
+def test_adamw_trains_every_parameter_once_whatever_its_dimensions():
+    model = build()
+    model.scalar = torch.nn.Parameter(torch.ones(()))
+    model.picture = torch.nn.Conv2d(2, 2, 3)
+    for name in OPTIMIZERS:
+        names = names_in(model, optimizer_of(model, name).param_groups)
+        assert sorted(names) == sorted(name for name, _ in model.named_parameters())
+
+
+def test_a_state_of_an_earlier_version_is_refused_with_the_remedy():
+    """Parameters were numbered differently, and their rates were others."""
+    optimizer = optimizer_of(build(), "muon")
+    stored = optimizer.state_dict()
+    stored[0]["param_groups"] = stored[0]["param_groups"][:2]
+    with pytest.raises(UserError, match=r"earlier version.*training\.init_from="):
+        optimizer.load_state_dict(stored)
 
 
 def test_a_frozen_parameter_is_left_out():
