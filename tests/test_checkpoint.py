@@ -199,13 +199,6 @@ def test_the_payload_of_these_tests_is_executed_by_a_careless_reader(path):
     assert (path.parent / "executed").exists()
 
 
-def test_a_network_from_before_queries_and_keys_had_a_size_keeps_it(network, path):
-    state = {**vars(network.config)}
-    del state["qk_norm"]
-    same = checkpoint.build(state, network.state_dict(), Transformer, ModelConfig)
-    assert same.config.qk_norm == 1
-
-
 def test_a_missing_checkpoint_is_refused_with_the_command_that_makes_one(tmp_path):
     message = refusal(tmp_path / "ckpt.pt")
     assert "no checkpoint at" in message and "`python train.py`" in message

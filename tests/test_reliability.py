@@ -210,7 +210,7 @@ def test_auto_notices_a_setting_that_the_first_command_had_and_this_one_has_not(
     first["config"]["training"]["learning_rate"] = 1e-4
     checkpoint.save("out/ckpt.pt", first)
     result = train(AUTO)
-    assert result.code == 2 and "training.learning_rate=0.005" in result.err
+    assert result.code == 2 and "training.learning_rate=0.01" in result.err
     assert "0.0001" in result.err
 
 
