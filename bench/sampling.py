@@ -101,10 +101,11 @@ def main(config: Section) -> None:
     print("| --- | --- | --- | --- | --- | --- |")
     choices = [True, False] if model.config.block_length else [True]
     for batch_size in map(int, config.batch_sizes):
-        torch.compiler.reset()
-        model = load(config, device)
-        canvases = torch.zeros(batch_size, model.config.block_size)
-        devices.compile_calls(model, config.compile, canvases, config.steps)
+        if config.compile != "false":  # for this batch size alone
+            torch.compiler.reset()
+            model = load(config, device)
+            canvases = torch.zeros(batch_size, model.config.block_size)
+            devices.compile_calls(model, config.compile, canvases, config.steps)
         for name, cached in itertools.product(names, choices):
             row = measure(model, name, cached, batch_size, config)
             rows.append(row)

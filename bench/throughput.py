@@ -183,7 +183,9 @@ def measure(run: train.Run, rival: Callable | None, steps: int, rounds: int, bus
         if busy:
             with busy_machine(busy):
                 beside.append(one_round(step))
-            one_round(step)  # until our threads have noticed again
+            until = time.perf_counter() + devices.SLEEP + devices.LOOK
+            while time.perf_counter() < until:  # our threads notice that they are alone
+                step()
     ratios = [a / b for a, b in zip(ours, theirs, strict=False)]
     shares = [b / a for a, b in zip(ours, beside, strict=False)]
     return {
