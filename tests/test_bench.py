@@ -9,7 +9,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from bench import recipe, throughput
 from model import ModelConfig, Transformer
-from nanomdm import checkpoint
+from nanomdm import checkpoint, devices
 
 WORDS = "words=" + " ".join(word for word in TINY if not word.startswith("sampling"))
 
@@ -115,6 +115,19 @@ def test_sampling_counts_the_calls_of_every_strategy(run, trained, tmp_path):
     assert rows["confidence"]["calls"] == 4
     assert rows["first_hitting"]["calls"] == 32  # the context of the tiny model
     assert all(0 < row["network_share"] < 1 for row in rows.values())
+
+
+def test_sampling_compiles_each_batch_size_by_itself(run, trained, monkeypatch):
+    seen = set()
+
+    def stand_in(function):
+        return lambda x, *rest: seen.add(tuple(x.shape[:2])) or function(x, *rest)
+
+    monkeypatch.setattr(devices, "compiled", stand_in)
+    words = (f"checkpoint={trained}/ckpt.pt", "batch_sizes=[1,2]", "steps=2", "device=cpu")
+    result = run("bench.sampling", *words, "strategies=[spread]", "compile=true")
+    assert result.code == 0, result.err
+    assert seen == {(1, 32), (2, 32)}
 
 
 # --- bench.recipe -------------------------------------------------------------------------------
