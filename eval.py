@@ -52,15 +52,15 @@ def main(config: cli.Section) -> None:
             print(visible(line, sys.stdout), flush=True)
 
     with devices.autocast(device, dtype):
-        samples, seconds = measure(models[0], chosen["uniform"], scored, config)
+        uniform = chosen.pop("uniform")
+        samples, seconds = measure(models[0], uniform, scored, config)
         show({"seed": config.system.seed} | report.likelihood(samples, scored, exact[0]))
         if not exact[0]:
             if not shape.block_length:  # a row of blocks has no masking rate
                 show(report.cost_by_rate(samples))
-            measured = {"uniform": (chosen["uniform"], samples, seconds)}
+            measured = {"uniform": (uniform, samples, seconds)}
             for name, bound in chosen.items():
-                if name != "uniform":
-                    measured[name] = (bound, *measure(models[0], bound, scored, config))
+                measured[name] = (bound, *measure(models[0], bound, scored, config))
             show(report.side_by_side(measured, shape.block_length > 0))
             rows = []
             for name, bound in samplers.items():
@@ -94,27 +94,28 @@ def measure(
     exact, seed = bound.exact or bounds.is_exact(model.config), config.system.seed
     draws = 1 if exact else config.eval.draws
     with runlog.progress(draws * bound.calls * sum(map(len, scored.rows)), "token") as advance:
-        if bound.strategy:
-            found = bounds.score(
-                bound.strategy, model, scored, draws=draws, seed=seed, advance=advance
-            )
-            return found.counting(scored.counts), time.perf_counter() - start
 
         def nll(xt, targets, where):
             advance(xt.numel())
             return model(xt, targets, where)
 
-        found = estimate(
-            bound.estimator or any_order,
-            nll,
-            [row.to(model.device) for row in scored.rows],
-            mask_id=model.config.mask_id,
-            predict=scored.predict,
-            block_length=model.config.block_length,
-            generator=generator(seed, "evaluation"),
-            draws=draws,
-        )
-    return bounds.NLLSamples(*found).counting(scored.counts), time.perf_counter() - start
+        if bound.strategy:
+            samples = bounds.score(
+                bound.strategy, model, scored, draws=draws, seed=seed, advance=advance
+            )
+        else:
+            found = estimate(
+                bound.estimator or any_order,
+                nll,
+                [row.to(model.device) for row in scored.rows],
+                mask_id=model.config.mask_id,
+                predict=scored.predict,
+                block_length=model.config.block_length,
+                generator=generator(seed, "evaluation"),
+                draws=draws,
+            )
+            samples = bounds.NLLSamples(*found)
+    return samples.counting(scored.counts), time.perf_counter() - start
 
 
 def choose_texts(config: cli.Section, models: list[checkpoint.Loaded]) -> texts.Texts:

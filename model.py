@@ -35,6 +35,7 @@ class ModelConfig:
     dropout: float = 0.0
     tie_weights: bool = True  # the head uses the rows of the embedding
     qk_norm: float = 1.25  # root mean square that queries and keys are brought to; 0: as they are
+    attention_gate: bool = False  # the network weighs what each head has found
     conv_width: int = 0  # positions that a short convolution sees; 0 for none
     learned_positions: bool = False  # also a learned vector for each position: for grids
     mlp_size: int = 0  # width of the SwiGLU layer; 0 for 8/3 of n_embd
@@ -51,8 +52,8 @@ class ModelConfig:
             if type(value) is not kind and not is_number:
                 raise ValueError(f"model.{field.name}={value!r} is not of type {kind.__name__}")
         least = dict.fromkeys(("vocab_size", "block_size", "n_layer", "n_head", "n_embd"), 1)
-        least |= {"block_length": 0, "mlp_size": 0, "qk_norm": 0}
-        least |= {"norm_eps": 0, "rope_base": 1}
+        least |= dict.fromkeys(("block_length", "conv_width", "mlp_size", "norm_eps", "qk_norm"), 0)
+        least |= {"rope_base": 1}
         for name, limit in least.items():
             if not limit <= getattr(self, name) < math.inf:
                 raise ValueError(
@@ -74,7 +75,7 @@ class ModelConfig:
                 f"model.block_size={self.block_size} is too long: choose at most {LONGEST // K} "
                 f"for heads of width {K}"
             )
-        if self.conv_width < 0 or (self.conv_width and self.conv_width % 2 == 0):
+        if self.conv_width and self.conv_width % 2 == 0:
             raise ValueError(
                 f"model.conv_width={self.conv_width} must be odd, for as many neighbours on each "
                 "side, or 0 for none"
@@ -173,6 +174,8 @@ class Attention(nn.Module):
         super().__init__()
         self.n_head, self.qk_norm, self.causal = config.n_head, config.qk_norm, config.causal
         self.qkv = nn.Linear(config.n_embd, 3 * config.n_embd, bias=False)
+        gated = config.attention_gate  # arXiv 2505.06708
+        self.gate = nn.Linear(config.n_embd, config.n_head, bias=False) if gated else None
         self.out = nn.Linear(config.n_embd, config.n_embd, bias=False)
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, visible=None, cache=None) -> Tensor:
@@ -184,8 +187,10 @@ class Attention(nn.Module):
         q, k = apply_rope(qk, cos, sin)
         if cache is not None:
             k, v = cache.extend((self, "k"), k), cache.extend((self, "v"), v)
-        y = attend(q, k, v, visible, self.causal)  # (B, H, L, K)
-        return self.out(y.transpose(1, 2).reshape(B, L, D))
+        y = attend(q, k, v, visible, self.causal).transpose(1, 2)  # (B, L, H, K)
+        if self.gate is not None:  # a head may also find nothing
+            y = y * (2 * self.gate(x).sigmoid())[..., None]
+        return self.out(y.reshape(B, L, D))
 
 
 class SwiGLU(nn.Module):
@@ -372,11 +377,9 @@ class Transformer(nn.Module):
             return self.logits(self.hidden(xt, cache=cache))
         blocks = xt.size(1) > self.config.block_length > 0
         hidden = self.hidden(xt, targets if blocks else None)  # (B, L, D)
-        if capacity is None:
-            chosen = where.flatten().nonzero()
-        else:
-            chosen = where.flatten().nonzero_static(size=capacity)  # -1 in unused slots
-        used, chosen = chosen[:, 0] >= 0, chosen[:, 0].clamp(min=0)  # (N,)
+        capacity = int(where.sum()) if capacity is None else capacity
+        chosen = where.flatten().nonzero_static(size=capacity)[:, 0]  # (N,), -1 in unused slots
+        used, chosen = chosen >= 0, chosen.clamp(min=0)
         hidden, targets = hidden.flatten(0, 1)[chosen], targets.flatten()[chosen]
         rows = max(1, LOGITS_AT_ONCE // self.config.vocab_size)
         cross_entropy = self.cross_entropy

@@ -31,6 +31,7 @@ VARIATIONS = {  # words for train.py
     "weight of the bound": ["diffusion.weighting=1.0"],
     "no weight": ["diffusion.weighting=0.0"],
     "no convolution": ["model.conv_width=0"],
+    "no gate": ["model.attention_gate=false"],
     "no QK-norm": [],
     "QK-norm 1": [],
     "untied head": [],
@@ -41,7 +42,7 @@ VARIATIONS = {  # words for train.py
     "AdamW 6e-3": ["training.optimizer=adamw", "training.learning_rate=6e-3"],
     "plain AdamW": [  # the usual recipe: a Llama-like network, the bound's weight, AdamW
         *("training.optimizer=adamw", "training.learning_rate=3e-3", "model.conv_width=0"),
-        *("diffusion.weighting=1.0", "training.lr_schedule=cosine"),
+        *("model.attention_gate=false", "diffusion.weighting=1.0", "training.lr_schedule=cosine"),
     ],
 }
 FIELDS = {  # of ModelConfig, besides: they are no settings

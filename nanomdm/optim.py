@@ -3,6 +3,7 @@
 import math
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 
@@ -48,7 +49,7 @@ def muon(parameters: dict[str, Tensor], learning_rate: float, weight_decay: floa
         else:
             others[name] = p
     groups = [{"params": matrices, "stacked": count} for count, matrices in hidden.items()]
-    defaults = {"lr": MUON_RATE * learning_rate, "weight_decay": weight_decay, "momentum": 0.95}
+    defaults = {"lr": MUON_RATE * learning_rate, "weight_decay": weight_decay, "momentum": 0.8}
     return [*adamw(others, learning_rate, weight_decay), Muon(groups, defaults)]
 
 
@@ -175,9 +176,11 @@ def restore(optimizer: Optimizer, stored: dict) -> None:
 class Muon(Optimizer):
     """Momentum whose updates are made orthogonal, for maps between hidden states (2502.16982).
 
-    The update has a root mean square of 0.2, so that AdamW's rates and decay fit. `stacked` of a
-    group says how many maps each of its matrices holds (queries, keys and values; gate and up):
-    each map is made orthogonal by itself. Matrices of one shape are one batch.
+    Then each neuron gets a step of the same size (as in NorMuon, 2510.05491, but without a running
+    mean): each row of a map, or column if it has more columns, has a root mean square of 0.2, so
+    that AdamW's rates and decay fit. `stacked` of a group says how many maps each of its matrices
+    holds (queries, keys and values; gate and up): each is made orthogonal by itself. Matrices of
+    one shape are one batch.
     """
 
     _step_supports_amp_scaling = True
@@ -198,7 +201,9 @@ class Muon(Optimizer):
         torch._foreach_lerp_(momenta, targets, 1 - momentum)
         updates = torch._foreach_lerp(targets, momenta, momentum)  # Nesterov's
         maps = torch.cat([full_tensor(u).unflatten(0, (stacked, -1)) for u in updates])
-        maps = orthogonalise(maps) * (0.2 * math.sqrt(max(maps.shape[1:])))  # (N, rows, columns)
+        maps = orthogonalise(maps)  # (N, rows, columns)
+        shorter = 1 if maps.size(1) < maps.size(2) else 2
+        maps = F.normalize(maps, dim=shorter) * (0.2 * math.sqrt(maps.size(shorter)))
         updates = maps.masked_fill(skip, 0.0).flatten(0, 1).chunk(len(weights))
         torch._foreach_mul_(weights, torch.where(skip, 1.0, 1 - lr * weight_decay))
         torch._foreach_add_(weights, list(map(shard_like, updates, weights)), alpha=-lr)

@@ -58,7 +58,11 @@ def rows(length: int = L, count: int = 3, seed: int = 0) -> tuple[torch.Tensor, 
 # --- The network: two streams --------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("options", [{}, {"conv_width": 0}, {"learned_positions": True}], ids=str)
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"conv_width": 0}, {"attention_gate": True}, {"learned_positions": True}],
+    ids=str,
+)
 @pytest.mark.parametrize("length", [24, 21, 7])
 @pytest.mark.parametrize("size", SIZES)
 def test_each_block_is_predicted_as_from_itself_and_the_clean_ones_before(size, length, options):
@@ -383,8 +387,9 @@ def random_setting(seed: int) -> tuple[dict, dict]:
     any_of = random.Random(seed).choice
     size = any_of((1, 2, 3, 4, 6, 8, 12, 24))
     shape = {"block_length": size, "seed": seed, "conv_width": any_of((0, 1, 3, 5, 7))}
-    shape |= {"n_layer": any_of((1, 2)), "learned_positions": any_of((False, True))}
-    shape |= {"qk_norm": any_of((False, True)), "n_head": any_of((1, 2, 4))}
+    shape |= {"n_layer": any_of((1, 2)), "n_head": any_of((1, 2, 4))}
+    for field in ("learned_positions", "qk_norm", "attention_gate"):
+        shape[field] = any_of((False, True))
     name = any_of([*STRATEGIES])
     settings = {"strategy": STRATEGIES[name], "steps": any_of((1, 2, 3, 5, 40))}
     settings |= {"temperature": any_of((0.0, 0.7, 1.0)), "length": any_of((24, 24, 23, 9, 2))}

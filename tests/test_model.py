@@ -79,6 +79,8 @@ def attention_by_loops(module: Attention, x: Tensor) -> Tensor:
         for i in range(length):
             weights = torch.stack([(q[i] @ k[j] / math.sqrt(D // H)).exp() for j in range(length)])
             heads[i, h] = sum(w * y for w, y in zip(weights / weights.sum(), v, strict=True))
+            if module.gate is not None:
+                heads[i, h] *= 2 / (1 + (-module.gate.weight[h].detach().double() @ x[i]).exp())
     return heads.view(length, D) @ module.out.weight.detach().double().T
 
 
@@ -166,9 +168,9 @@ def test_no_logit_is_computed_for_the_mask(tie_weights):
 
 
 @pytest.mark.parametrize("tie_weights", [True, False])
-@pytest.mark.parametrize("qk_norm", [1.25, 0])
-def test_the_network_equals_a_float64_transformer_written_with_loops(tie_weights, qk_norm):
-    model, xt = build(tie_weights=tie_weights, qk_norm=qk_norm), random_ids(2)
+@pytest.mark.parametrize("options", [{}, {"qk_norm": 0}, {"attention_gate": True}], ids=str)
+def test_the_network_equals_a_float64_transformer_written_with_loops(tie_weights, options):
+    model, xt = build(tie_weights=tie_weights, **options), random_ids(2)
     expected = torch.stack([logits_by_loops(model, row) for row in xt])
     torch.testing.assert_close(model(xt).double(), expected, rtol=1e-4, atol=1e-4)
 
@@ -228,9 +230,11 @@ def test_rope_tables_tell_neighbouring_positions_apart_at_length_4096():
     torch.testing.assert_close(steps.angle(), torch.ones(4095), rtol=0, atol=1e-5)
 
 
+@pytest.mark.parametrize("gate", [False, True])
 @pytest.mark.parametrize("qk_norm", [1.25, 2, 0, True, False])  # earlier networks have True: 1
-def test_attention_equals_a_float64_loop_over_heads_and_positions(qk_norm):
-    module, x = drawn(Attention(replace(CONFIG, qk_norm=qk_norm))), random(1, L, 16)
+def test_attention_equals_a_float64_loop_over_heads_and_positions(qk_norm, gate):
+    module = drawn(Attention(replace(CONFIG, qk_norm=qk_norm, attention_gate=gate)))
+    x = random(1, L, 16)
     expected = attention_by_loops(module, x[0].double())
     y = module(x, *rope_tables(L, 8))[0]
     torch.testing.assert_close(y.double(), expected, rtol=1e-4, atol=1e-4)

@@ -140,7 +140,8 @@ def test_the_loss_curve_is_what_it_was(train):
 
 
 BEFORE = (  # the recipe that the curve was recorded with
-    *("model.conv_width=0", "diffusion.weighting=1.0", "training.learning_rate=3e-3"),
+    *("model.attention_gate=false", "model.conv_width=0"),
+    *("diffusion.weighting=1.0", "training.learning_rate=3e-3"),
     *("training.weight_decay=0.1", "training.ema_decay=0.98"),
 )
 CURVE = [
