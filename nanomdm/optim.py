@@ -49,7 +49,7 @@ def muon(parameters: dict[str, Tensor], learning_rate: float, weight_decay: floa
         else:
             others[name] = p
     groups = [{"params": matrices, "stacked": count} for count, matrices in hidden.items()]
-    defaults = {"lr": MUON_RATE * learning_rate, "weight_decay": weight_decay, "momentum": 0.8}
+    defaults = {"lr": MUON_RATE * learning_rate, "weight_decay": weight_decay, "momentum": 0.7}
     return [*adamw(others, learning_rate, weight_decay), Muon(groups, defaults)]
 
 

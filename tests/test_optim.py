@@ -204,9 +204,9 @@ def muon_by_hand(x: Tensor, gradients: list[Tensor], parts: int, decay: float) -
     """x after a step for each gradient, in float64; `parts` maps are stacked in it."""
     rate, x, m = MUON_RATE * RATE, x.double(), torch.zeros_like(x, dtype=torch.float64)
     for g in gradients:
-        m = 0.8 * m + 0.2 * g.double()
+        m = 0.7 * m + 0.3 * g.double()
         update = []
-        for u in (0.8 * m + 0.2 * g.double()).chunk(parts):
+        for u in (0.7 * m + 0.3 * g.double()).chunk(parts):
             u = orthogonal_by_hand(u)
             neuron = int(len(u) >= len(u.T))  # along columns if there are more of them
             update.append(0.2 * u / u.square().mean(dim=neuron, keepdim=True).sqrt())
