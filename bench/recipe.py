@@ -31,7 +31,7 @@ VARIATIONS = {  # words for train.py
     "weight of the bound": ["diffusion.weighting=1.0"],
     "no weight": ["diffusion.weighting=0.0"],
     "no convolution": ["model.conv_width=0"],
-    "no gate": ["model.attention_gate=false"],
+    "no gate": [],
     "no QK-norm": [],
     "QK-norm 1": [],
     "untied head": [],
@@ -42,14 +42,15 @@ VARIATIONS = {  # words for train.py
     "AdamW 6e-3": ["training.optimizer=adamw", "training.learning_rate=6e-3"],
     "plain AdamW": [  # the usual recipe: a Llama-like network, the bound's weight, AdamW
         *("training.optimizer=adamw", "training.learning_rate=3e-3", "model.conv_width=0"),
-        *("model.attention_gate=false", "diffusion.weighting=1.0", "training.lr_schedule=cosine"),
+        *("diffusion.weighting=1.0", "training.lr_schedule=cosine"),
     ],
 }
 FIELDS = {  # of ModelConfig, besides: they are no settings
+    "no gate": {"attention_gate": False},
     "no QK-norm": {"qk_norm": 0},
     "QK-norm 1": {"qk_norm": 1},
     "untied head": {"tie_weights": False},
-    "plain AdamW": {"qk_norm": 0},
+    "plain AdamW": {"attention_gate": False, "qk_norm": 0},
 }
 CHILD = "import json, sys; from bench import recipe; recipe.run(**json.loads(sys.argv[1]))"
 

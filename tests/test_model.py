@@ -168,7 +168,7 @@ def test_no_logit_is_computed_for_the_mask(tie_weights):
 
 
 @pytest.mark.parametrize("tie_weights", [True, False])
-@pytest.mark.parametrize("options", [{}, {"qk_norm": 0}, {"attention_gate": True}], ids=str)
+@pytest.mark.parametrize("options", [{}, {"qk_norm": 0}, {"attention_gate": False}], ids=str)
 def test_the_network_equals_a_float64_transformer_written_with_loops(tie_weights, options):
     model, xt = build(tie_weights=tie_weights, **options), random_ids(2)
     expected = torch.stack([logits_by_loops(model, row) for row in xt])
@@ -574,9 +574,9 @@ def test_a_causal_network_with_convolutions_sees_what_stands_before_alone():
     assert differs.tolist() == [False] * 4 + [True] * 2
 
 
-@pytest.mark.parametrize("width", [-1, 2])
-def test_a_convolution_needs_as_many_neighbours_on_each_side(width):
-    with pytest.raises(ValueError, match=rf"model\.conv_width={width} must be odd"):
+@pytest.mark.parametrize(("width", "limit"), [(-1, "at least 0"), (2, "odd")])
+def test_a_convolution_needs_as_many_neighbours_on_each_side(width, limit):
+    with pytest.raises(ValueError, match=rf"model\.conv_width={width} must be {limit}"):
         replace(CONFIG, conv_width=width)
 
 
