@@ -9,9 +9,11 @@ import torch
 from conftest import TEXT, Result, load_model
 from torch import Tensor
 
+import nanomdm
+from model import ModelConfig, Transformer
 from nanomdm import checkpoint
 from nanomdm.checkpoint import Loaded
-from nanomdm.tokenizers import BPETokenizer, HFTokenizer, load_tokenizer
+from nanomdm.tokenizers import BPETokenizer, CharTokenizer, HFTokenizer, load_tokenizer
 from tools import hf_tokenizer, import_weights, weight_files
 
 safetensors = pytest.importorskip("safetensors.torch")
@@ -262,6 +264,16 @@ def test_what_was_exported_comes_back_with_its_logits_and_its_tokenizer(run, tra
     assert loaded.tokenizer.state() == ours.tokenizer.state()
     kept = ("corpus", "step", "best")
     assert [loaded.state[k] for k in kept] == [ours.state[k] for k in kept]
+
+
+def test_an_export_of_an_earlier_version_comes_back_without_a_gate(run, imported):
+    network = ModelConfig(3, block_size=8, n_layer=1, n_head=2, n_embd=8, attention_gate=False)
+    nanomdm.save("before.pt", Transformer(network), CharTokenizer("abc"))
+    assert run("tools.export", "checkpoint=before.pt", "to=before").code == 0
+    about = json.loads(Path("before/config.json").read_text())
+    del about["network"]["attention_gate"]  # a later field
+    Path("before/config.json").write_text(json.dumps(about))
+    assert imported("before")[1].model.config == network
 
 
 def test_weights_keep_their_precision_and_the_context_may_be_another(smdm, imported, tmp_path):
