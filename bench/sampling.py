@@ -51,7 +51,7 @@ def load(config: Section, device: torch.device) -> Transformer:
         return load_model(config.checkpoint, device, Transformer, ModelConfig).model
     torch.manual_seed(config.seed)
     shape = vars(cli.compose(shlex.split(config.words)).model)
-    return Transformer(ModelConfig(UNTRAINED, **shape)).to(device).eval()
+    return Transformer(ModelConfig(UNTRAINED, attention_gate=True, **shape)).to(device).eval()
 
 
 def measure(

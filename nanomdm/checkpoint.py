@@ -171,7 +171,7 @@ def check_types(values: dict, kinds: dict[str, type]) -> None:
 def build(fields: dict, weights: dict[str, Tensor], Transformer, ModelConfig) -> torch.nn.Module:
     """The network of these fields, on the CPU, in float32, whose memory is that of `weights`."""
     try:
-        config = ModelConfig(**{"attention_gate": False} | fields)  # earlier networks have none
+        config = ModelConfig(**fields)
         if fields.get("n_layer", 0) > len(weights):
             raise UserError(f"it has no weights for model.n_layer={fields['n_layer']}")
         with torch.device("meta"):

@@ -107,7 +107,8 @@ def build_model(config, corpus, loaded, Transformer, ModelConfig):
 
     The checkpoint decides the shape, but for what has no weights: dropout, blocks, the objective.
     """
-    shape = vars(config.model) | {"causal": config.training.objective == "ar"}
+    shape = {"attention_gate": True, "causal": config.training.objective == "ar"}
+    shape |= vars(config.model)
     with as_user_error():
         if loaded:
             free = {name: shape[name] for name in ("dropout", "block_length", "causal")}

@@ -60,7 +60,7 @@ def rows(length: int = L, count: int = 3, seed: int = 0) -> tuple[torch.Tensor, 
 
 @pytest.mark.parametrize(
     "options",
-    [{}, {"conv_width": 0}, {"attention_gate": False}, {"learned_positions": True}],
+    [{}, {"conv_width": 0}, {"attention_gate": True}, {"learned_positions": True}],
     ids=str,
 )
 @pytest.mark.parametrize("length", [24, 21, 7])

@@ -168,7 +168,7 @@ def test_no_logit_is_computed_for_the_mask(tie_weights):
 
 
 @pytest.mark.parametrize("tie_weights", [True, False])
-@pytest.mark.parametrize("options", [{}, {"qk_norm": 0}, {"attention_gate": False}], ids=str)
+@pytest.mark.parametrize("options", [{}, {"qk_norm": 0}, {"attention_gate": True}], ids=str)
 def test_the_network_equals_a_float64_transformer_written_with_loops(tie_weights, options):
     model, xt = build(tie_weights=tie_weights, **options), random_ids(2)
     expected = torch.stack([logits_by_loops(model, row) for row in xt])

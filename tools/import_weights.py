@@ -90,7 +90,6 @@ def smdm(tensors: Tensors, about: dict, n_head: int) -> Layout:
         n_head=heads,
         n_embd=width,
         tie_weights=False,
-        attention_gate=False,
         qk_norm=False,
         mlp_size=mlp,
         rope_rounded=True,
@@ -131,7 +130,6 @@ def llada(tensors: Tensors, about: dict, n_head: int) -> Layout:
             n_head=about["n_heads"],
             n_embd=about["d_model"],
             tie_weights=tied,
-            attention_gate=False,
             qk_norm=False,
             mlp_size=about.get("mlp_hidden_size") or about["mlp_ratio"] * about["d_model"],
             norm_eps=about.get("rms_norm_eps", 1e-5),
@@ -165,7 +163,7 @@ def mask_last(rows: Tensor, mask: int) -> Tensor:
 def own(tensors: Tensors, about: dict, n_head: int) -> Layout:
     """The layout of the folders of tools.export."""
     try:
-        network = ModelConfig(**{"attention_gate": False} | about["network"])  # as earlier networks
+        network = ModelConfig(**about["network"])
     except (KeyError, TypeError) as error:
         raise UserError(f"config.json was not written by tools.export ({error!r})") from None
     sources = {name: [f"transformer.{name}"] for name in shapes_of(network)}
