@@ -35,7 +35,7 @@ class ModelConfig:
     dropout: float = 0.0
     tie_weights: bool = True  # the head uses the rows of the embedding
     qk_norm: float = 1.25  # root mean square that queries and keys are brought to; 0: as they are
-    attention_gate: bool = False  # it weighs what each head has found, as those of train.py do
+    attention_gate: bool = False  # a gate for each head; new networks of train.py have them
     conv_width: int = 0  # positions that a short convolution sees; 0 for none
     learned_positions: bool = False  # also a learned vector for each position: for grids
     mlp_size: int = 0  # width of the SwiGLU layer; 0 for 8/3 of n_embd
