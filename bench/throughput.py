@@ -122,10 +122,13 @@ def load_nanogpt(folder: str, config: Section, vocabulary: int, device: torch.de
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     shape = {k: getattr(config.model, k) for k in ("n_layer", "n_head", "n_embd", "block_size")}
+    rows = vocabulary + -vocabulary % (64 if device.type == "cuda" else 1)  # as its default has
     torch.manual_seed(config.system.seed)
-    gpt = module.GPT(module.GPTConfig(vocab_size=vocabulary, dropout=0.0, bias=False, **shape))
+    gpt = module.GPT(module.GPTConfig(vocab_size=rows, dropout=0.0, bias=False, **shape))
     gpt = gpt.to(device)
     optimizer = gpt.configure_optimizers(0.1, 1e-3, (0.9, 0.99), device.type)
+    if device.type == "cuda" and config.system.compile != "false":
+        gpt = torch.compile(gpt)  # as its train.py does
     size = (config.training.batch_size, config.model.block_size + 1)
     ids = torch.randint(vocabulary, size, device=device)
     x, y = ids[:, :-1].contiguous(), ids[:, 1:].contiguous()
@@ -238,17 +241,21 @@ def bench(config: Section, preset: str, head: str, device: torch.device, folder:
     if head == "full":
         run.model.forward = partial(full_head, run.model.forward)
     figures = measure(run, rival, config.steps, config.rounds, config.busy)
-    processes, training = parallel.world().size, settings.training
-    tokens = training.batch_size * settings.model.block_size / training.grad_accum / processes
+    return figures | {"preset": preset} | utilisation(run, head, figures["tokens_per_second"])
+
+
+def utilisation(run: train.Run, head: str, tokens_per_second: float) -> dict:
+    """The operations of a token, and the share of the rate of matrix products that is reached."""
+    processes, training = parallel.world().size, run.config.training
+    tokens = training.batch_size * run.model.config.block_size / training.grad_accum / processes
     rows = 1.0 if head == "full" or run.model.config.causal else run.capacity / tokens
     flops = flops_per_token(run.model, rows)
-    peak = matmul_peak(device, run.dtype)
-    return figures | {
-        "preset": preset,
+    peak = matmul_peak(run.device, run.dtype)
+    return {
         "head": head,
         "flops_per_token": flops,
         "matmul_flops_per_second": peak,
-        "mfu": flops * figures["tokens_per_second"] / peak / processes,
+        "mfu": flops * tokens_per_second / peak / processes,
     }
 
 
