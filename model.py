@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 # On a CPU, softmax(QK^T)V written out beats PyTorch's fused attention up to this length.
 WRITTEN_OUT_UP_TO = 512
 LONGEST = 2**25  # block_size times the width of a head: the rotary tables take 128 MiB
-LOGITS_AT_ONCE = 2**27  # single logits that the loss builds at a time: half a GiB in float32
+LOGITS_AT_ONCE = 2**27  # single logits that the loss builds at a time; on a GPU 16 times as many
 TILES = {"cuda": 64}  # matrix products are fast where their sizes are multiples of this
 
 
@@ -136,7 +136,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, visible=None, causal: bool = False) 
     if not isinstance(visible, Tensor | None):
         return flex_attention(q, k, v, block_mask=visible)
     if q.device.type == "cpu" and q.size(-2) <= WRITTEN_OUT_UP_TO and visible is None:
-        scores = (q * q.size(-1) ** -0.5) @ k.transpose(-2, -1)  # (B, H, L, L)
+        scores = (q * q.size(-1) ** -0.5) @ k.mT  # (B, H, L, L)
         if causal:
             later = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).triu(1)
             scores = scores.masked_fill(later, -math.inf)
@@ -381,7 +381,7 @@ class Transformer(nn.Module):
         chosen = where.flatten().nonzero_static(size=capacity)[:, 0]  # (N,), -1 in unused slots
         used, chosen = chosen >= 0, chosen.clamp(min=0)
         hidden, targets = hidden.flatten(0, 1)[chosen], targets.flatten()[chosen]
-        rows = max(1, LOGITS_AT_ONCE // self.config.vocab_size)
+        rows = max(1, LOGITS_AT_ONCE * 16**hidden.is_cuda // self.config.vocab_size)
         cross_entropy = self.cross_entropy
         if len(targets) > rows:  # in chunks, which the backward pass computes again
             cross_entropy = partial(

@@ -269,15 +269,17 @@ class Processes:
             process.kill()
 
 
-CHECKS = (numbers, optimizers, waiting, samplers, compiled, blocks)
-
-
-def checks(cases: Sequence[Case], folder: Path) -> Iterator[tuple[str, Callable]]:
-    """(name, check), of the first case or of each; whole runs come last."""
-    for check in CHECKS:
-        for case in cases if check in (numbers, compiled) else cases[:1]:
+def checks(
+    cases: Sequence[Case], processes: Processes, folder: Path
+) -> Iterator[tuple[str, Callable]]:
+    """(name, check), of the first case or of each; what takes long comes last."""
+    for check in (numbers, optimizers, waiting, samplers):
+        for case in cases if check is numbers else cases[:1]:
             yield f"{check.__name__}, {case.name}", partial(check, case)
     yield "resumes", partial(resumes, cases[0], folder)
+    yield "processes", processes.check
+    for check, case in ((compiled, cases[0]), (blocks, cases[0]), (compiled, cases[1])):
+        yield f"{check.__name__}, {case.name}", partial(check, case)
 
 
 def trained(name: str, config: cli.Section, device: torch.device, steps: int) -> Case:

@@ -98,7 +98,7 @@ def check(part: Part) -> None:
             "" if name == "default" else name, *words, in_small=["model.block_size=64"]
         )
         cases.append(agreement.trained(name, config, part.device, 4 if part.in_small else 60))
-    for name, lines in [*agreement.checks(cases, part.scratch), ("processes", processes.check)]:
+    for name, lines in agreement.checks(cases, processes, part.scratch):
         began = time.monotonic()
         try:
             if part.left() < 0:
@@ -126,7 +126,7 @@ def check(part: Part) -> None:
 SPEED = {"masked head": ("masked", []), "causal control": ("masked", ["training.objective=ar"])}
 SPEED |= {"full head": ("full", [])}
 KINDS = {  # of kernels, by their names
-    "attention": "flash|fmha|sdpa|attention",
+    "attention": "cudnn|flash|fmha|sdpa|attention",
     "matrix products": "gemm|nvjet|cutlass|xmma|matmul|::mm",
     "compiled, element by element": "triton",
     "optimizer": "multi_tensor|foreach|FusedAdam|adam",

@@ -104,6 +104,7 @@ def make_run(config: Section, folder: Path, device: torch.device) -> train.Run:
     about = {"corpus": "random tokens", "sha256": "0" * 64}
     data.write_bins(folder, {"train": tokens, "val": tokens[:1]}, tokenizer, about)
     config.data.dir, config.data.path, config.out_dir = str(folder), "", str(folder / "out")
+    config.explicit = config.explicit - {"data.tokenizer"}  # which a preset may name
     return train.Run(config, device)
 
 
