@@ -13,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 # On a CPU, softmax(QK^T)V written out beats PyTorch's fused attention up to this length.
 WRITTEN_OUT_UP_TO = 512
-LONGEST = 2**25  # block_size times the width of a head: the rotary tables take 128 MiB
+LONGEST = 2**25  # block_size times the width of a head: the rotary tables take 256 MiB
 LOGITS_AT_ONCE = 2**27  # single logits that the loss builds at a time; on a GPU 16 times as many
 TILES = {"cuda": 64}  # matrix products are fast where their sizes are multiples of this
 
@@ -110,22 +110,26 @@ class ModelConfig:
 def rope_tables(
     length: int, head_size: int, base: float = 10000.0, rounded: bool = False
 ) -> tuple[Tensor, Tensor]:
-    """Cosines and sines of the rotary embedding (arXiv 2104.09864), each (length, head_size / 2).
+    """Cosines and sines of the rotary embedding (arXiv 2104.09864), each (length, head_size).
 
-    Always float32: in bfloat16 the angles of neighbouring positions collapse. `rounded` rounds each
-    cosine and sine to bfloat16, for networks that were trained so.
+    Each half of a head has all the angles, the first half's with a minus. Always float32: in
+    bfloat16 the angles of neighbouring positions collapse. `rounded` rounds each cosine and sine to
+    bfloat16, for networks that were trained so.
     """
     with torch.device("cpu"):  # also where the model is built on the meta device
         frequencies = base ** (-torch.arange(0, head_size, 2, dtype=torch.float64) / head_size)
+        frequencies = torch.cat((-frequencies, frequencies))
         angles = torch.outer(torch.arange(length, dtype=torch.float64), frequencies)
     cos, sin = angles.cos().float(), angles.sin().float()
     return (cos.bfloat16().float(), sin.bfloat16().float()) if rounded else (cos, sin)
 
 
 def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turn the pairs (x[k], x[k + K/2]) of x (..., L, K) by their position's angle, in float32."""
-    x1, x2 = x.float().chunk(2, dim=-1)
-    return torch.cat((x1 * cos - x2 * sin, x1 * sin + x2 * cos), dim=-1).type_as(x)
+    """Turn the pairs (x[k], x[k + K/2]) of x (..., L, K) by their position's angle, in float32.
+
+    cos and sin (L, K) are those of `rope_tables`.
+    """
+    return (x * cos + x.roll(x.size(-1) // 2, dims=-1) * sin).type_as(x)
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, visible=None, causal: bool = False) -> Tensor:

@@ -272,14 +272,18 @@ class Processes:
 def checks(
     cases: Sequence[Case], processes: Processes, folder: Path
 ) -> Iterator[tuple[str, Callable]]:
-    """(name, check), of the first case or of each; what takes long comes last."""
-    for check in (numbers, optimizers, waiting, samplers):
-        for case in cases if check is numbers else cases[:1]:
-            yield f"{check.__name__}, {case.name}", partial(check, case)
-    yield "resumes", partial(resumes, cases[0], folder)
+    """(name, check), the most telling first: time may end before them."""
+    default, small = cases
+    yield "numbers", partial(numbers, default)
+    yield "optimizers", partial(optimizers, default)
+    yield "waiting", partial(waiting, default)
+    yield "resumes", partial(resumes, default, folder)
+    yield "compiled", partial(compiled, default)
+    yield "blocks", partial(blocks, default)
+    yield "samplers", partial(samplers, default)
     yield "processes", processes.check
-    for check, case in ((compiled, cases[0]), (blocks, cases[0]), (compiled, cases[1])):
-        yield f"{check.__name__}, {case.name}", partial(check, case)
+    yield "numbers, small", partial(numbers, small)
+    yield "compiled, small", partial(compiled, small)
 
 
 def trained(name: str, config: cli.Section, device: torch.device, steps: int) -> Case:

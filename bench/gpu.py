@@ -12,6 +12,7 @@ in miniature: a rehearsal, whose figures mean nothing.
 """
 
 import gc
+import itertools
 import json
 import math
 import re
@@ -46,7 +47,7 @@ KERNELS = 40  # lines in a table of kernels
 QUIET = ("training.eval_interval=0", "training.sample_interval=0", "training.save_interval=0")
 MINIATURE = (  # settings of every network where there is no GPU
     *("model.n_layer=2", "model.n_head=2", "model.n_embd=32", "training.batch_size=8"),
-    *("training.grad_accum=1", "training.max_iters=40", "system.compile=false"),
+    *("training.grad_accum=1", "system.compile=false", "eval.tokens=2000"),
 )
 
 
@@ -98,6 +99,7 @@ def check(part: Part) -> None:
             "" if name == "default" else name, *words, in_small=["model.block_size=64"]
         )
         cases.append(agreement.trained(name, config, part.device, 4 if part.in_small else 60))
+    failed = 0
     for name, lines in agreement.checks(cases, processes, part.scratch):
         began = time.monotonic()
         try:
@@ -105,20 +107,18 @@ def check(part: Part) -> None:
                 raise TimeoutError("no time was left")
             for what, figure, limit in lines():
                 verdict = "passed" if figure <= limit else "failed"
+                failed += verdict == "failed"
                 seconds, began = time.monotonic() - began, time.monotonic()
-                part.row(
-                    *("Agreement",),
-                    check=what,
-                    figure=f"{figure:.1e}",
-                    limit=f"{limit:.0e}",
-                    verdict=verdict,
-                    seconds=f"{seconds:.1f}",
-                )
+                cells = {"figure": f"{figure:.1e}", "limit": f"{limit:.0e}", "verdict": verdict}
+                part.row("Agreement", check=what, **cells, seconds=f"{seconds:.1f}")
         except Exception as error:
             traceback.print_exc()
+            failed += 1
             said = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
             part.row("Agreement", check=name, figure=said, limit="", verdict="failed", seconds="")
     processes.kill()
+    if failed:
+        sys.exit(f"{failed} of the checks failed")
 
 
 # --- speed: whole optimizer steps of the 124M preset ----------------------------------------------
@@ -258,10 +258,10 @@ def train_for(run: train.Run, seconds: float, looks: int, look: Callable) -> flo
 
 def small(part: Part) -> None:
     """The bound on validation against seconds, of diffusion and of the causal control."""
-    curves, limit, in_small = {}, math.inf, ["model.block_size=32"]
+    curves, limit, in_small = {}, math.inf, ["model.block_size=16"]
     for number, name in enumerate(("diffusion", "causal control")):
         folder = part.scratch / name.replace(" ", "-")
-        folder.mkdir(parents=True)
+        folder.mkdir(parents=True, exist_ok=True)
         words = [part.corpus, f"out_dir={folder}", *shlex.split(part.config.words)]
         words += ["training.objective=ar"] * number
         config = part.compose("small", *words, in_small=in_small)
@@ -287,7 +287,7 @@ def small(part: Part) -> None:
         tokens = run.step * settings.batch_size * config.model.block_size
         about["tokens_per_second"] = f"{tokens / seconds:,.0f}"
         for which, file in (("last", "ckpt.pt"), ("best", "best.pt")):
-            value, error = bound(folder / file, part.device, run.corpus)
+            value, error = bound(folder / file, run, config.eval.tokens)
             about[f"{which}_on_val"] = f"{value:.4f}" + (
                 f" ± {error:.4f}" if error == error else ""
             )
@@ -302,10 +302,10 @@ def small(part: Part) -> None:
     plot(curves, part.out / "small.png")
 
 
-def bound(path: Path, device: torch.device, corpus: data.Corpus) -> tuple[float, float]:
-    """The bound on all of validation, nats per token, and its error over the masks."""
-    model = load_model(path, device, Transformer, ModelConfig).model
-    rows = [row.ids for row in corpus.rows("val", model.config.block_size).evenly()]
+def bound(path: Path, run: train.Run, tokens: int) -> tuple[float, float]:
+    """The bound on validation (0 tokens: all of it), nats per token, and its error over masks."""
+    model = load_model(path, run.device, Transformer, ModelConfig).model
+    rows = [row.ids for row in run.blocks["val"].evenly(tokens)]
     return nll_samples(model, rows, seed=0, draws=8).bound()
 
 
@@ -332,16 +332,16 @@ def solve(part: Part) -> None:
     """Grids of 9 x 9, blanked, and solved in several orders by one network."""
     dataset, size = ("sudoku4", 4) if part.in_small else ("sudoku9", 9)
     folder = part.scratch / "sudoku"
-    folder.mkdir(parents=True)
+    folder.mkdir(parents=True, exist_ok=True)
     words = [f"data.dataset={dataset}", f"out_dir={folder}", "training.batch_size=256"]
     config = part.compose("sudoku9", *words, in_small=[f"model.block_size={size**2}"])
     run = train.Run(config, part.device)
-    seconds = train_for(run, 0.7 * part.left(), 1, lambda run, seconds: None)
+    seconds = train_for(run, 0.6 * part.left(), 1, lambda run, seconds: None)
     runs.save(run, "ckpt.pt")
     grids = run.step * config.training.batch_size
     print(f"{run.step:,} steps, {grids:,} grids in {seconds:.0f} s", flush=True)
     loaded = load_model(folder / "ckpt.pt", part.device, Transformer, ModelConfig)
-    choice = Section(strategies=list(ORDERS), steps=["0", "8"])
+    choice = Section(strategies=list(ORDERS), steps=["0"])
     rng, puzzles = np.random.default_rng(part.config.seed), 8 if part.in_small else 300
     rows = run.corpus.rows("val", size**2).evenly(puzzles * size**2)
     grids = [run.corpus.tokenizer.decode(row.ids.tolist()) for row in rows]
@@ -362,7 +362,7 @@ def solve(part: Part) -> None:
         )
 
 
-ORDERS = ("margin", "threshold", "confidence", "eb", "first_hitting", "left_to_right")
+ORDERS = ("margin", "first_hitting", "threshold", "left_to_right")
 SHARES = (0.5, 0.6, 0.7)  # of the cells that are blank
 
 
@@ -370,52 +370,54 @@ SHARES = (0.5, 0.6, 0.7)  # of the cells that are blank
 
 
 def sample(part: Part) -> None:
-    """Speed of every strategy; then what held-out text costs, in more and more calls."""
-    trained = part.scratch / "diffusion" / "ckpt.pt"
-    small, about = part.compose("small", in_small=["model.block_size=32"]), "untrained"
-    if trained.is_file():
-        loaded, about = load_model(trained, part.device, Transformer, ModelConfig), "trained"
-        score(part, loaded)
-    large = part.compose("openwebtext", in_small=["model.block_size=32"])
+    """Samples/s, by strategy; between, what held-out text costs in more and more calls."""
+    path, context = part.scratch / "diffusion" / "ckpt.pt", ["model.block_size=16"]
     vocabulary = 65 if part.in_small else 50257
-    networks = {
-        f"small, {about}": lambda: loaded.model if about == "trained" else network(part, small, 65),
-        "124M, untrained": lambda: network(part, large, vocabulary),
-    }
-    fixed = [name for name in strategies.STRATEGIES if not strategies.is_adaptive(name)]
-    adaptive = [name for name in strategies.STRATEGIES if strategies.is_adaptive(name)]
-    steps = Section(steps=32, rounds=1, seed=part.config.seed)
-    for name, batch, fast, names in (
-        *(
-            (name, batch, fast, fixed)
-            for name in networks
-            for batch in (1, 64)
-            for fast in (False, True)
-        ),
-        *((f"small, {about}", batch, False, adaptive) for batch in (1, 64)),
-    ):
+
+    def small() -> Transformer:
+        if path.is_file():  # the part small trained it
+            return load_model(path, part.device, Transformer, ModelConfig).model
+        return network(part, part.compose("small", in_small=context), 65)
+
+    def large() -> Transformer:
+        return network(part, part.compose("openwebtext", in_small=context), vocabulary)
+
+    others = [name for name in strategies.STRATEGIES if name != "spread"]
+    batches = (1, 4 if part.in_small else 64)
+    for fast, build, batch in itertools.product((False, True), (small, large), batches):
+        speed_of(part, build, fast, batch, ["spread"])
+    if path.is_file():
+        score(part, load_model(path, part.device, Transformer, ModelConfig))
+    for build, batch in itertools.product((small, large), batches[::-1]):
+        speed_of(part, build, False, batch, sorted(others, key=strategies.is_adaptive))
+
+
+def speed_of(part: Part, build: Callable, fast: bool, batch: int, names: Sequence[str]) -> None:
+    """A row for each strategy: 32 steps of it, or as many as it takes."""
+    if part.left() < 0 or fast and part.in_small:
+        return
+    model = build()
+    size = f"{count(model) / 1e6:.0f} M parameters"
+    if fast:
+        canvases = torch.zeros(batch, model.config.block_size)
+        devices.compile_calls(model, "true", canvases, 10**6)
+    for strategy in names:
         if part.left() < 0:
             break
-        if part.in_small and fast:
-            continue
-        model = networks[name]()
-        if fast:
-            canvases = torch.zeros(batch, model.config.block_size)
-            devices.compile_calls(model, "true", canvases, 10**6)
-        for strategy in names:
-            found = sampling.measure(model, strategy, True, batch, steps)
-            part.row(
-                "Sampling in float32",
-                network=name,
-                compiled="yes" if fast else "no",
-                strategy=strategy,
-                batch=batch,
-                calls=found["calls"],
-                texts_per_second=f"{found['samples_per_second']:.2f}",
-                tokens_per_second=f"{found['tokens_per_second']:,.0f}",
-                network_share=f"{found['network_share']:.0%}",
-            )
-        free(part.device)
+        settings = Section(steps=4 if part.in_small else 32, rounds=1, seed=part.config.seed)
+        found = sampling.measure(model, strategy, True, batch, settings)
+        part.row(
+            "Sampling in float32",
+            network=size,
+            compiled="yes" if fast else "no",
+            strategy=strategy,
+            batch=batch,
+            calls=found["calls"],
+            texts_per_second=f"{found['samples_per_second']:.2f}",
+            tokens_per_second=f"{found['tokens_per_second']:,.0f}",
+            network_share=f"{found['network_share']:.0%}",
+        )
+    free(part.device)
 
 
 def network(part: Part, config: Section, vocabulary: int) -> Transformer:
@@ -430,7 +432,7 @@ def score(part: Part, loaded: Loaded) -> None:
     L = loaded.model.config.block_size
     held_out = texts.cut("", [("", corpus.val)], loaded.tokenizer, L, limit=64 * L)
     for name in ("spread", "margin"):
-        for steps in (L // 32, L // 8, L // 2):
+        for steps in (L // 16, L // 4, L):
             sampler = strategies.Sampler(
                 diffusion.sample, name, {"strategy": strategies.STRATEGIES[name], "steps": steps}
             )
@@ -485,7 +487,10 @@ def run_part(name: str, seconds: float, scratch: str, config: dict) -> None:
     """One part, in a process of its own."""
     torch.manual_seed(config["seed"])
     devices.keep_freed_memory()
-    PARTS[name][0](Part(name, cli.section(config), seconds, scratch))
+    try:
+        PARTS[name][0](Part(name, cli.section(config), seconds, scratch))
+    except UserError as error:
+        sys.exit(f"error: {error}")
 
 
 def main(config: Section) -> None:
@@ -493,6 +498,10 @@ def main(config: Section) -> None:
         check_choice("parts", name, PARTS)
     if not config.parts or not 0 < config.minutes < math.inf:
         raise UserError(f"minutes={config.minutes} must be positive, and parts not empty")
+    if config.nanogpt:
+        throughput.nanogpt_file(config.nanogpt)
+    if config.data.path and not Path(config.data.path).exists():
+        raise UserError(f"data.path={config.data.path} is not there: name a text file, or none")
     device = devices.pick_device(config.device)
     Path(config.out).mkdir(parents=True, exist_ok=True)
     print(throughput.hardware(device), flush=True)

@@ -114,12 +114,16 @@ def full_head(forward, xt, targets, where, capacity=None):
     return F.cross_entropy(logits, targets.flatten(), reduction="none").view_as(targets) * where
 
 
-def load_nanogpt(folder: str, config: Section, vocabulary: int, device: torch.device) -> Callable:
-    """A training step of nanoGPT at the same size and batch: its model and its own optimizer."""
+def nanogpt_file(folder: str) -> Path:
     path = Path(folder, "model.py")
     if not path.is_file():
         raise UserError(f"no file {path}: nanogpt= must be a folder with nanoGPT's model.py")
-    spec = importlib.util.spec_from_file_location("nanogpt_model", path)
+    return path
+
+
+def load_nanogpt(folder: str, config: Section, vocabulary: int, device: torch.device) -> Callable:
+    """A training step of nanoGPT at the same size and batch: its model and its own optimizer."""
+    spec = importlib.util.spec_from_file_location("nanogpt_model", nanogpt_file(folder))
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     shape = {k: getattr(config.model, k) for k in ("n_layer", "n_head", "n_embd", "block_size")}
