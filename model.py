@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 # On a CPU, softmax(QK^T)V written out beats PyTorch's fused attention up to this length.
 WRITTEN_OUT_UP_TO = 512
 LONGEST = 2**25  # block_size times the width of a head: the rotary tables take 256 MiB
-LOGITS_AT_ONCE = 2**27  # single logits that the loss builds at a time; on a GPU 16 times as many
+LOGITS_AT_ONCE = 2**27  # single logits that are built at a time; 16 times as many to train on a GPU
 TILES = {"cuda": 64}  # matrix products are fast where their sizes are multiples of this
 
 
@@ -261,7 +261,7 @@ class BlockConvolution(ShortConvolution):
         place = torch.arange(-h, L + h, device=x.device) // size
         for i, tap in enumerate(self.weight.unbind()):
             there = padded[:, :, i : i + L]
-            if i > h or (i < h and streams == 2):  # else what is there is right in any block
+            if i > h or i < h and streams == 2:  # else what is there is right in any block
                 is_own = (place[i : i + L] == place[h : h + L])[:, None]
                 there = torch.where(is_own, there, clean[:, :, i : i + L] if i < h else 0.0)
             y = y + there * tap
@@ -385,7 +385,8 @@ class Transformer(nn.Module):
         chosen = where.flatten().nonzero_static(size=capacity)[:, 0]  # (N,), -1 in unused slots
         used, chosen = chosen >= 0, chosen.clamp(min=0)
         hidden, targets = hidden.flatten(0, 1)[chosen], targets.flatten()[chosen]
-        rows = max(1, LOGITS_AT_ONCE * 16**hidden.is_cuda // self.config.vocab_size)
+        trains_on_gpu = hidden.is_cuda and hidden.requires_grad
+        rows = max(1, LOGITS_AT_ONCE * 16**trains_on_gpu // self.config.vocab_size)
         cross_entropy = self.cross_entropy
         if len(targets) > rows:  # in chunks, which the backward pass computes again
             cross_entropy = partial(

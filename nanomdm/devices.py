@@ -190,7 +190,7 @@ def block_capacity(blocks: int, size: int) -> int:
 def pays_to_compile(setting: str, device: torch.device, tokens: float) -> bool:
     """`auto`: always on a GPU; on a CPU if there is a C++ compiler and the work is long enough."""
     if setting != "auto" or device.type != "cpu":
-        return setting == "true" or (setting == "auto" and device.type == "cuda")
+        return setting == "true" or setting == "auto" and device.type == "cuda"
     compiler = shutil.which(os.environ.get("CXX", "g++")) or shutil.which("clang++")
     headers = Path(sysconfig.get_path("include"), "Python.h").exists()
     return bool(compiler) and headers and tokens >= WORTH_COMPILING
@@ -201,26 +201,22 @@ def compile_parts(model: nn.Module) -> None:
 
     Parts and not the whole: it starts sooner, and leaves the hooks of FSDP and DDP where they are.
     """
+    # Else PyTorch 2.11 joins the sums of the taps' gradients with those of an RMSNorm into a GPU's
+    # kernels that take two thirds of a step (docs/LOG.md; pytorch/pytorch#179494).
+    options = {"triton.mix_order_reduction": not model.config.conv_width}
     for block in model.blocks:
-        block.forward = compiled(block.forward, apart=model.config.conv_width > 0)
+        block.forward = compiled(block.forward, options)
     if model.device.type == "cuda":
         model.cross_entropy = compiled(model.cross_entropy)
         if model.config.block_length and model.config.head_size >= 16:  # which FlexAttention needs
             use_flex_attention(model)
 
 
-def compiled(function: Callable, apart: bool = False) -> Callable:
-    """torch.compile of a function; on a GPU `apart` keeps sums over rows and columns apart.
-
-    The gradients of a convolution's taps are sums over all positions. In one kernel with the sums
-    of an RMSNorm over the channels, as PyTorch 2.11 has them, they take 14 times as long.
-    """
+def compiled(function: Callable, options=None) -> Callable:
     from torch._inductor import config  # a second, which few commands need
 
     if config.cpp.vec_isa_ok is None:
         config.cpp.vec_isa_ok = True  # what the processor has: to try it out takes three seconds
-    apart = apart and torch.cuda.is_available() and hasattr(config.triton, "mix_order_reduction")
-    options = {"triton.mix_order_reduction": False} if apart else None
     return torch.compile(function, fullgraph=True, dynamic=False, options=options)
 
 

@@ -20,7 +20,7 @@ def starting_point(config, Transformer, ModelConfig) -> tuple:
     names. A checkpoint decides the shape of the network and the tokenizer. Raises `UserError`.
     """
     wish, path = config.training.resume, Path(config.out_dir, "ckpt.pt")
-    resumes = wish == "true" or (wish == "auto" and path.exists())
+    resumes = wish == "true" or wish == "auto" and path.exists()
     path = path if resumes else config.training.init_from
     if not path:
         return config, None, False

@@ -10,6 +10,7 @@ from conftest import environment
 from problems import seeded
 
 import diffusion
+from model import ModelConfig, Transformer
 from nanomdm import devices
 
 # --- Precision and torch.compile ----------------------------------------------------------------
@@ -47,6 +48,19 @@ def test_a_cpu_compiles_a_run_that_is_long_enough(monkeypatch, setting, device, 
     monkeypatch.setattr(devices.shutil, "which", lambda name: name)
     monkeypatch.setattr(devices.Path, "exists", lambda path: True)
     assert devices.pays_to_compile(setting, device, steps) == pays
+
+
+@pytest.mark.parametrize("width", [0, 5])
+def test_the_sums_of_a_convolution_are_compiled_apart(monkeypatch, width):
+    """PyTorch refuses an option that it has not."""
+    seen, compile = [], torch.compile
+    monkeypatch.setattr(torch, "compile", lambda f, **options: seen.append(options) or f)
+    network = Transformer(ModelConfig(5, 8, n_layer=2, n_head=2, n_embd=8, conv_width=width))
+    devices.compile_parts(network)
+    assert [options["options"] for options in seen] == [
+        {"triton.mix_order_reduction": not width}
+    ] * 2
+    compile(network.norm, **seen[0])
 
 
 @pytest.mark.parametrize("missing", ["compiler", "headers"])

@@ -43,7 +43,7 @@ def number(text: str) -> float:
 
 
 def test_check_compares_everything_and_passes(tables, monkeypatch):
-    monkeypatch.setattr(devices, "compiled", lambda function, apart=False: function)
+    monkeypatch.setattr(devices, "compiled", lambda function, options=None: function)
     rows = tables("check", 100)["Agreement"]
     assert {row["verdict"] for row in rows} == {"passed"}
     lines = " ".join(row["check"] for row in rows)
