@@ -53,14 +53,14 @@ def test_a_cpu_compiles_a_run_that_is_long_enough(monkeypatch, setting, device, 
 @pytest.mark.parametrize("width", [0, 5])
 def test_the_sums_of_a_convolution_are_compiled_apart(monkeypatch, width):
     """PyTorch refuses an option that it has not."""
-    seen, compile = [], torch.compile
+    seen, real = [], torch.compile
     monkeypatch.setattr(torch, "compile", lambda f, **options: seen.append(options) or f)
     network = Transformer(ModelConfig(5, 8, n_layer=2, n_head=2, n_embd=8, conv_width=width))
     devices.compile_parts(network)
     assert [options["options"] for options in seen] == [
         {"triton.mix_order_reduction": not width}
     ] * 2
-    compile(network.norm, **seen[0])
+    real(network.norm, **seen[0])
 
 
 @pytest.mark.parametrize("missing", ["compiler", "headers"])
