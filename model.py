@@ -129,7 +129,7 @@ def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
     cos and sin (L, K) are those of `rope_tables`.
     """
-    return (x * cos + x.roll(x.size(-1) // 2, dims=-1) * sin).type_as(x)
+    return (x * cos + x.roll(x.size(-1) // 2, -1) * sin).type_as(x)
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, visible=None, causal: bool = False) -> Tensor:
@@ -385,8 +385,8 @@ class Transformer(nn.Module):
         chosen = where.flatten().nonzero_static(size=capacity)[:, 0]  # (N,), -1 in unused slots
         used, chosen = chosen >= 0, chosen.clamp(min=0)
         hidden, targets = hidden.flatten(0, 1)[chosen], targets.flatten()[chosen]
-        trains_on_gpu = hidden.is_cuda and hidden.requires_grad
-        rows = max(1, LOGITS_AT_ONCE * 16**trains_on_gpu // self.config.vocab_size)
+        at_once = LOGITS_AT_ONCE * (16 if hidden.is_cuda and hidden.requires_grad else 1)
+        rows = max(1, at_once // self.config.vocab_size)
         cross_entropy = self.cross_entropy
         if len(targets) > rows:  # in chunks, which the backward pass computes again
             cross_entropy = partial(

@@ -85,11 +85,11 @@ def flops_per_token(model: Transformer, rows: float) -> float:
     """Operations of forward and backward; the head counts for the share `rows` of the tokens.
 
     Six for each weight of a block's matrices and 12 n_layer L D for full attention (PaLM, arXiv
-    2204.02311, appendix B).
+    2204.02311, appendix B), half of it for a causal one.
     """
     c = model.config
     blocks = sum(p.numel() for p in model.blocks.parameters() if p.ndim == 2)
-    attention = 12 * c.n_layer * c.block_size * c.n_embd
+    attention = 12 * c.n_layer * c.block_size * c.n_embd / (1 + c.causal)
     return 6 * blocks + attention + 6 * c.n_embd * c.vocab_size * rows
 
 
@@ -184,6 +184,7 @@ def measure(run: train.Run, rival: Callable | None, steps: int, rounds: int, bus
     first = seconds(step, device)
     for warm_up in [step, step] + ([rival] if rival else []):
         warm_up()
+    wait(device)
     ours, theirs, beside = [], [], []
     for _ in range(rounds):
         ours.append(one_round(step))

@@ -175,13 +175,13 @@ def masked_capacity(p_mask: Tensor, L: int, n: int) -> int:
     six standard deviations, exceeded once in 1e9 batches. The variance is that of the masks, L p
     (1 - p) a row, and that of the times within their strata.
     """
-    variance = L * (p_mask * (1 - p_mask)).sum() + L**2 * len(p_mask) / (12 * n**2)
+    variance = L * (p_mask * (1 - p_mask)).sum() + L**2 * len(p_mask) / 12 / n**2
     return min(len(p_mask) * L, math.ceil(L * p_mask.sum() + 6 * variance.sqrt()))
 
 
 def block_capacity(blocks: int, size: int) -> int:
     """The same for so many blocks, of which each masks 1, 2 ... `size` tokens, equally often."""
-    return masked_capacity(torch.full((blocks, 1), (size + 1) / (2 * size)), size, 1)
+    return masked_capacity(torch.full((blocks, 1), (size + 1) / size / 2), size, 1)
 
 
 # --- torch.compile -------------------------------------------------------------------------------
@@ -203,7 +203,7 @@ def compile_parts(model: nn.Module) -> None:
     """
     # Else PyTorch 2.11 joins the sums of the taps' gradients with those of an RMSNorm into a GPU's
     # kernels that take two thirds of a step (docs/LOG.md; pytorch/pytorch#179494).
-    options = {"triton.mix_order_reduction": not model.config.conv_width}
+    options = {"triton.mix_order_reduction": False} if model.config.conv_width else None
     for block in model.blocks:
         block.forward = compiled(block.forward, options)
     if model.device.type == "cuda":
@@ -230,8 +230,9 @@ def compile_calls(
     whose size grows. With `auto`, only on a CPU.
     """
     device, lengths = model.device, Counter(map(len, texts))
-    tokens = passes * lengths.total()
-    if setting == "auto" and device.type != "cpu" or not pays_to_compile(setting, device, tokens):
+    if setting == "auto" and device.type != "cpu":
+        return
+    if not pays_to_compile(setting, device, passes * lengths.total()):
         return
     length, number = max(lengths.items(), key=math.prod)
     B, L = min(rows, number), min(length, model.config.block_size)
