@@ -205,10 +205,11 @@ def waiting(case: Case) -> Iterator[Line]:
     yield f"{case.name}: weights that a skipped step changes", changed, 0.0
 
 
+QUIET = ("training.eval_interval=0", "training.sample_interval=0", "training.save_interval=0")
 TINY = (
+    *QUIET,
     *("model.n_layer=2", "model.n_head=2", "model.n_embd=64", "model.block_size=64"),
     *("training.batch_size=8", "training.warmup_iters=2", "training.optimizer=adamw"),
-    *("training.eval_interval=0", "training.sample_interval=0", "training.save_interval=0"),
     *("data.dataset=plays", "logging.interval=1", "system.compile=false", "system.dtype=float32"),
     "training.learning_rate=1e-3",
 )

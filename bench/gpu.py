@@ -36,7 +36,7 @@ import torch
 import data
 import diffusion
 import train
-from bench import agreement, sampling, sudoku, throughput
+from bench import agreement, recipe, sampling, sudoku, throughput
 from bench.score import nll_samples
 from model import ModelConfig, Transformer
 from nanomdm import bounds, cli, devices, folders, runs, strategies, texts
@@ -47,7 +47,6 @@ from nanomdm.errors import UserError, as_user_error, check_choice, write_atomica
 CHILD = "import json, sys; from bench import gpu; gpu.run_part(**json.loads(sys.argv[1]))"
 GRACE = 15  # seconds between the end of a part's time and that of its process
 KERNELS = 40  # lines in a table of kernels
-QUIET = ("training.eval_interval=0", "training.sample_interval=0", "training.save_interval=0")
 MINIATURE = (  # settings of every network where there is no GPU
     *("model.n_layer=2", "model.n_head=2", "model.n_embd=32", "training.batch_size=8"),
     *("training.grad_accum=1", "system.compile=false"),
@@ -75,7 +74,7 @@ class Part:
 
     def compose(self, experiment: str, *words: str, miniature: Sequence[str] = ()) -> Section:
         """Settings of train.py: those of the part and of a rehearsal, then `words`, which win."""
-        own = [f"system.device={self.device}", f"system.seed={self.config.seed}", *QUIET]
+        own = [f"system.device={self.device}", f"system.seed={self.config.seed}", *agreement.QUIET]
         if self.in_miniature:
             own += [*MINIATURE, *miniature]
         return cli.compose([*own, *words], experiment)
@@ -321,14 +320,17 @@ def small(part: Part) -> None:
         part.row(
             "The small preset, nats/token on validation (causal: exact)",
             network=name,
-            parameters=f"{count(run.model) / 1e6:.1f} M",
+            parameters=f"{sum(p.numel() for p in run.model.parameters()) / 1e6:.1f} M",
             seconds=f"{seconds:.0f}",
             steps=f"{run.step:,}",
             tokens_per_second=f"{tokens / seconds:,.0f}",
             last_on_val=bound(folder / "ckpt.pt", run, config.eval.tokens),
             best_on_val=bound(folder / "best.pt", run, config.eval.tokens),
         )
-        plot(curves, part.out / "small.png")
+        try:
+            recipe.draw({name: [points] for name, points in curves.items()}, part.out / "small.png")
+        except UserError as error:  # without matplotlib
+            print(error, file=sys.stderr)
         del run
         free(part.device)
 
@@ -342,25 +344,6 @@ def bound(path: Path, run: train.Run, tokens: int) -> str:
     rows = [row.ids for row in run.blocks["val"].evenly(tokens)]
     value, error = nll_samples(model, rows, seed=0, draws=8).bound()
     return f"{value:.4f}" if math.isnan(error) else f"{value:.4f} ± {error:.4f}"
-
-
-def count(model: Transformer) -> int:
-    return sum(parameter.numel() for parameter in model.parameters())
-
-
-def plot(curves: dict[str, list], path: Path) -> None:
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        print("no plot: pip install matplotlib", file=sys.stderr)
-        return
-    axes = (figure := Figure(figsize=(7, 4.5), layout="constrained")).subplots()
-    for name, points in curves.items():
-        axes.plot(*zip(*points, strict=True), "o-", label=name, lw=1, ms=3)
-    axes.set(xlabel="seconds of training", ylabel="nats per token on validation")
-    axes.legend(frameon=False)
-    axes.grid(alpha=0.3)
-    figure.savefig(path, dpi=150)
 
 
 ORDERS = ("margin", "first_hitting", "threshold", "left_to_right")
@@ -405,13 +388,16 @@ def sample(part: Part) -> None:
     vocabulary = 65 if part.in_miniature else 50257
     trained = "trained" if path.is_file() else "untrained"  # by the part small
 
+    def untrained(config: Section, vocabulary: int) -> Transformer:
+        return sampling.untrained(vars(config.model), vocabulary, part.config.seed, part.device)
+
     def small() -> Transformer:
         if path.is_file():
             return load_model(path, part.device, Transformer, ModelConfig).model
-        return network(part, part.compose("small", miniature=miniature), 65)
+        return untrained(part.compose("small", miniature=miniature), 65)
 
     def large() -> Transformer:
-        return network(part, part.compose("openwebtext", miniature=miniature), vocabulary)
+        return untrained(part.compose("openwebtext", miniature=miniature), vocabulary)
 
     networks = {f"small, {trained}": small, "124M, untrained": large}
     others = [name for name in strategies.STRATEGIES if name != "spread"]
@@ -423,7 +409,6 @@ def sample(part: Part) -> None:
     for name, batch in itertools.product(networks, batches[::-1]):
         ordered = sorted(others, key=strategies.is_adaptive)
         speed_of(part, name, networks[name], False, batch, ordered)
-    part.store()
 
 
 def speed_of(
@@ -454,12 +439,6 @@ def speed_of(
             network_share=f"{found['network_share']:.0%}",
         )
     free(part.device)
-
-
-def network(part: Part, config: Section, vocabulary: int) -> Transformer:
-    torch.manual_seed(part.config.seed)
-    shape = ModelConfig(vocabulary, attention_gate=True, **vars(config.model))
-    return Transformer(shape).to(part.device).eval()
 
 
 def score(part: Part, loaded: Loaded) -> None:
@@ -539,8 +518,10 @@ def run_part(name: str, end: float, scratch: str, config: dict) -> None:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     torch.manual_seed(config["seed"])
     devices.keep_freed_memory()
+    part = Part(name, cli.section(config), end, scratch)
     try:
-        PARTS[name][0](Part(name, cli.section(config), end, scratch))
+        PARTS[name][0](part)
+        part.store()
     except UserError as error:
         sys.exit(f"error: {error}")
 

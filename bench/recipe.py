@@ -135,18 +135,22 @@ def curve(folder: Path) -> tuple[list[float], list[float | None]]:
     return times, bounds
 
 
-def plot(results: dict[str, list[dict]], path: Path) -> None:
-    """The bound against seconds of training, a line for each run."""
+def points(folder: Path) -> list[tuple[float, float]]:
+    """The bound of a run against its seconds of training."""
+    return [point for point in zip(*curve(folder), strict=True) if point[1]]
+
+
+def draw(curves: dict[str, list[list[tuple[float, float]]]], path: Path) -> None:
+    """A picture of the bound against seconds of training: the points of each run, by name."""
     try:
         from matplotlib.figure import Figure
     except ImportError:
         raise UserError("the plot needs a package: pip install matplotlib") from None
     axes = (figure := Figure(figsize=(7, 4.5), layout="constrained")).subplots()
-    for number, (name, runs) in enumerate(results.items()):
+    for number, (name, runs) in enumerate(curves.items()):
         for run in runs:
             label = name if run is runs[0] else None
-            points = [point for point in zip(*curve(Path(run["folder"])), strict=True) if point[1]]
-            axes.plot(*zip(*points, strict=True), "o-", color=f"C{number}", label=label, lw=1, ms=3)
+            axes.plot(*zip(*run, strict=True), "o-", color=f"C{number}", label=label, lw=1, ms=3)
     axes.set(xlabel="seconds of training", ylabel="bound on val, nats per token")
     axes.legend(frameon=False)
     axes.grid(alpha=0.3)
@@ -172,7 +176,10 @@ def main(config: Section) -> None:
         print(line(name, results[name], results[names[0]]), flush=True)
         Path(config.out_dir, "results.json").write_text(json.dumps(results, indent=1))
     if config.curve:
-        plot(results, Path(config.out_dir, "curve.png"))
+        curves = {
+            name: [points(Path(run["folder"])) for run in runs] for name, runs in results.items()
+        }
+        draw(curves, Path(config.out_dir, "curve.png"))
 
 
 if __name__ == "__main__":

@@ -49,9 +49,14 @@ class Timed:
 def load(config: Section, device: torch.device) -> Transformer:
     if config.checkpoint:
         return load_model(config.checkpoint, device, Transformer, ModelConfig).model
-    torch.manual_seed(config.seed)
     shape = vars(cli.compose(shlex.split(config.words)).model)
-    return Transformer(ModelConfig(UNTRAINED, attention_gate=True, **shape)).to(device).eval()
+    return untrained(shape, UNTRAINED, config.seed, device)
+
+
+def untrained(shape: dict, vocabulary: int, seed: int, device: torch.device) -> Transformer:
+    """A network such as train.py begins with, of the settings `model`."""
+    torch.manual_seed(seed)
+    return Transformer(ModelConfig(vocabulary, attention_gate=True, **shape)).to(device).eval()
 
 
 def measure(

@@ -115,6 +115,7 @@ def full_head(forward, xt, targets, where, capacity=None):
 
 
 def nanogpt_file(folder: str) -> Path:
+    """nanoGPT's model.py in a folder. Raises `UserError` if it is not there."""
     path = Path(folder, "model.py")
     if not path.is_file():
         raise UserError(f"no file {path}: nanogpt= must be a folder with nanoGPT's model.py")

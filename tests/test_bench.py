@@ -29,6 +29,22 @@ def test_the_operations_are_those_that_pytorch_counts(share):
     assert counter.get_total_flops() == B * L * throughput.flops_per_token(model, share)
 
 
+def test_a_causal_network_does_half_of_the_attention():
+    full, causal = (
+        throughput.flops_per_token(Transformer(ModelConfig(40, 32, 3, 2, 48, causal=causal)), 1.0)
+        for causal in (False, True)
+    )
+    assert full - causal == 6 * 3 * 32 * 48
+
+
+def test_throughput_takes_a_preset_that_names_its_tokenizer(run):
+    """The random tokens have one of their own."""
+    words = (f"{WORDS} training.grad_accum=1", "presets=[openwebtext]", "steps=1", "rounds=1")
+    result = run("bench.throughput", *words, "device=cpu")
+    assert result.code == 0, result.err
+    assert "| openwebtext, masked head, float32 |" in result.out
+
+
 def test_throughput_prints_a_row_for_each_head_and_writes_what_it_prints(run, tmp_path):
     result = run(
         *("bench.throughput", WORDS, "heads=[masked,full]", "steps=1", "rounds=3", "device=cpu"),

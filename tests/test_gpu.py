@@ -201,8 +201,9 @@ def test_a_part_is_cut_to_its_share_of_the_time(run, monkeypatch):
     assert ends == pytest.approx([now + share for share in shares], abs=5)
 
 
-def test_what_time_has_not_sufficed_for_is_said(tables, folder):
-    assert tables("sampling", 0, cut=True) == {}
+@pytest.mark.parametrize("name", ["speed", "sampling"])
+def test_what_time_has_not_sufficed_for_is_said(tables, folder, name):
+    assert tables(name, 0, cut=True) == {}
     assert "Time ended before all of it" in (folder / "out" / "gpu.md").read_text()
 
 
