@@ -110,7 +110,7 @@ class ModelConfig:
 def rope_tables(
     length: int, head_size: int, base: float = 10000.0, rounded: bool = False
 ) -> tuple[Tensor, Tensor]:
-    """Cosines and sines of the rotary embedding (arXiv 2104.09864), each (length, head_size).
+    """Cosines and sines of the rotary embedding (arXiv 2104.09864), each (length, 1, head_size).
 
     Each half of a head has all the angles, the first half's with a minus. Always float32: in
     bfloat16 the angles of neighbouring positions collapse. `rounded` rounds each cosine and sine to
@@ -119,15 +119,15 @@ def rope_tables(
     with torch.device("cpu"):  # also where the model is built on the meta device
         frequencies = base ** (-torch.arange(0, head_size, 2, dtype=torch.float64) / head_size)
         frequencies = torch.cat((-frequencies, frequencies))
-        angles = torch.outer(torch.arange(length, dtype=torch.float64), frequencies)
+        angles = torch.arange(length, dtype=torch.float64)[:, None, None] * frequencies
     cos, sin = angles.cos().float(), angles.sin().float()
     return (cos.bfloat16().float(), sin.bfloat16().float()) if rounded else (cos, sin)
 
 
 def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turn the pairs (x[k], x[k + K/2]) of x (..., L, K) by their position's angle, in float32.
+    """Turn the pairs (x[k], x[k + K/2]) of x (..., L, H, K) by their position's angle, in float32.
 
-    cos and sin (L, K) are those of `rope_tables`.
+    cos and sin (L, 1, K) are those of `rope_tables`.
     """
     return (x * cos + x.roll(x.size(-1) // 2, -1) * sin).type_as(x)
 
@@ -176,25 +176,25 @@ class NoConvolution(nn.Identity):
 class Attention(nn.Module):
     def __init__(self, config: ModelConfig):
         super().__init__()
-        self.n_head, self.qk_norm, self.causal = config.n_head, config.qk_norm, config.causal
+        self.config = config
         self.qkv = nn.Linear(config.n_embd, 3 * config.n_embd, bias=False)
-        gated = config.attention_gate  # arXiv 2505.06708
-        self.gate = nn.Linear(config.n_embd, config.n_head, bias=False) if gated else None
+        if config.attention_gate:  # arXiv 2505.06708
+            self.gate = nn.Linear(config.n_embd, config.n_head, bias=False)
         self.out = nn.Linear(config.n_embd, config.n_embd, bias=False)
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, visible=None, cache=None) -> Tensor:
-        B, L, D = x.shape
-        qkv = self.qkv(x).view(B, L, 3, self.n_head, -1).permute(2, 0, 3, 1, 4)
-        qk, v = qkv[:2], qkv[2]  # (2, B, H, L, K) and (B, H, L, K)
-        if self.qk_norm:  # bounded attention scores let the hidden matrices take large steps
-            qk = self.qk_norm * F.rms_norm(qk, qk.shape[-1:])
-        q, k = apply_rope(qk, cos, sin)
+        config = self.config
+        q, k, v = self.qkv(x).unflatten(-1, (3, config.n_head, -1)).unbind(2)  # (B, L, H, K) each
+        if config.qk_norm:  # bounded attention scores let the hidden matrices take large steps
+            q, k = (config.qk_norm * F.rms_norm(z, z.shape[-1:]) for z in (q, k))
+        q, k = apply_rope(q, cos, sin), apply_rope(k, cos, sin)
+        q, k, v = (z.transpose(1, 2) for z in (q, k, v))  # (B, H, L, K)
         if cache is not None:
             k, v = cache.extend((self, "k"), k), cache.extend((self, "v"), v)
-        y = attend(q, k, v, visible, self.causal).transpose(1, 2)  # (B, L, H, K)
-        if self.gate is not None:  # a head may also find nothing
+        y = attend(q, k, v, visible, config.causal).transpose(1, 2)  # (B, L, H, K)
+        if config.attention_gate:  # a head may also find nothing
             y = y * (2 * self.gate(x).sigmoid())[..., None]
-        return self.out(y.reshape(B, L, D))
+        return self.out(y.flatten(2))
 
 
 class SwiGLU(nn.Module):
@@ -285,14 +285,12 @@ class Transformer(nn.Module):
         super().__init__()
         self.config = config
         self.embedding = nn.Embedding(config.vocab_size + 1, config.n_embd)
-        self.positions = None
         if config.learned_positions:
             self.positions = nn.Parameter(torch.zeros(config.block_size, config.n_embd))
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layer))
         self.norm = nn.RMSNorm(config.n_embd, eps=config.norm_eps)
-        self.head = (
-            None if config.tie_weights else nn.Linear(config.n_embd, config.vocab_size, bias=False)
-        )
+        if not config.tie_weights:
+            self.head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
         self.dropout = nn.Dropout(config.dropout)
         self.recompute = False  # activation checkpointing: blocks again in the backward pass
         self.block_mask = block_mask  # devices.compile_parts has one for FlexAttention
@@ -339,10 +337,10 @@ class Transformer(nn.Module):
             block_of = torch.arange(stop, device=xt.device) // self.config.block_length
             visible = self.block_mask(block_of[start:], block_of, streams)
         x = self.embedding(xt)  # (B, streams L, D)
-        if self.positions is not None:
+        if self.config.learned_positions:
             x = x + self.positions[start:stop].repeat(streams, 1)
         x = self.dropout(x)
-        cos, sin = (table[start:stop].repeat(streams, 1) for table in (self.cos, self.sin))
+        cos, sin = (table[start:stop].repeat(streams, 1, 1) for table in (self.cos, self.sin))
         for block in self.blocks:
             if self.recompute and self.training:
                 block = partial(checkpoint, block, use_reentrant=False)
@@ -352,7 +350,7 @@ class Transformer(nn.Module):
     def logits(self, hidden: Tensor) -> Tensor:
         """Logits (..., V) of hidden states (..., D)."""
         V = self.config.vocab_size
-        weight = (self.embedding if self.head is None else self.head).weight[:V]  # (V, D)
+        weight = (self.embedding if self.config.tie_weights else self.head).weight[:V]  # (V, D)
         if surplus := -V % TILES.get(hidden.device.type, 1):
             return F.linear(hidden, F.pad(weight, (0, 0, 0, surplus)))[..., :V]
         return F.linear(hidden, weight)
@@ -393,6 +391,5 @@ class Transformer(nn.Module):
                 checkpoint, cross_entropy, use_reentrant=False, preserve_rng_state=False
             )
         nll = torch.cat(list(map(cross_entropy, hidden.split(rows), targets.split(rows))))
-        nll = torch.where(used, nll, 0.0)
-        flat = nll.new_zeros(where.numel()).index_add(0, chosen, nll)
+        flat = nll.new_zeros(where.numel()).index_add(0, chosen, torch.where(used, nll, 0.0))
         return flat.view_as(xt).clone()  # FSDP's hooks warn of a view

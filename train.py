@@ -90,13 +90,16 @@ def training_step(run: "Run") -> tuple[Tensor, Tensor]:
     loss = parallel.mean(total)
     parameters = list(run.model.parameters())
     run.scaler.unscale_(run.optimizer)
-    grad_norm = torch.nn.utils.clip_grad_norm_(parameters, settings.grad_clip or math.inf)
-    grad_norm = parallel.full_tensor(grad_norm)
-    rate = optim.learning_rate_factor(
-        run.step, settings.max_iters, settings.warmup_iters, settings.lr_schedule
+    grad_norm = parallel.full_tensor(
+        torch.nn.utils.clip_grad_norm_(parameters, settings.grad_clip or math.inf)
     )
-    run.optimizer.set_learning_rate(rate)
-    run.optimizer.step(skip=run.stats.add(loss, grad_norm, run.step + 1))
+    run.optimizer.set_learning_rate(
+        optim.learning_rate_factor(
+            run.step, settings.max_iters, settings.warmup_iters, settings.lr_schedule
+        )
+    )
+    with devices.autocast(run.device, run.dtype):  # for the products of Muon
+        run.optimizer.step(skip=run.stats.add(loss, grad_norm, run.step + 1))
     run.scaler.update()
     optim.update_ema(list(run.ema.parameters()), parameters, settings.ema_decay, run.step)
     run.step += 1

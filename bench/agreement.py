@@ -29,7 +29,8 @@ CPU = torch.device("cpu")
 ROUNDING = 1e-5  # relative, of float32 without TF32
 HALF = 2e-2  # relative, of bfloat16 in a gradient
 TOGETHER = 1e-3  # of logits, where two devices choose differently
-ORTHOGONAL = 0.3  # relative, of Muon's updates: bfloat16 rounds small singular values away
+MAGNIFIED = 1e-3  # relative, of Muon's updates: what small singular values make of rounding
+ORTHOGONAL = 0.3  # the same in bfloat16, which rounds them away
 STEPS = 16  # of each sampler
 
 Line = tuple[str, float, float]
@@ -165,20 +166,26 @@ def first_difference(ours: list, theirs: list) -> tuple[int, float]:
 
 
 def optimizers(case: Case) -> Iterator[Line]:
-    """Fused AdamW, and Muon in bfloat16, against the CPU: three steps on the same gradients."""
+    """Fused AdamW, and Muon in two precisions, against the CPU in float32: three steps on the same
+    gradients.
+    """
     learn(start := case.model(CPU), case.x0)
-    for name, limit in (("adamw", ROUNDING), ("muon", ORTHOGONAL)):
+    full, half = torch.float32, torch.bfloat16
+    compared = [("adamw", full, ROUNDING), ("muon", full, MAGNIFIED), ("muon", half, ORTHOGONAL)]
+    for name, dtype, limit in compared:
         moved = []
-        for place in (CPU, case.run.device):
+        for place, precision in ((CPU, full), (case.run.device, dtype)):
             model = copy.deepcopy(start).to(place)
             for ours, theirs in zip(model.parameters(), start.parameters(), strict=True):
                 ours.grad = theirs.grad.to(place)
             optimizer = optim.build_optimizer(model, name, 1e-2, 0.1)
-            for _ in range(3):
-                optimizer.step(skip=torch.zeros((), device=place))
+            with devices.autocast(place, precision):
+                for _ in range(3):
+                    optimizer.step(skip=torch.zeros((), device=place))
             pairs = zip(model.parameters(), start.parameters(), strict=True)
             moved.append([ours.detach().to(CPU) - theirs.detach() for ours, theirs in pairs])
-        yield f"{case.name}: three steps of {name}", relative(moved[1], moved[0]), limit
+        title = f"{case.name}: three steps of {name} in {str(dtype)[6:]}"
+        yield title, relative(moved[1], moved[0]), limit
 
 
 def waiting(case: Case) -> Iterator[Line]:

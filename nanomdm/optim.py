@@ -3,7 +3,6 @@
 import math
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 
@@ -194,36 +193,37 @@ class Muon(Optimizer):
                 self._step_batch([p for p in weights if p.shape == shape], **group)
 
     def _step_batch(self, weights, lr, weight_decay, momentum, stacked, **rest):
-        skip = torch.as_tensor(self.found_inf, device=weights[0].device) > 0
         momenta = [self.state[p].setdefault("momentum", torch.zeros_like(p)) for p in weights]
-        # In a skipped step the momentum is its own target, the update is 0 and so is the decay.
-        targets = [torch.where(skip, m, p.grad) for m, p in zip(momenta, weights, strict=True)]
+        targets = [p.grad for p in weights]
+        if isinstance(self.found_inf, Tensor):  # a skipped step has momenta as targets, and rate 0
+            skip, lr = self.found_inf > 0, lr * (1 - self.found_inf)
+            targets = [torch.where(skip, m, g) for m, g in zip(momenta, targets, strict=True)]
         torch._foreach_lerp_(momenta, targets, 1 - momentum)
         updates = torch._foreach_lerp(targets, momenta, momentum)  # Nesterov's
         maps = torch.cat([full_tensor(u).unflatten(0, (stacked, -1)) for u in updates])
         maps = orthogonalise(maps)  # (N, rows, columns)
         shorter = 1 if maps.size(1) < maps.size(2) else 2
-        maps = F.normalize(maps, dim=shorter) * (0.2 * math.sqrt(maps.size(shorter)))
-        updates = maps.masked_fill(skip, 0.0).flatten(0, 1).chunk(len(weights))
-        torch._foreach_mul_(weights, torch.where(skip, 1.0, 1 - lr * weight_decay))
-        torch._foreach_add_(weights, list(map(shard_like, updates, weights)), alpha=-lr)
+        norms = maps.norm(dim=shorter, keepdim=True, dtype=torch.float32).clamp(min=1e-12)
+        maps = maps * (-0.2 * lr * math.sqrt(maps.size(shorter)) / norms)
+        updates = maps.flatten(0, 1).chunk(len(weights))
+        torch._foreach_mul_(weights, 1 - lr * weight_decay)
+        torch._foreach_add_(weights, list(map(shard_like, updates, weights)))
 
 
 def orthogonalise(x: Tensor) -> Tensor:
     """Bring the singular values of each matrix of x (N, rows, columns) near 1.
 
     Newton-Schulz iterations with the coefficients of Muon (Jordan et al. 2024): to between 0.7 and
-    1.2. In bfloat16 on a GPU, in float32 elsewhere.
+    1.2. Under autocast in its precision.
     """
     if x.size(1) > x.size(2):
         return orthogonalise(x.mT).mT
-    y = x.bfloat16() if x.is_cuda else x
-    y = y / (y.norm(dim=(1, 2), keepdim=True) + 1e-7)
+    y = x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)
     for _ in range(5):
         gram = y @ y.mT
         polynomial = torch.baddbmm(gram, gram, gram, beta=-4.7750, alpha=2.0315)
         y = torch.baddbmm(y, polynomial, y, beta=3.4445)
-    return y.type_as(x)
+    return y
 
 
 # --- Beside the steps ---------------------------------------------------------------------------

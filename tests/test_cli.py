@@ -814,7 +814,7 @@ def test_a_value_error_from_within_torch_keeps_its_traceback(short_run, monkeypa
 
 
 def test_an_error_of_shapes_in_our_own_code_keeps_its_traceback(short_run, monkeypatch):
-    monkeypatch.setattr(model, "rope_tables", lambda *_: (torch.ones(32, 6), torch.ones(32, 6)))
+    monkeypatch.setattr(model, "rope_tables", lambda *_: 2 * [torch.ones(32, 1, 6)])
     with pytest.raises(RuntimeError, match="size of tensor"):
         short_run()
 

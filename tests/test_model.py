@@ -67,19 +67,20 @@ def turned(x: Tensor, position: int) -> Tensor:
 def attention_by_loops(module: Attention, x: Tensor) -> Tensor:
     """Attention of x (length, D), head by head and position by position."""
     length, D = x.shape
-    H = module.n_head
+    config = module.config
+    H = config.n_head
     Wq, Wk, Wv = module.qkv.weight.detach().double().view(3, H, D // H, D)
     heads = torch.zeros(length, H, D // H, dtype=torch.float64)
     for h in range(H):
         q, k, v = ([W[h] @ x[i] for i in range(length)] for W in (Wq, Wk, Wv))
-        if module.qk_norm:
+        if config.qk_norm:
             eps = torch.finfo(torch.float32).eps
-            q, k = ([module.qk_norm * normed(y, eps) for y in ys] for ys in (q, k))
+            q, k = ([config.qk_norm * normed(y, eps) for y in ys] for ys in (q, k))
         q, k = ([turned(y, i) for i, y in enumerate(ys)] for ys in (q, k))
         for i in range(length):
             weights = torch.stack([(q[i] @ k[j] / math.sqrt(D // H)).exp() for j in range(length)])
             heads[i, h] = sum(w * y for w, y in zip(weights / weights.sum(), v, strict=True))
-            if module.gate is not None:
+            if config.attention_gate:
                 heads[i, h] *= 2 / (1 + (-module.gate.weight[h].detach().double() @ x[i]).exp())
     return heads.view(length, D) @ module.out.weight.detach().double().T
 
@@ -99,7 +100,7 @@ def logits_by_loops(model: Transformer, ids: Tensor) -> Tensor:
         x = x + attention_by_loops(block.attention, normed(x, 1e-5) * gain)
         gain = block.mlp_norm.weight.detach().double()
         x = x + swiglu_by_formula(block.mlp, normed(x, 1e-5) * gain)
-    head = embedding[:-1] if model.head is None else model.head.weight.detach().double()
+    head = embedding[:-1] if model.config.tie_weights else model.head.weight.detach().double()
     return normed(x, 1e-5) * model.norm.weight.detach().double() @ head.T
 
 
@@ -207,26 +208,28 @@ def test_a_state_dict_holds_parameters_only_so_that_another_block_size_can_load_
 
 
 def test_rope_is_a_multiplication_by_complex_numbers_of_modulus_one():
-    x = random(1, 1, 50, 8)
-    expected = torch.stack([turned(y, i) for i, y in enumerate(x[0, 0].double())])
+    x = random(50, 1, 8)
+    expected = torch.stack([turned(y, i) for i, y in enumerate(x[:, 0].double())])
     y = apply_rope(x, *rope_tables(50, 8))
-    torch.testing.assert_close(y[0, 0].double(), expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(y[:, 0].double(), expected, rtol=1e-5, atol=1e-5)
 
 
 def test_rope_scores_depend_on_the_distance_alone():
-    q, k = random(2, 1, 1, 1, 8).expand(2, 1, 1, 40, 8)  # one query and one key, everywhere
+    q, k = random(2, 1, 1, 8).expand(2, 40, 1, 8)  # one query and one key, everywhere
     tables = rope_tables(40, 8)
-    scores = (apply_rope(q, *tables) @ apply_rope(k, *tables).mT)[0, 0]  # (40, 40)
+    q, k = apply_rope(q, *tables)[:, 0], apply_rope(k, *tables)[:, 0]
+    scores = q @ k.mT  # (40, 40)
     torch.testing.assert_close(scores[1:, 1:], scores[:-1, :-1], rtol=1e-4, atol=1e-4)
 
 
 def test_rope_keeps_the_dtype_of_bfloat16_queries():
-    assert apply_rope(random(1, 1, 4, 8).bfloat16(), *rope_tables(4, 8)).dtype == torch.bfloat16
+    assert apply_rope(random(4, 1, 8).bfloat16(), *rope_tables(4, 8)).dtype == torch.bfloat16
 
 
 def test_rope_tables_tell_neighbouring_positions_apart_at_length_4096():
     cos, sin = rope_tables(4096, 8)
-    steps = torch.complex(cos, sin)[1:, 4] / torch.complex(cos, sin)[:-1, 4]
+    turns = torch.complex(cos, sin)[:, 0, 4]
+    steps = turns[1:] / turns[:-1]
     torch.testing.assert_close(steps.angle(), torch.ones(4095), rtol=0, atol=1e-5)
 
 
@@ -286,7 +289,7 @@ def scores_of(module: Attention, x: Tensor, monkeypatch) -> Tensor:
 def test_scores_are_bounded_however_large_the_weights(monkeypatch):
     module = drawn(Attention(CONFIG), scale=1e3)
     scores = scores_of(module, random(1, L, 16), monkeypatch)
-    assert scores.abs().max() <= module.qk_norm**2 * math.sqrt(8) + 1e-4
+    assert scores.abs().max() <= module.config.qk_norm**2 * math.sqrt(8) + 1e-4
 
 
 def test_scores_grow_with_the_weights_without_the_norm_of_queries_and_keys(monkeypatch):
@@ -610,4 +613,4 @@ def test_the_longest_wave_of_rope_is_2_pi_times_the_base_to_the_share_of_pairs_b
     frequencies = torch.tensor([1, 0.5, 0.25, 0.125, 1, 0.5, 0.25, 0.125])
     angles = torch.arange(1000.0)[:, None].double() * frequencies
     cos, _ = rope_tables(1000, 8, base=16.0)
-    torch.testing.assert_close(cos.double(), angles.cos(), atol=1e-6, rtol=0)
+    torch.testing.assert_close(cos[:, 0].double(), angles.cos(), atol=1e-6, rtol=0)

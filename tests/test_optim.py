@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from model import ModelConfig, Transformer
-from nanomdm import checkpoint
+from nanomdm import checkpoint, devices
 from nanomdm.errors import UserError
 from nanomdm.optim import (
     MUON_RATE,
@@ -232,11 +232,16 @@ def test_steps_of_muon_are_those_written_out_in_float64_for_each_map_by_itself(n
         torch.testing.assert_close(new.double(), expected, rtol=1e-3, atol=1e-5)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("shape", [(3, 16, 64), (3, 64, 16), (1, 32, 32)])
-def test_orthogonalising_brings_every_singular_value_near_one(shape):
+def test_orthogonalising_brings_every_singular_value_near_one_in_the_precision_of_autocast(
+    shape, dtype
+):
     x = torch.randn(shape, generator=torch.Generator().manual_seed(0))
-    values = torch.linalg.svdvals(orthogonalise(x))
-    assert values.max() < 1.25 and values.quantile(0.1) > 0.6
+    with devices.autocast(x.device, dtype):
+        y = orthogonalise(x)
+    values = torch.linalg.svdvals(y.float())
+    assert y.dtype == dtype and values.max() < 1.25 and values.quantile(0.1) > 0.6
 
 
 def muon_update(singular_values: Tensor) -> tuple[Tensor, Tensor]:
@@ -288,7 +293,9 @@ def test_a_device_that_decides_by_itself_skips_the_same_steps(name):
         return [*model.parameters(), *checkpoint.tensors(optimizer.state_dict())]
 
     pairs = list(zip(trained(on_device=True), trained(on_device=False), strict=True))
-    assert len(pairs) > 4 and all(torch.equal(a, b) for a, b in pairs)
+    assert len(pairs) > 4
+    for skipped_there, skipped_here in pairs:
+        torch.testing.assert_close(skipped_there, skipped_here, rtol=1e-5, atol=1e-7)
 
 
 # --- Stored states ------------------------------------------------------------------------------

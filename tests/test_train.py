@@ -133,6 +133,14 @@ def test_accumulated_gradients_equal_those_of_the_whole_batch(train):
     assert losses("a")[:3] == pytest.approx(losses("b")[:3], rel=1e-5)
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_muon_multiplies_in_the_precision_of_the_run(train, monkeypatch, dtype):
+    seen, original = set(), optim.orthogonalise
+    monkeypatch.setattr(optim, "orthogonalise", lambda x: seen.add((y := original(x)).dtype) or y)
+    train(f"system.dtype={dtype}", "training.max_iters=1")
+    assert seen == {getattr(torch, dtype)}
+
+
 def test_the_loss_curve_is_what_it_was(train):
     """Seeded, so that a change that should alter nothing can be seen not to."""
     train("training.max_iters=20", "model.dropout=0.1", *BEFORE)
