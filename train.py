@@ -98,8 +98,7 @@ def training_step(run: "Run") -> tuple[Tensor, Tensor]:
             run.step, settings.max_iters, settings.warmup_iters, settings.lr_schedule
         )
     )
-    with devices.autocast(run.device, run.dtype):  # for the products of Muon
-        run.optimizer.step(skip=run.stats.add(loss, grad_norm, run.step + 1))
+    run.optimizer.step(skip=run.stats.add(loss, grad_norm, run.step + 1))
     run.scaler.update()
     optim.update_ema(list(run.ema.parameters()), parameters, settings.ema_decay, run.step)
     run.step += 1
@@ -184,7 +183,11 @@ class Run:
         # What a training step calls: the model, or its copies or shards in all processes.
         self.forward = parallel.distribute(system.parallel, self.model, self.ema, self.dtype)
         self.optimizer = optim.build_optimizer(
-            self.model, settings.optimizer, settings.learning_rate, settings.weight_decay
+            self.model,
+            settings.optimizer,
+            settings.learning_rate,
+            settings.weight_decay,
+            self.dtype,
         )
         self.scaler = torch.amp.GradScaler(device.type, enabled=self.dtype == torch.float16)
         self.stats = optim.StepStats(device, state.get("stats", {}))

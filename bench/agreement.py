@@ -174,14 +174,13 @@ def optimizers(case: Case) -> Iterator[Line]:
     compared = [("adamw", full, ROUNDING), ("muon", full, MAGNIFIED), ("muon", half, ORTHOGONAL)]
     for name, dtype, limit in compared:
         moved = []
-        for place, precision in ((CPU, full), (case.run.device, dtype)):
+        for place, products in ((CPU, full), (case.run.device, dtype)):
             model = copy.deepcopy(start).to(place)
             for ours, theirs in zip(model.parameters(), start.parameters(), strict=True):
                 ours.grad = theirs.grad.to(place)
-            optimizer = optim.build_optimizer(model, name, 1e-2, 0.1)
-            with devices.autocast(place, precision):
-                for _ in range(3):
-                    optimizer.step(skip=torch.zeros((), device=place))
+            optimizer = optim.build_optimizer(model, name, 1e-2, 0.1, products)
+            for _ in range(3):
+                optimizer.step(skip=torch.zeros((), device=place))
             pairs = zip(model.parameters(), start.parameters(), strict=True)
             moved.append([ours.detach().to(CPU) - theirs.detach() for ours, theirs in pairs])
         title = f"{case.name}: three steps of {name} in {str(dtype)[6:]}"

@@ -1,6 +1,7 @@
 """From gradients to better weights: optimizers, schedules, moving average, step statistics."""
 
 import math
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -59,6 +60,7 @@ def muon(parameters: dict[str, Tensor], learning_rate: float, weight_decay: floa
 #   under any names, on the device where `step` has created them.
 # - A step whose gradients and `lr` are 0 creates that state and leaves the weights as they are.
 #   A resumed run does this, and copies the stored values of the same names, shapes and types.
+# - `dtype` is set: that of the run's matrix products. Muon's are in it.
 # - A step that is skipped is not taken. An optimizer that has `_step_supports_amp_scaling = True`,
 #   as PyTorch's fused ones have, decides that by itself, so that nothing waits for the GPU: its
 #   `step` changes nothing where the scalar `optimizer.found_inf` is 1.
@@ -73,14 +75,20 @@ SCHEDULES = {
 }
 
 
-def build_optimizer(model: nn.Module, name: str, learning_rate: float, weight_decay: float):
+def build_optimizer(
+    model: nn.Module, name: str, learning_rate: float, weight_decay: float, dtype=torch.float32
+):
     """`Optimizers` for the parameters of a model that require gradients.
 
+    `dtype` is that of their matrix products, as in the forward pass of mixed precision.
     Raises `UserError` for a name that `OPTIMIZERS` does not have.
     """
     parameters = {n: p for n, p in model.named_parameters() if p.requires_grad}
     check_choice("training.optimizer", name, OPTIMIZERS)
-    return Optimizers(OPTIMIZERS[name](parameters, learning_rate, weight_decay))
+    optimizers = Optimizers(OPTIMIZERS[name](parameters, learning_rate, weight_decay))
+    for part in optimizers.parts:
+        part.dtype = dtype
+    return optimizers
 
 
 def warmup(max_iters: int, wanted: int) -> int:
@@ -183,7 +191,7 @@ class Muon(Optimizer):
     """
 
     _step_supports_amp_scaling = True
-    found_inf = 0.0
+    dtype = torch.float32
 
     @torch.no_grad()
     def step(self) -> None:
@@ -195,30 +203,32 @@ class Muon(Optimizer):
     def _step_batch(self, weights, lr, weight_decay, momentum, stacked, **rest):
         momenta = [self.state[p].setdefault("momentum", torch.zeros_like(p)) for p in weights]
         targets = [p.grad for p in weights]
-        if isinstance(self.found_inf, Tensor):  # a skipped step has momenta as targets, and rate 0
+        if hasattr(
+            self, "found_inf"
+        ):  # a step to be skipped has momenta as targets, and a rate of 0
             skip, lr = self.found_inf > 0, lr * (1 - self.found_inf)
-            targets = [torch.where(skip, m, g) for m, g in zip(momenta, targets, strict=True)]
+            targets = list(map(partial(torch.where, skip), momenta, targets))
         torch._foreach_lerp_(momenta, targets, 1 - momentum)
         updates = torch._foreach_lerp(targets, momenta, momentum)  # Nesterov's
         maps = torch.cat([full_tensor(u).unflatten(0, (stacked, -1)) for u in updates])
-        maps = orthogonalise(maps)  # (N, rows, columns)
+        maps = orthogonalise(maps, self.dtype)  # (N, rows, columns)
         shorter = 1 if maps.size(1) < maps.size(2) else 2
-        norms = maps.norm(dim=shorter, keepdim=True, dtype=torch.float32).clamp(min=1e-12)
+        norms = maps.norm(dim=shorter, keepdim=True, dtype=torch.float32).clamp(1e-12)
         maps = maps * (-0.2 * lr * math.sqrt(maps.size(shorter)) / norms)
         updates = maps.flatten(0, 1).chunk(len(weights))
         torch._foreach_mul_(weights, 1 - lr * weight_decay)
         torch._foreach_add_(weights, list(map(shard_like, updates, weights)))
 
 
-def orthogonalise(x: Tensor) -> Tensor:
-    """Bring the singular values of each matrix of x (N, rows, columns) near 1.
+def orthogonalise(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """Bring the singular values of each matrix of x (N, rows, columns) near 1, computed in `dtype`.
 
     Newton-Schulz iterations with the coefficients of Muon (Jordan et al. 2024): to between 0.7 and
-    1.2. Under autocast in its precision.
+    1.2.
     """
     if x.size(1) > x.size(2):
-        return orthogonalise(x.mT).mT
-    y = x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)
+        return orthogonalise(x.mT, dtype).mT
+    y = (x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)).to(dtype)
     for _ in range(5):
         gram = y @ y.mT
         polynomial = torch.baddbmm(gram, gram, gram, beta=-4.7750, alpha=2.0315)
@@ -248,7 +258,6 @@ class StepStats:
     """
 
     def __init__(self, device: torch.device, stored: dict[str, float]):
-        stored = {"consecutive": stored.get("in_a_row", 0.0)} | stored  # as it was once called
         for name in ("loss_avg", "loss_max", "grad_norm_max", "skipped", "consecutive"):
             setattr(self, name, torch.tensor(float(stored.get(name, 0.0)), device=device))
 

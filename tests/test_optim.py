@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from model import ModelConfig, Transformer
-from nanomdm import checkpoint, devices
+from nanomdm import checkpoint
 from nanomdm.errors import UserError
 from nanomdm.optim import (
     MUON_RATE,
@@ -234,12 +234,9 @@ def test_steps_of_muon_are_those_written_out_in_float64_for_each_map_by_itself(n
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("shape", [(3, 16, 64), (3, 64, 16), (1, 32, 32)])
-def test_orthogonalising_brings_every_singular_value_near_one_in_the_precision_of_autocast(
-    shape, dtype
-):
+def test_orthogonalising_brings_every_singular_value_near_one(shape, dtype):
     x = torch.randn(shape, generator=torch.Generator().manual_seed(0))
-    with devices.autocast(x.device, dtype):
-        y = orthogonalise(x)
+    y = orthogonalise(x, dtype)
     values = torch.linalg.svdvals(y.float())
     assert y.dtype == dtype and values.max() < 1.25 and values.quantile(0.1) > 0.6
 
@@ -520,8 +517,6 @@ def test_reading_begins_the_largest_values_anew():
 def test_statistics_go_on_from_what_was_stored():
     stored = stats_of(3.0, math.nan).state()
     assert StepStats(CPU, stored).state() == stored
-    before = {("in_a_row" if name == "consecutive" else name): v for name, v in stored.items()}
-    assert StepStats(CPU, before).state() == stored  # its name in older checkpoints
 
 
 def test_a_warm_up_takes_half_of_the_run_at_most():

@@ -136,7 +136,7 @@ def test_accumulated_gradients_equal_those_of_the_whole_batch(train):
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_muon_multiplies_in_the_precision_of_the_run(train, monkeypatch, dtype):
     seen, original = set(), optim.orthogonalise
-    monkeypatch.setattr(optim, "orthogonalise", lambda x: seen.add((y := original(x)).dtype) or y)
+    monkeypatch.setattr(optim, "orthogonalise", lambda *x: seen.add((y := original(*x)).dtype) or y)
     train(f"system.dtype={dtype}", "training.max_iters=1")
     assert seen == {getattr(torch, dtype)}
 
