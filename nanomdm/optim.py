@@ -203,9 +203,8 @@ class Muon(Optimizer):
     def _step_batch(self, weights, lr, weight_decay, momentum, stacked, **rest):
         momenta = [self.state[p].setdefault("momentum", torch.zeros_like(p)) for p in weights]
         targets = [p.grad for p in weights]
-        if hasattr(
-            self, "found_inf"
-        ):  # a step to be skipped has momenta as targets, and a rate of 0
+        if hasattr(self, "found_inf"):
+            # A step to be skipped has its momenta as targets, and a rate of 0.
             skip, lr = self.found_inf > 0, lr * (1 - self.found_inf)
             targets = list(map(partial(torch.where, skip), momenta, targets))
         torch._foreach_lerp_(momenta, targets, 1 - momentum)
