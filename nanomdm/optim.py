@@ -85,10 +85,10 @@ def build_optimizer(
     """
     parameters = {n: p for n, p in model.named_parameters() if p.requires_grad}
     check_choice("training.optimizer", name, OPTIMIZERS)
-    optimizers = Optimizers(OPTIMIZERS[name](parameters, learning_rate, weight_decay))
-    for part in optimizers.parts:
+    parts = OPTIMIZERS[name](parameters, learning_rate, weight_decay)
+    for part in parts:
         part.dtype = dtype
-    return optimizers
+    return Optimizers(parts)
 
 
 def warmup(max_iters: int, wanted: int) -> int:
