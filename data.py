@@ -1,8 +1,9 @@
 """Text -> tokens -> .bin files -> batches.
 
 A corpus is two memory-mapped splits of token ids in nanoGPT's format: train.bin and val.bin, or any
-number of shards train_*.bin and val_*.bin. nanomdm/text.py finds the text, nanomdm/tokenizers.py
-turns it into tokens, nanomdm/bins.py opens and checks .bin files and what a meta file says of them.
+number of shards train_*.bin and val_*.bin. nanomdm/text.py finds the text, a tokenizer of the table
+TOKENIZERS in nanomdm/tokenizers.py turns it into tokens, nanomdm/bins.py opens and checks .bin
+files and what a meta file says of them.
 
 Its layout says what a row of the network's input is:
     stream     any window of one text
@@ -98,16 +99,17 @@ class Rows:
 
     def read(self, numbers: list[int]) -> tuple[Tensor, Tensor]:
         """The ids of rows, and which of their tokens are predicted, both (B, L)."""
-        starts, L = map(self.starts.__getitem__, numbers), self.length
-        rows = [self.tokens[start : start + L] for start in starts]
-        if not self.has_pairs:
-            ids = torch.from_numpy(np.stack(rows).astype(np.int64))
-            return ids, torch.ones_like(ids, dtype=torch.bool)
-        eos = self.tokenizer.eos
-        rows = [np.pad(row, (0, L - len(row)), constant_values=eos) for row in rows]
+        L = self.length
+        rows = [self.tokens[start : start + L] for start in (self.starts[n] for n in numbers)]
+        if self.has_pairs:  # the last ones of the split may have fewer than L tokens
+            eos = self.tokenizer.eos
+            rows = [np.pad(row, (0, L - len(row)), constant_values=eos) for row in rows]
         ids = torch.from_numpy(np.stack(rows).astype(np.int64))
+        if not self.has_pairs:
+            return ids, torch.ones_like(ids, dtype=torch.bool)
         is_end = ids == eos
         ends = is_end.cumsum(dim=1)  # 1 from the end of the prompt on, 2 from that of the answer
+        # Behind the answer are tokens of the next pair: they become end tokens.
         return ids.masked_fill(ends > 1, eos), ends - is_end.int() > 0
 
     def batch(

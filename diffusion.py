@@ -78,8 +78,8 @@ def masked_diffusion_loss(
     A `weighting` g below 1 is another objective, which learns faster: the weight (2 - g) / p_mask^g
     gives rows with few masks less weight; the factor 2 - g makes the expected loss c where each
     masked token costs c. `nll(xt, x0, is_masked)` -> (B, L) takes the place of `nll_from_logits`
-    for a model that computes its own cross-entropies, as a `Transformer` does; `model` is then
-    unused. Raises `ValueError` for a weighting out of its range.
+    for a model that computes its own cross-entropies, as a `Transformer` does; `model` is then not
+    called. Raises `ValueError` for a weighting out of its range.
 
     With a `block_length` each block of so many tokens has a time of its own, and is predicted from
     itself and the clean blocks before it (BD3-LM, arXiv 2503.09573). It gets the masks of the bound
@@ -94,18 +94,18 @@ def masked_diffusion_loss(
     rows, n = share or (_rows(x0, None), len(x0))
     t = (rows[:, None] + hash_noise(draw_seed(generator), rows, 1)) / n  # (B, 1)
     predict = torch.ones_like(x0, dtype=torch.bool) if predict is None else predict
-    if block_length:
+    if not block_length:
+        p_mask = mask_probability(t, eps)
+        p_token = p_mask * predict.to(p_mask.device)  # (B, L): 0 for context
+        xt, is_masked = mask_tokens(x0, p_token, mask_id, generator, rows)
+        weight = (2 - weighting) * p_mask**-weighting  # (B, 1)
+    else:  # the masks of the bound, for each block by itself
         noise = hash_noise(draw_seed(generator), rows, x0.size(1))
         noise = noise.masked_fill(~predict.to(noise.device), 2.0)
         masks = partial(weighted_masks, weighting=weighting)
         is_masked, _, weight = next(in_blocks(masks, t[:, 0], noise, block_length))  # (B, L)
         is_masked = is_masked.to(x0.device)
         xt = x0.masked_fill(is_masked, mask_id)
-    else:
-        p_mask = mask_probability(t, eps)
-        p_token = p_mask * predict.to(p_mask.device)  # (B, L): 0 for context
-        xt, is_masked = mask_tokens(x0, p_token, mask_id, generator, rows)
-        weight = (2 - weighting) * p_mask**-weighting  # (B, 1)
     costs = nll(xt, x0, is_masked)  # (B, L), 0 where nothing is masked
     return ((costs * weight.to(costs)).sum(dim=1) / predict.sum(dim=1)).mean()
 
@@ -118,7 +118,8 @@ def nll_from_logits(
     In float32 at least, in float64 for a float64 model. With a `block_length`, one call a block:
     it sees itself as it is in xt and the blocks before it as they are in x0.
     """
-    L, size = x0.size(1), block_length or x0.size(1)
+    L = x0.size(1)
+    size = block_length or L  # without blocks one call: model(xt)
     logits = [
         model(torch.cat((x0[:, :i], xt[:, i : i + size]), dim=1))[:, i:] for i in range(0, L, size)
     ]
@@ -141,22 +142,18 @@ def _at_least_float32(logits: Tensor) -> Tensor:
 def any_order(u: Tensor, noise: Tensor) -> Iterator:
     """The estimator of `nelbo`: l ~ U{1 ... M} random tokens masked, weight M / l (2110.02037).
 
-    It needs no eps and has a finite variance. Its mean is the bound of the sampler that reveals one
-    uniformly random position a call; eval.py calls it `uniform`. See `estimate`.
+    With F(p) the expected sum of CE at masking probability p, its mean is the integral of F(p) / p
+    over [0, 1], but it needs no eps and has a finite variance. It is the bound of the sampler that
+    reveals one uniformly random position a call; eval.py calls it `uniform`.
+
+    An estimator turns u (B,), uniform in [0, 1), and noise (B, L), uniform in [0, 1) where a token
+    is to be predicted and 2 where it is context, into queries (is_masked, scored, weight): mask
+    `is_masked` (B, L), sum the cross-entropies over `scored` (B, L), multiply by `weight` (B,).
     """
     M = (noise < 1).sum(dim=1)
     count = (u * M).long() + 1
-    hidden = (noise.argsort().argsort() < count[:, None]) & (noise < 1)  # M may be 0 in a block
-    yield hidden, hidden, M.double() / count
-
-
-def weighted_masks(u: Tensor, noise: Tensor, weighting: float) -> Iterator:
-    """`any_order` with the weight (M / l)^g, divided by its part in the mean of a constant cost."""
-    for hidden, scored, ratio in any_order(u, noise):
-        M = (noise < 1).sum(dim=1, keepdim=True).clamp(min=1)
-        shares = torch.arange(1, noise.size(1) + 1, device=M.device) / M  # l / M, and above 1
-        scale = (shares ** (1 - weighting) * (shares <= 1)).sum(dim=1) / M[:, 0]
-        yield hidden, scored, ratio**weighting / scale
+    is_masked = (noise.argsort().argsort() < count[:, None]) & (noise < 1)  # M may be 0 in a block
+    yield is_masked, is_masked, M.double() / count
 
 
 def nelbo(
@@ -164,7 +161,7 @@ def nelbo(
 ) -> tuple[float, float]:
     """(value, standard error) of an upper bound on -log p(x0), in nats per token.
 
-    The short form of `estimate` with `any_order`, which train.py and eval.py call. The text is
+    The short form of `estimate`, which train.py and eval.py call, with `any_order`. The text is
     given and the masks are random: the error is that over the masks (nan for one draw). `options`
     are those of `estimate`; the default `block_length` is that of the model, if it has one.
     """
@@ -197,11 +194,9 @@ def estimate(
     the CPU, and u is stratified over the N rows, so that the result does not depend on
     `batch_size` or the device, but for rounding.
 
-    An estimator turns u (B,), uniform in [0, 1), and noise (B, L), uniform in [0, 1) where a token
-    is to be predicted and 2 where it is context, into queries (hidden, scored, weight): mask
-    `hidden` (B, L), sum the cross-entropies over `scored` (B, L), multiply by `weight` (B,). The
-    sum over its queries estimates the bound that the estimator stands for. With a `block_length` it
-    gets a row for each block, and `nll` predicts a block from itself and the clean ones before it.
+    The sum over an estimator's queries estimates the bound that it stands for. With a
+    `block_length` it gets a row for each block, and `nll` predicts a block from itself and the
+    clean ones before it.
 
     Returns, on the CPU: nats (draws, N) float64, the estimates, summed over the tokens of a row; u
     (draws, N) float64; counts (N,) int64, the tokens of each row that are predicted.
@@ -225,28 +220,11 @@ def estimate(
                 batch = torch.stack([x0[i] for i in rows])  # (B, L)
                 row_noise = torch.stack([noise[i] for i in rows])
                 queries = in_blocks(estimator, u[draw, rows], row_noise, block_length)
-                for hidden, scored, weight in queries:
-                    hidden, scored = hidden.to(batch.device), scored.to(batch.device)
-                    costs = nll(batch.masked_fill(hidden, mask_id), batch, scored).cpu()  # (B, L)
+                for is_masked, scored, weight in queries:
+                    xt = batch.masked_fill(is_masked.to(batch.device), mask_id)
+                    costs = nll(xt, batch, scored.to(batch.device)).cpu()  # (B, L)
                     nats[draw, rows] += (costs.to(u) * weight).sum(dim=1)
     return nats, u, counts
-
-
-def in_blocks(
-    estimator: Callable, u: Tensor, noise: Tensor, block_length: int
-) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    """The queries of an estimator for every block by itself, all three of the shape (B, L).
-
-    The times of a row's blocks, as uniform as its u (B,), are spread evenly. 0: one block a row.
-    """
-    L = noise.size(1)
-    size = block_length or L
-    blocks = F.pad(noise, (0, -L % size), value=2.0).view(-1, size)
-    turns = torch.arange(len(blocks) // len(u), device=u.device) * (GOLDEN / 2**64)
-    times = ((u[:, None] + turns) % 1).flatten()  # (B blocks,)
-    for hidden, scored, weight in estimator(times, blocks):
-        query = hidden, scored, weight[:, None].expand_as(blocks)
-        yield tuple(part.reshape(len(u), -1)[:, :L] for part in query)
 
 
 def stratified_pairs(n: int, generator: Generator | None = None) -> Tensor:
@@ -261,26 +239,6 @@ def stratified_pairs(n: int, generator: Generator | None = None) -> Tensor:
 # --- Reverse process -----------------------------------------------------------------------------
 
 
-class Event(NamedTuple):
-    """What step 1, 2, ... did: N positions were revealed, others were masked again."""
-
-    step: int
-    revealed: Tensor  # (B, L)
-    tokens: Tensor | None  # (N,), in the order of the rows; None if N is 0
-    logits: Tensor | None  # (N, V) that they were drawn from
-    again: Tensor | None  # (B, L)
-
-
-class Sampled(NamedTuple):
-    """The filled canvas, and what its filling took."""
-
-    ids: Tensor  # (B, L)
-    calls: int  # of the network
-    costs: Tensor  # (B, L) float64: -log p of each token as it was revealed; 0 for a given one
-    order: Tensor  # (B, L): the step that revealed each token, 1, 2, ...; 0 for a given one
-    history: list[Event] | None = None  # if asked for
-
-
 @dataclass
 class State:
     """What a strategy sees: the reverse process before one of its steps. Tensors are (B, L)."""
@@ -291,7 +249,7 @@ class State:
     is_masked: Tensor  # those of them that are still masked
     noise: Tensor  # uniform in [0, 1), kept from step to step: when to reveal a position
     token_noise: Tensor  # uniform in [0, 1), kept from step to step: which token it gets
-    more_noise: Callable  # more_noise(columns, 2, ...): further draws (B, columns); 0, 1 are taken
+    more_noise: Callable  # more_noise(columns, 2, ...): others (B, columns); 0 and 1 are these
     index: int  # of the step: 0, 1, ... steps - 1
     steps: int
     calls: int = 0  # of the network
@@ -304,7 +262,7 @@ class State:
 
     @property
     def quota(self) -> Tensor:
-        """(B, 1): how many of M to reveal now, so that floor(M j / K) are filled after step j."""
+        """(B, 1): how many to reveal now. Of M, floor(M j / steps) are filled after step j."""
         M = self.block.sum(1, keepdim=True)
         return M * (self.index + 1) // self.steps - M * self.index // self.steps
 
@@ -339,6 +297,26 @@ def confidence(state: State) -> Tensor:
     return state.best(state.logits.softmax(dim=-1).amax(dim=-1), state.quota)
 
 
+class Event(NamedTuple):
+    """What step 1, 2, ... did: N positions were revealed, others were masked again."""
+
+    step: int
+    revealed: Tensor  # (B, L)
+    tokens: Tensor | None  # (N,), in the order of the rows; None if N is 0
+    logits: Tensor | None  # (N, V) that they were drawn from
+    again: Tensor | None  # (B, L)
+
+
+class Sampled(NamedTuple):
+    """The filled canvas, and what its filling took."""
+
+    ids: Tensor  # (B, L)
+    calls: int  # of the network
+    costs: Tensor  # (B, L) float64: -log p of each token as it was revealed; 0 for a given one
+    order: Tensor  # (B, L): the step that revealed each token, 1, 2, ...; 0 for a given one
+    history: list[Event] | None = None  # if asked for
+
+
 @torch.no_grad()
 def sample(
     model: Callable,
@@ -359,14 +337,15 @@ def sample(
 ) -> Sampled:
     """Fill the positions `is_masked` of `canvas` (B, L) in `steps` steps, and change no other.
 
-    A `strategy` (`stochastic`, `confidence` or any function, such as those of
-    nanomdm/strategies.py, where the command line finds them by name) maps a `State` to the
+    A `strategy` (`stochastic`, `confidence` or any function, such as those in the table STRATEGIES
+    of nanomdm/strategies.py, which the command line knows by name) maps a `State` to the
     positions (B, L) to reveal in this step, and has to reveal all in the last. Their tokens are
     drawn independently from the network's prediction, at `temperature` (0: the most probable one),
     after `truncate` has mapped probabilities (N, V) to those that may be drawn (top-k, top-p). A
     strategy with the attribute `adaptive` has no fixed number of steps: it goes on until no mask is
-    left, and has to reveal something in each. With a `block_length` the masked positions are filled
-    block by block, from left to right, in `steps` steps each (semi-autoregressive, LLaDA).
+    left, and has to reveal something in each. With a `block_length`, for networks that have no
+    blocks of their own, so many masked positions at a time are filled, from left to right, in
+    `steps` steps each (semi-autoregressive, LLaDA).
 
     Row i draws from (seed, rows[i]) alone (default 0 ... B - 1). `callback(j, s, xt)` sees the
     state after step j = 1, 2, ... at time s, and copies what it keeps. A list given as `history`
@@ -390,9 +369,9 @@ def sample(
     noise = uniform(L, 0)  # (B, L): when to reveal
     token_noise = uniform(L, 1)  # (B, L): which token
     calls = step = 0
-    number = (is_masked.cumsum(dim=1) - 1) // (block_length or L)  # of the block
-    for i in range(int(number.amax()) + 1):
-        block = left = is_masked & (number == i)
+    block_of = (is_masked.cumsum(dim=1) - 1) // (block_length or L)  # counts masked positions
+    for b in range(int(block_of.amax()) + 1):
+        block = left = is_masked & (block_of == b)
         count = int(block.sum(dim=1).amax()) if adaptive else steps
         for index in range(count):
             state = State(model, xt, block, left, noise, token_noise, uniform, index, count)
@@ -429,11 +408,12 @@ def score(model: Callable, x0: Tensor, *, is_masked: Tensor | None = None, **opt
     """-log p (B,) in nats of the tokens `is_masked` (default: all) of x0 (B, L) under a sampler.
 
     Sampling, with the text in the place of the draws: `options` are those of `sample`, mask_id,
-    strategy, steps and so on (DUEL, arXiv 2603.01367). A strategy that looks at the state alone
-    gives each text one path, and -log p exactly. One that looks at `State.noise`, too, gives
-    -log p(x0 | noise), whose mean over seeds is an upper bound on -log p(x0); one that looks at the
-    draws (`token_noise`) gives neither. A text with a token that `truncate` cuts costs inf. Raises
-    `ValueError` for a strategy that masks tokens again: many paths lead to a text.
+    strategy, steps and so on (DUEL, arXiv 2603.01367). A strategy that goes by predictions and
+    positions alone, as `confidence`, gives each text one path, and -log p exactly. One that reads
+    `State.noise`, as `stochastic`, gives -log p(x0 | noise), whose mean over seeds is an upper
+    bound on -log p(x0); one that reads the draws (`token_noise`) gives neither. A text with a token
+    that `truncate` cuts costs inf. Raises `ValueError` for a strategy that masks tokens again: many
+    paths lead to a text.
     """
     is_masked = torch.ones_like(x0, dtype=torch.bool) if is_masked is None else is_masked
     return sample(model, x0, is_masked=is_masked, x0=x0, **options).costs.sum(dim=1)
@@ -461,6 +441,39 @@ def draw_tokens(log_p: Tensor, u: Tensor) -> Tensor:
     """
     cdf = log_p.exp().cumsum(dim=-1)
     return torch.searchsorted(cdf, u[:, None] * cdf[:, -1:], right=True).squeeze(1)
+
+
+# --- Blocks ---------------------------------------------------------------------------------------
+
+
+def in_blocks(
+    estimator: Callable, u: Tensor, noise: Tensor, block_length: int
+) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """The queries of an estimator for every block by itself, all three of the shape (B, L).
+
+    Block b of a row has the time (u + b phi) mod 1, phi the golden ratio: each is as uniform as
+    u (B,), and those of a row are spread evenly. With a `block_length` of 0 a row is one block.
+    """
+    L = noise.size(1)
+    size = block_length or L
+    blocks = F.pad(noise, (0, -L % size), value=2.0).view(-1, size)
+    turns = torch.arange(len(blocks) // len(u), device=u.device) * (GOLDEN / 2**64)
+    times = ((u[:, None] + turns) % 1).flatten()  # (B blocks,)
+    for is_masked, scored, weight in estimator(times, blocks):
+        query = is_masked, scored, weight[:, None].expand_as(blocks)
+        yield tuple(part.reshape(len(u), -1)[:, :L] for part in query)
+
+
+def weighted_masks(u: Tensor, noise: Tensor, weighting: float) -> Iterator:
+    """`any_order` with the weight (M / l)^g / scale, scale the mean of (l / M)^(1 - g) over l.
+
+    So a network whose masked tokens cost c each has the expected loss c.
+    """
+    for is_masked, scored, ratio in any_order(u, noise):
+        M = (noise < 1).sum(dim=1, keepdim=True).clamp(min=1)
+        shares = torch.arange(1, noise.size(1) + 1, device=M.device) / M  # l / M, and above 1
+        scale = (shares ** (1 - weighting) * (shares <= 1)).sum(dim=1) / M[:, 0]
+        yield is_masked, scored, ratio**weighting / scale
 
 
 # --- Randomness ----------------------------------------------------------------------------------

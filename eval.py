@@ -19,8 +19,8 @@ def main(config: cli.Section) -> None:
     models = [checkpoint.load_model(name, device, Transformer, ModelConfig) for name in names]
     shape = models[0].model.config
     exact = [bounds.is_exact(loaded.model.config) for loaded in models]
-    masked = {"eval.bounds", "eval.samplers"}
-    if exact[0] and (about_masks := config.explicit & masked):
+    about_masks = config.explicit & {"eval.bounds", "eval.samplers"}
+    if exact[0] and about_masks:
         raise UserError(
             f"{min(about_masks)} is about masks, and {names[0]} is autoregressive, scored exactly: "
             "leave it out"

@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 # On a CPU, softmax(QK^T)V written out beats PyTorch's fused attention up to this length.
 WRITTEN_OUT_UP_TO = 512
 LONGEST = 2**25  # block_size times the width of a head: the rotary tables take 256 MiB
-LOGITS_AT_ONCE = 2**27  # single logits that are built at a time; 16 times as many to train on a GPU
+LOGITS_AT_ONCE = 2**27  # numbers in memory at a time; 16 times as many to train on a GPU
 TILES = {"cuda": 64}  # matrix products are fast where their sizes are multiples of this
 
 
@@ -46,52 +46,7 @@ class ModelConfig:
     causal: bool = False  # autoregressive: position i is predicted from the positions before it
 
     def __post_init__(self):
-        for field in fields(self):
-            value, kind = getattr(self, field.name), field.type
-            is_number = kind is float and isinstance(value, int)  # 1 for 1.0, and True
-            if type(value) is not kind and not is_number:
-                raise ValueError(f"model.{field.name}={value!r} is not of type {kind.__name__}")
-        least = dict.fromkeys(("vocab_size", "block_size", "n_layer", "n_head", "n_embd"), 1)
-        least |= dict.fromkeys(("block_length", "conv_width", "mlp_size", "norm_eps", "qk_norm"), 0)
-        least |= {"rope_base": 1}
-        for name, limit in least.items():
-            if not limit <= getattr(self, name) < math.inf:
-                raise ValueError(
-                    f"model.{name}={getattr(self, name)} must be at least {limit} and finite"
-                )
-        K = self.head_size
-        if self.n_embd % self.n_head:
-            raise ValueError(
-                f"model.n_embd={self.n_embd} is not divisible by model.n_head={self.n_head}: "
-                f"choose a multiple of {self.n_head}"
-            )
-        if K % 2:
-            raise ValueError(
-                f"model.n_embd / model.n_head = {K} is odd, but rotary embeddings turn pairs: "
-                "choose an even head width"
-            )
-        if self.block_size * K > LONGEST:
-            raise ValueError(
-                f"model.block_size={self.block_size} is too long: choose at most {LONGEST // K} "
-                f"for heads of width {K}"
-            )
-        if self.conv_width and self.conv_width % 2 == 0:
-            raise ValueError(
-                f"model.conv_width={self.conv_width} must be odd, for as many neighbours on each "
-                "side, or 0 for none"
-            )
-        if self.block_length and self.block_size % self.block_length:
-            raise ValueError(
-                f"model.block_length={self.block_length} must divide model.block_size="
-                f"{self.block_size}: choose a divisor, or 0 for no blocks"
-            )
-        if self.block_length and self.causal:
-            raise ValueError(
-                f"model.block_length={self.block_length} is for training.objective=diffusion: set "
-                "it to 0"
-            )
-        if not 0 <= self.dropout < 1:
-            raise ValueError(f"model.dropout={self.dropout} must lie in [0, 1)")
+        require_possible(self)
 
     @property
     def mask_id(self) -> int:
@@ -135,17 +90,18 @@ def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 def attend(q: Tensor, k: Tensor, v: Tensor, visible=None, causal: bool = False) -> Tensor:
     """Attention of (B, H, L, K) queries, keys and values: full (bidirectional), unless `causal`.
 
-    `visible` are the keys that each query sees: booleans (L, keys), or a mask of FlexAttention.
+    `visible` are the keys that each query sees: booleans (L, keys), a mask of FlexAttention, or
+    None for all.
     """
-    if not isinstance(visible, Tensor | None):
-        return flex_attention(q, k, v, block_mask=visible)
     if q.device.type == "cpu" and q.size(-2) <= WRITTEN_OUT_UP_TO and visible is None:
         scores = (q * q.size(-1) ** -0.5) @ k.mT  # (B, H, L, L)
         if causal:
             later = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).triu(1)
             scores = scores.masked_fill(later, -math.inf)
         return scores.softmax(dim=-1, dtype=v.dtype) @ v
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=visible, is_causal=causal)
+    if isinstance(visible, Tensor | None):
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=visible, is_causal=causal)
+    return flex_attention(q, k, v, block_mask=visible)
 
 
 class ShortConvolution(nn.Module):
@@ -169,6 +125,8 @@ class ShortConvolution(nn.Module):
 
 
 class NoConvolution(nn.Identity):
+    """In the place of a convolution, so that a `Block` need not ask whether it has any."""
+
     def forward(self, x: Tensor, *_) -> Tensor:
         return x
 
@@ -211,6 +169,8 @@ class SwiGLU(nn.Module):
 
 
 class Block(nn.Module):
+    """A layer of the transformer. (The blocks of `block_length` are pieces of the text.)"""
+
     def __init__(self, config: ModelConfig):
         super().__init__()
         convolution = BlockConvolution if config.block_length else ShortConvolution
@@ -228,44 +188,6 @@ class Block(nn.Module):
         x = x + self.dropout(self.attention(y, cos, sin, visible, cache))
         y = self.mlp_conv(self.mlp_norm(x), streams, cache)
         return x + self.dropout(self.mlp(y))
-
-
-# --- Blocks: between diffusion and autoregression (BD3-LM, arXiv 2503.09573) ----------------------
-
-
-def block_mask(query: Tensor, key: Tensor, streams: int) -> Tensor:
-    """Which positions in the blocks `key` those in the blocks `query` (L,) see: booleans.
-
-    With one stream their own block and those before. With two, [xt; x0], a position of xt sees its
-    own block of xt, and x0 before it; a position of x0 sees x0 alone.
-    """
-    own, before = query[:, None] == key, query[:, None] > key
-    if streams == 1:
-        return own | before
-    return torch.vstack((torch.hstack((own, before)), torch.hstack((own & False, own | before))))
-
-
-class BlockConvolution(ShortConvolution):
-    """It looks ahead no further than its block's end, and back into clean blocks alone.
-
-    They are those of the last stream or, before its first position, of the cache.
-    """
-
-    def forward(self, x: Tensor, streams: int = 1, cache=None) -> Tensor:
-        h, size = self.before, self.block_length
-        x = x.unflatten(1, (streams, -1))  # (B, streams, L, D)
-        L, y = x.size(2), x
-        clean = x[:, -1:] if cache is None else cache.extend(self, x)
-        clean = F.pad(clean, (0, 0, h, h))[:, :, -L - 2 * h :]
-        padded = clean if streams == 1 else F.pad(x, (0, 0, h, h))
-        place = torch.arange(-h, L + h, device=x.device) // size
-        for i, tap in enumerate(self.weight.unbind()):
-            there = padded[:, :, i : i + L]
-            if i > h or i < h and streams == 2:  # else what is there is right in any block
-                is_own = (place[i : i + L] == place[h : h + L])[:, None]
-                there = torch.where(is_own, there, clean[:, :, i : i + L] if i < h else 0.0)
-            y = y + there * tap
-        return y.flatten(1, 2)
 
 
 class Transformer(nn.Module):
@@ -319,7 +241,8 @@ class Transformer(nn.Module):
         """The final hidden states (B, L, D) of ids (B, L).
 
         In blocks, those before a position's own are read from `clean` (B, L), a second stream; or
-        from a `strategies.Cache`, whose finished positions xt continues; else from xt.
+        from a `strategies.Cache`, whose finished positions xt continues; else from xt. Elsewhere
+        `clean` is not read.
         """
         L, streams, visible = xt.size(1), 1, None
         start = 0 if cache is None else cache.length
@@ -331,10 +254,10 @@ class Transformer(nn.Module):
             )
         if self.config.causal:
             xt = F.pad(xt[:, :-1], (1, 0), value=self.config.mask_id)
-        if clean is not None:
-            xt, streams = torch.cat((xt, clean), dim=1), 2
-        if 0 < self.config.block_length < L:  # else all is seen: a block and what is before it
+        if 0 < self.config.block_length < L:  # xt alone is one block, which sees all there is
             block_of = torch.arange(stop, device=xt.device) // self.config.block_length
+            if clean is not None:
+                xt, streams = torch.cat((xt, clean), dim=1), 2
             visible = self.block_mask(block_of[start:], block_of, streams)
         x = self.embedding(xt)  # (B, streams L, D)
         if self.config.learned_positions:
@@ -350,7 +273,8 @@ class Transformer(nn.Module):
     def logits(self, hidden: Tensor) -> Tensor:
         """Logits (..., V) of hidden states (..., D)."""
         V = self.config.vocab_size
-        weight = (self.embedding if self.config.tie_weights else self.head).weight[:V]  # (V, D)
+        weight = (self.embedding if self.config.tie_weights else self.head).weight
+        weight = weight[:V]  # (V, D): without the row of the mask
         if surplus := -V % TILES.get(hidden.device.type, 1):
             return F.linear(hidden, F.pad(weight, (0, 0, 0, surplus)))[..., :V]
         return F.linear(hidden, weight)
@@ -377,19 +301,108 @@ class Transformer(nn.Module):
         """
         if targets is None:
             return self.logits(self.hidden(xt, cache=cache))
-        blocks = xt.size(1) > self.config.block_length > 0
-        hidden = self.hidden(xt, targets if blocks else None)  # (B, L, D)
+        hidden = self.hidden(xt, targets)  # (B, L, D)
         capacity = int(where.sum()) if capacity is None else capacity
         chosen = where.flatten().nonzero_static(size=capacity)[:, 0]  # (N,), -1 in unused slots
         used, chosen = chosen >= 0, chosen.clamp(min=0)
         hidden, targets = hidden.flatten(0, 1)[chosen], targets.flatten()[chosen]
         at_once = LOGITS_AT_ONCE * (16 if hidden.is_cuda and hidden.requires_grad else 1)
-        rows = max(1, at_once // self.config.vocab_size)
+        chunk = max(1, at_once // self.config.vocab_size)
         cross_entropy = self.cross_entropy
-        if len(targets) > rows:  # in chunks, which the backward pass computes again
+        if len(targets) > chunk:  # the backward pass computes each chunk's logits again
             cross_entropy = partial(
                 checkpoint, cross_entropy, use_reentrant=False, preserve_rng_state=False
             )
-        nll = torch.cat(list(map(cross_entropy, hidden.split(rows), targets.split(rows))))
+        nll = torch.cat(list(map(cross_entropy, hidden.split(chunk), targets.split(chunk))))
         flat = nll.new_zeros(where.numel()).index_add(0, chosen, torch.where(used, nll, 0.0))
         return flat.view_as(xt).clone()  # FSDP's hooks warn of a view
+
+
+# --- Blocks: between diffusion and autoregression (BD3-LM, arXiv 2503.09573) ----------------------
+
+
+def block_mask(query: Tensor, key: Tensor, streams: int) -> Tensor:
+    """Which positions in the blocks `key` those in the blocks `query` (L,) see: booleans.
+
+    With one stream their own block and those before. With two, [xt; x0], a position of xt sees its
+    own block of xt, and x0 before it; a position of x0 sees x0 alone.
+    """
+    own, before = query[:, None] == key, query[:, None] > key
+    if streams == 1:
+        return own | before
+    return torch.vstack((torch.hstack((own, before)), torch.hstack((own & False, own | before))))
+
+
+class BlockConvolution(ShortConvolution):
+    """It looks ahead to the end of a block, and back into earlier blocks as they are when clean.
+
+    The clean text is the second of two streams, [xt; x0], or the only one, behind a cache's.
+    """
+
+    def forward(self, x: Tensor, streams: int = 1, cache=None) -> Tensor:
+        h = self.before
+        x = x.unflatten(1, (streams, -1))  # (B, streams, L, D)
+        L, y = x.size(2), x
+        clean = x[:, -1:] if cache is None else cache.extend(self, x)
+        clean = F.pad(clean, (0, 0, h, h))[:, :, -L - 2 * h :]
+        own = clean if streams == 1 else F.pad(x, (0, 0, h, h))
+        block = torch.arange(-h, L + h, device=x.device) // self.block_length
+        for i, tap in enumerate(self.weight.unbind()):  # of the position i - h further on
+            there = own[:, :, i : i + L]
+            if i > h or i < h and streams == 2:  # else right as it is: itself, or a clean past
+                is_own = (block[i : i + L] == block[h : h + L])[:, None]
+                there = torch.where(is_own, there, clean[:, :, i : i + L] if i < h else 0.0)
+            y = y + there * tap
+        return y.flatten(1, 2)
+
+
+# --- Shapes that cannot be built -----------------------------------------------------------------
+
+
+def require_possible(config: ModelConfig) -> None:
+    """Raise `ValueError` for a shape that cannot be built."""
+    for field in fields(config):
+        value, kind = getattr(config, field.name), field.type
+        is_number = kind is float and isinstance(value, int)  # 1 for 1.0, and True
+        if type(value) is not kind and not is_number:
+            raise ValueError(f"model.{field.name}={value!r} is not of type {kind.__name__}")
+    positive = ("vocab_size", "block_size", "n_layer", "n_head", "n_embd", "rope_base")
+    for name in (*positive, "block_length", "conv_width", "mlp_size", "norm_eps", "qk_norm"):
+        limit = int(name in positive)
+        if not limit <= getattr(config, name) < math.inf:
+            raise ValueError(
+                f"model.{name}={getattr(config, name)} must be at least {limit} and finite"
+            )
+    K = config.head_size
+    if config.n_embd % config.n_head:
+        raise ValueError(
+            f"model.n_embd={config.n_embd} is not divisible by model.n_head={config.n_head}: "
+            f"choose a multiple of {config.n_head}"
+        )
+    if K % 2:
+        raise ValueError(
+            f"model.n_embd / model.n_head = {K} is odd, but rotary embeddings turn pairs: "
+            "choose an even head width"
+        )
+    if config.block_size * K > LONGEST:
+        raise ValueError(
+            f"model.block_size={config.block_size} is too long: choose at most {LONGEST // K} "
+            f"for heads of width {K}"
+        )
+    if config.conv_width and config.conv_width % 2 == 0:
+        raise ValueError(
+            f"model.conv_width={config.conv_width} must be odd, for as many neighbours on each "
+            "side, or 0 for none"
+        )
+    if config.block_length and config.block_size % config.block_length:
+        raise ValueError(
+            f"model.block_length={config.block_length} must divide model.block_size="
+            f"{config.block_size}: choose a divisor, or 0 for no blocks"
+        )
+    if config.block_length and config.causal:
+        raise ValueError(
+            f"model.block_length={config.block_length} is for training.objective=diffusion: set "
+            "it to 0"
+        )
+    if not 0 <= config.dropout < 1:
+        raise ValueError(f"model.dropout={config.dropout} must lie in [0, 1)")

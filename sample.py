@@ -28,10 +28,15 @@ def main(config: cli.Section) -> None:
     lines, canvases = prompts.read(config, loaded.tokenizer, shape, loaded.layout)
     at_once = prompts.rows_at_once(shape.block_size, shape.vocab_size)
     if shape.block_length:
-        cached = f"calls of {config.checkpoint}, which has blocks, go on from a cache"
-        cli.ignored(config, {"system.compile"}, cached)
-    blank, steps = [canvas.ids for canvas in canvases], config.sampling.steps
-    devices.compile_calls(loaded.model, config.system.compile, blank, steps, at_once)
+        why = f"calls of {config.checkpoint}, which has blocks, go on from a cache"
+        cli.ignored(config, {"system.compile"}, why)
+    devices.compile_calls(
+        loaded.model,
+        config.system.compile,
+        [canvas.ids for canvas in canvases],
+        config.sampling.steps,
+        at_once,
+    )
     dtype = devices.pick_dtype(config.system.dtype, device, training=False)
     with folders.open_output(config.output) as output, devices.autocast(device, dtype):
         about = f"{loaded.weights}, on {device}; {sampler.name} ({sampler.label})"

@@ -1,4 +1,7 @@
-"""Train a masked diffusion language model: python train.py, python train.py +experiment=medium."""
+"""Train a masked diffusion language model: python train.py, python train.py +experiment=medium.
+
+To add an optimizer or a schedule, see OPTIMIZERS and SCHEDULES in nanomdm/optim.py.
+"""
 
 import copy
 import math
@@ -118,7 +121,7 @@ def evaluate(run: "Run", log) -> None:
     exact = bounds.is_exact(shape)
     quarter = max(1, (limit or len(run.corpus.val)) // 4)
     for split, tokens in (("train", quarter), ("val", limit)):
-        rows = run.blocks[split].evenly(tokens)
+        rows = run.eval_rows[split].evenly(tokens)
         found = estimate(
             bounds.everything if shape.causal else any_order,
             parallel.share_rows(run.ema),
@@ -133,11 +136,11 @@ def evaluate(run: "Run", log) -> None:
         for name, value in samples.summary(exact).items():
             values[f"eval/{split}_{name}"] = value
     log.metrics(run.step, values)
-    train, val = (runlog.with_error(values, split) for split in ("train", "val"))
-    name = "loss" if exact else "bound"
-    log.say(f"step {run.step}: {name} {train} on train and {val} on val, nats/token")
-    if (val := values["eval/val_loss"]) < run.best:
-        before, run.best = run.best, val
+    on_train, on_val = (runlog.with_error(values, split) for split in ("train", "val"))
+    kind = "loss" if exact else "bound"
+    log.say(f"step {run.step}: {kind} {on_train} on train and {on_val} on val, nats/token")
+    if (loss := values["eval/val_loss"]) < run.best:
+        before, run.best = run.best, loss
         if not runs.save(run, "best.pt"):
             run.best = before  # the next bound below the saved one is saved
 
@@ -172,7 +175,9 @@ class Run:
         model = runs.build_model(config, self.corpus, loaded, Transformer, ModelConfig)
         self.model = model.to(device)
         self.model.recompute = settings.activation_checkpointing
-        self.ema = copy.deepcopy(self.model).eval()  # moving average: as yet the same weights
+        # The network of a checkpoint comes with its moving average: first that is kept, then the
+        # weights that are trained replace it.
+        self.ema = copy.deepcopy(self.model).eval()
         if resumes:
             self.model.load_state_dict(state["model"])
         L = self.model.config.block_size
@@ -196,10 +201,11 @@ class Run:
             self.scaler.load_state_dict(state.get("scaler") or self.scaler.state_dict())
             runs.announce_schedule(settings, state)
         self.rows = self.corpus.rows("train", L, overlap=True)
-        self.blocks = {split: self.corpus.rows(split, L) for split in data.SPLITS}
-        runs.require_rows(self.blocks)
+        self.eval_rows = {split: self.corpus.rows(split, L) for split in data.SPLITS}
+        runs.require_rows(self.eval_rows)
         self.files = runs.Files(config.out_dir, self.step, device)
-        # Every n-th row is in a micro-batch: the last one has the latest times, and most masks.
+        # Static shapes: the most tokens that a micro-batch masks. Each has every n-th row, and the
+        # last one the latest times.
         B, n = settings.batch_size, settings.grad_accum * parallel.world().size
         latest = torch.arange(n - 1, B, n)[:, None]
         if size := self.model.config.block_length:

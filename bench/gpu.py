@@ -341,7 +341,7 @@ SILENT = SimpleNamespace(say=lambda line: None, metrics=lambda step, values: Non
 def bound(path: Path, run: train.Run, tokens: int) -> str:
     """The bound on validation (0 tokens: all of it), nats per token, and its error over masks."""
     model = load_model(path, run.device, Transformer, ModelConfig).model
-    rows = [row.ids for row in run.blocks["val"].evenly(tokens)]
+    rows = [row.ids for row in run.eval_rows["val"].evenly(tokens)]
     value, error = nll_samples(model, rows, seed=0, draws=8).bound()
     return f"{value:.4f}" if math.isnan(error) else f"{value:.4f} ± {error:.4f}"
 

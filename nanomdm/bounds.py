@@ -1,6 +1,6 @@
 """Bounds on -log p besides diffusion.py's own, and the statistics of any of them.
 
-An estimator maps u (B,) and noise (B, L) to masked queries, tuples (hidden, scored, weight): what
+An estimator maps u (B,) and noise (B, L) to queries (is_masked, scored, weight): what
 is masked (B, L), which predictions count (B, L), and the weight (B,) of the sum of their
 cross-entropies. The queries' summed cost is an unbiased estimate for every row. u is uniform on
 [0, 1) and stratified over all rows; noise is uniform on [0, 1) where a token is predicted, and 2
@@ -41,17 +41,17 @@ def continuous(u: Tensor, noise: Tensor, eps: float = 1e-3) -> Iterator[MaskedQu
     Without F(eps) the value would be no bound.
     """
     p_mask = eps + (1 - eps) * u
-    hidden = noise < p_mask[:, None]
-    yield hidden, hidden, (1 - eps) / p_mask
-    hidden = noise < eps
-    yield hidden, hidden, torch.ones(len(u))
+    is_masked = noise < p_mask[:, None]
+    yield is_masked, is_masked, (1 - eps) / p_mask
+    is_masked = noise < eps
+    yield is_masked, is_masked, torch.ones(len(u))
 
 
 def discrete(u: Tensor, noise: Tensor, steps: int) -> Iterator[MaskedQuery]:
     """NELBO_K of the ancestral sampler with K = `steps`: sum over j of F(j / K) / j (D3PM)."""
     j = (u * steps).floor() + 1  # 1, 2, ... K, each with probability 1 / K
-    hidden = noise < (j / steps)[:, None]
-    yield hidden, hidden, steps / j
+    is_masked = noise < (j / steps)[:, None]
+    yield is_masked, is_masked, steps / j
 
 
 def everything(u: Tensor, noise: Tensor) -> Iterator[MaskedQuery]:

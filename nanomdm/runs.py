@@ -78,7 +78,7 @@ def sample_text(run, seeded) -> str:
     canvas = make_canvas("", 0, tokenizer, L, run.corpus.layout)
     prompt = ""
     if run.corpus.layout == "pairs":
-        ids, predict, _ = run.blocks["val"][0]
+        ids, predict, _ = run.eval_rows["val"][0]
         canvas = Canvas(ids, predict, predict.int().argmax())
         prompt = f"{tokenizer.decode(ids[: canvas.start - 1].tolist())} -> "
     is_masked = canvas.is_masked[None]
