@@ -40,6 +40,7 @@ from nanomdm.tokenizers import CharTokenizer
 VOCABULARY = {"char": 65, "byte": 256, "gpt2": 50257}
 TOKENS = 2**24  # in the file that batches are cut from
 LETTERS = 256  # code point of the first letter of an alphabet of any size
+SQUARE = 2048  # rows of the matrices whose product is the reference; four times as many on a GPU
 
 
 # --- The machine ---------------------------------------------------------------------------------
@@ -69,7 +70,7 @@ def wait(device: torch.device) -> None:
 
 def matmul_peak(device: torch.device, dtype: torch.dtype) -> float:
     """FLOP/s of square matrix products, the best of 10: the reference of the MFU."""
-    n = 8192 if device.type == "cuda" else 2048
+    n = SQUARE * (4 if device.type == "cuda" else 1)
     a, b = (torch.randn(n, n, device=device, dtype=dtype) for _ in range(2))
     return max(2 * n**3 / seconds(lambda: a @ b, device) for _ in range(10))
 

@@ -1,17 +1,39 @@
 """The benches of speed and recipe."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
 from conftest import TEXT, TINY
 from torch.utils.flop_counter import FlopCounterMode
 
-from bench import recipe, throughput
+from bench import blocks, recipe, throughput
 from model import ModelConfig, Transformer
 from nanomdm import checkpoint, devices
 
 WORDS = "words=" + " ".join(word for word in TINY if not word.startswith("sampling"))
+
+
+@pytest.fixture(autouse=True)
+def in_miniature(monkeypatch):
+    monkeypatch.setattr(throughput, "TOKENS", 2**14)
+    monkeypatch.setattr(throughput, "SQUARE", 256)
+    monkeypatch.setattr(devices, "SLEEP", 0.1)
+
+
+@pytest.fixture
+def trained_in_here(monkeypatch):
+    """The runs of bench.recipe and bench.blocks, which have processes of their own, in this one."""
+
+    def train(command, **options):
+        python, script, *words = command
+        settings = {"words": words, "experiment": "", "fields": {}}
+        recipe.run(**json.loads(words[-1]) if script == "-c" else settings)
+        return SimpleNamespace(returncode=0)
+
+    for bench in (recipe, blocks):
+        monkeypatch.setattr(bench, "subprocess", SimpleNamespace(run=train))
 
 
 # --- bench.throughput ---------------------------------------------------------------------------
@@ -98,7 +120,7 @@ def test_throughput_times_a_rival_in_turn(run, tmp_path):
 
 
 def test_throughput_times_itself_beside_a_busy_process(run, tmp_path):
-    words = (WORDS, "steps=2", "rounds=2", "device=cpu", "busy=1", "output=speed.json")
+    words = (WORDS, "steps=2", "rounds=1", "device=cpu", "busy=1", "output=speed.json")
     result = run("bench.throughput", *words)
     assert result.code == 0, result.err
     (row,) = json.loads((tmp_path / "speed.json").read_text())["rows"]
@@ -149,7 +171,7 @@ def test_sampling_compiles_each_batch_size_by_itself(run, trained, monkeypatch):
 # --- bench.recipe -------------------------------------------------------------------------------
 
 
-def test_recipe_trains_a_run_once_and_draws_its_curve(run, tmp_path, text_file):
+def test_recipe_trains_a_run_once_and_draws_its_curve(run, trained_in_here, tmp_path, text_file):
     words = ["variations=[no convolution]", "seeds=[2]", "steps=6", "curve=3", WORDS]
     first = run("bench.recipe", *words, f"path={text_file}")
     assert first.code == 0, first.err
@@ -163,7 +185,7 @@ def test_recipe_trains_a_run_once_and_draws_its_curve(run, tmp_path, text_file):
     assert path.stat().st_mtime_ns == trained
 
 
-def test_blocks_are_trained_once_scored_and_drawn(run, tmp_path, text_file):
+def test_blocks_are_trained_once_scored_and_drawn(run, trained_in_here, tmp_path, text_file):
     words = ["lengths=[1,4,16]", "seeds=[2]", "steps=3", "tokens=64", WORDS, f"path={text_file}"]
     first = run("bench.blocks", *words)
     assert first.code == 0, first.err
@@ -182,7 +204,7 @@ def test_blocks_are_trained_once_scored_and_drawn(run, tmp_path, text_file):
     assert path.stat().st_mtime_ns == trained
 
 
-def test_blocks_take_as_many_steps_as_their_seconds_hold(run, tmp_path, text_file):
+def test_blocks_take_as_many_steps_as_their_seconds_hold(run, trained_in_here, tmp_path, text_file):
     words = ["lengths=[4]", "seeds=[2]", "tokens=0", WORDS, f"path={text_file}", "control=false"]
     result = run("bench.blocks", *words, "seconds=1")
     assert result.code == 0, result.err
@@ -190,7 +212,9 @@ def test_blocks_take_as_many_steps_as_their_seconds_hold(run, tmp_path, text_fil
     assert found["steps"] > 5 and found["scores"] == []
 
 
-def test_recipe_varies_what_is_a_field_of_the_network_alone(run, tmp_path, text_file):
+def test_recipe_varies_what_is_a_field_of_the_network_alone(
+    run, trained_in_here, tmp_path, text_file
+):
     words = ("variations=[no QK-norm]", "seeds=[2]", "steps=2", WORDS, f"path={text_file}")
     result = run("bench.recipe", *words)
     assert result.code == 0, result.err
