@@ -1,5 +1,6 @@
 """What a text costs under a checkpoint: python eval.py, python eval.py data.path=TEXT."""
 
+import json
 import sys
 import time
 
@@ -7,13 +8,12 @@ import data
 import diffusion
 from diffusion import any_order, estimate
 from model import ModelConfig, Transformer
-from nanomdm import bounds, checkpoint, cli, devices, report, runlog, texts, tracking
+from nanomdm import bounds, checkpoint, cli, devices, folders, report, runlog, texts, tracking
 from nanomdm.errors import UserError, visible
 from nanomdm.random import generator
 
 
 def main(config: cli.Section) -> None:
-    report.check_output(config.output)
     device = devices.pick_device(config.system.device)
     names = [name for name in (config.checkpoint, config.eval.against) if name]
     models = [checkpoint.load_model(name, device, Transformer, ModelConfig) for name in names]
@@ -51,7 +51,7 @@ def main(config: cli.Section) -> None:
         for line in report.lines(found):
             print(visible(line, sys.stdout), flush=True)
 
-    with devices.autocast(device, dtype):
+    with folders.open_output(config.output) as output, devices.autocast(device, dtype):
         uniform = chosen.pop("uniform")
         samples, seconds = measure(models[0], uniform, scored, config)
         show({"seed": config.system.seed} | report.likelihood(samples, scored, exact[0]))
@@ -73,9 +73,9 @@ def main(config: cli.Section) -> None:
         if len(models) > 1:
             other, _ = measure(models[1], bounds.BOUNDS["uniform"], scored, config)
             show(report.comparison(samples, other, names, exact))
-    show(report.speed(samples, seconds))
-    if config.output:
-        report.write_json(figures, config.output)
+        show(report.speed(samples, seconds))
+        if output:
+            json.dump(figures, output, indent=1)
     if config.logging.wandb:
         tracking.log_evaluation(config, figures)
 

@@ -32,7 +32,7 @@ def main(config: cli.Section) -> None:
                 if run.due(config.logging.interval):
                     lr = run.optimizer.param_groups[0]["lr"]
                     log.step(run.step, loss=loss, grad_norm=grad_norm, lr=lr, **run.stats.read())
-                    run.stats.require_progress(run.files.last_good)
+                    run.stats.require_progress(runs.last_good(run))
                 interrupt.agree(run.due(config.logging.interval), device)
                 with log.paused():
                     if run.due(settings.eval_interval):
@@ -42,9 +42,9 @@ def main(config: cli.Section) -> None:
                         log.samples(run.step, [runs.sample_text(run, seeded)])
                     if run.due(settings.save_interval) and not run.stats.consecutive:
                         runs.save(run, "ckpt.pt")
-            if run.files.step != run.step:
+            if run.saved != run.step:
                 runs.save(run, "ckpt.pt")
-        run.files.require(run.step)
+        runs.require_saved(run)
         interrupt.exit(run.step)
         run.stats.require_result(run.step)
 
@@ -160,6 +160,7 @@ class Run:
         state = loaded.state if resumes else {"step": 0, "best": math.inf}
         runs.check(config)
         self.config, self.device, self.step = config, device, state["step"]
+        self.saved = self.step  # that of ckpt.pt; 0 for none
         self.best = state["best"]  # the lowest bound on val so far, nats per token
         self.noise_device = devices.with_float64(device)
         self.dtype = devices.pick_dtype(system.dtype, device, training=True)
@@ -203,7 +204,6 @@ class Run:
         self.rows = self.corpus.rows("train", L, overlap=True)
         self.eval_rows = {split: self.corpus.rows(split, L) for split in data.SPLITS}
         runs.require_rows(self.eval_rows)
-        self.files = runs.Files(config.out_dir, self.step, device)
         # Static shapes: the most tokens that a micro-batch masks. Each has every n-th row, and the
         # last one the latest times.
         B, n = settings.batch_size, settings.grad_accum * parallel.world().size

@@ -238,7 +238,8 @@ def main(config: Section) -> None:
         about = {"checkpoint": config.checkpoint, "path": config.path, "task": config.task}
         about |= {"items": len(chosen), "draws": len(nats), "seed": config.seed}
         each = nats.mean(dim=0).tolist()
-        report.write_json(about | figures | {"nats": each, "seconds": seconds}, config.output)
+        figures |= about | {"nats": each, "seconds": seconds}
+        Path(config.output).write_text(json.dumps(figures, indent=1))
 
 
 if __name__ == "__main__":

@@ -104,7 +104,7 @@ def main(config: Section) -> None:
     print(f"diffusion - ar, over {len(gaps)} seeds: {report.text_of(figure, '+')} nats/token")
     if config.output:
         figures = {"runs": rows, "gap": figure, "train": config.train, "train_ar": config.train_ar}
-        report.write_json(figures, config.output)
+        Path(config.output).write_text(json.dumps(figures, indent=1))
     if config.plot:
         plot(folders, config.plot)
 

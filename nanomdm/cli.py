@@ -21,10 +21,10 @@ from omegaconf.errors import OmegaConfBaseException
 
 from .devices import considerate_threads, keep_freed_memory
 from .errors import UserError, as_user_error, check_choice, optional, visible
+from .folders import ROOT, numbered
 from .runlog import ranking
 from .strategies import STRATEGIES, is_adaptive, options_of
 
-ROOT = Path(__file__).resolve().parents[1]
 CONFIGS = ROOT / "configs"
 RANK = int(os.environ.get("RANK", 0))  # of this process among those of torchrun
 FREE = "sampling.options"  # a dictionary with keys of a strategy's own
@@ -82,9 +82,10 @@ CHOICES = {  # keys that name one of some things: in a sweep, their values may b
     "sampling.strategy": (),
     "system.device": (),
 }
-# Keys, or their beginnings, that a resumed run does not change; and those that a command has to
-# repeat where it starts and resumes a run alike.
-FIXED = ("model.", "data.tokenizer", "data.vocab_size", "training.optimizer", "training.objective")
+# Keys, or their beginnings, that a checkpoint decides; that a resumed run does not change; and that
+# a command has to repeat where it starts and resumes a run alike.
+DECIDED = ("model.", "data.tokenizer", "data.vocab_size")
+FIXED = (*DECIDED, "training.optimizer", "training.objective")
 REPEATED = (
     "diffusion.weighting",
     "training.batch_size",
@@ -176,7 +177,6 @@ IDLE = (
     ),
     (("logging.name", "logging.project", "logging.tags"), {"logging.wandb": not_}),
 )
-DECIDED = ("model.", "data.tokenizer", "data.vocab_size")  # by a checkpoint
 # Options of a strategy, with their defaults, which may be written without `.options`; and what a
 # run of an earlier version may have stored: a setting of another name, and settings that are gone.
 OPTIONS = {name: value for each in STRATEGIES for name, value in options_of(each).items()}
@@ -285,16 +285,12 @@ def jobs(words, name="config", script=None):
         named = f"{getattr(script, '__module__', '')}.py"
     reads = name == "config" and READS.get(named) or tuple(defaults)
     said = {""}
-    for key, _ in itertools.chain(*choices):
-        if key.startswith(DECIDED) and not key.startswith(reads):
-            raise UserError(f"{key}: the checkpoint decides it: leave it out")
     for number, settings in enumerate(itertools.product(*choices)):
         config = configure(settings, name, defaults)
         if options:
             config.out_dir = str(Path(config.out_dir, str(number)))
             if config.output:
-                path = Path(config.output)
-                config.output = str(path.with_stem(f"{path.stem}-{number}"))
+                config.output = str(numbered(Path(config.output), number))
         if options and "training" in reads:
             swept = (setting for setting in settings if [setting] not in choices)
             config.job = " ".join("=".join(setting) for setting in swept)
@@ -312,6 +308,8 @@ def without_effect(key, value, config, reads, script):
     if key == "experiment":
         return "" if any(k.startswith(reads) for k in experiment(value)) else f"on {script}"
     if not key.startswith(reads):
+        if key.startswith(DECIDED):
+            raise UserError(f"{key}: the checkpoint decides it: leave it out")
         return f"on {script}"
     values = flat(config.as_dict())
     for keys, others in IDLE:
@@ -346,57 +344,49 @@ def compose(words: Sequence[str], experiment: str = "") -> Section:
 
 
 def read(words, defaults, sweep):
-    """The pairs (key, value) that each word stands for, as Hydra has to see them.
+    """The pairs (key, value) that each word stands for.
 
     Texts, and lists of texts, are taken as they are; other values have Hydra's syntax, in which a
     word of a sweep may list several. Words without an equals sign are the items of a tool's first
     setting, if that is a list: `python -m tools.plot out out-ar` means `runs=[out,out-ar]`.
     """
+    with as_user_error("an argument is not valid UTF-8, check the terminal's encoding: "):
+        "".join(words).encode()
     first, items, choices = next(iter(defaults)), [], []
     for word in words:
         key, equals, text = word.lstrip("+").partition("=")
         if isinstance(defaults[first], list) and (not equals or "/" in key):  # no key has a slash
-            items.append(verbatim(word))
+            items.append(word)
             continue
         if not equals:
             raise UserError(f"{word!r} is no setting: write key=value, as in model.n_layer=6")
         key = RENAMED.get(key, key)
         default, values = defaults.get(key), [text]
-        if isinstance(default, str) and not (sweep and key in CHOICES):
-            values = [verbatim(text)]
-        elif isinstance(default, list) and re.fullmatch(r"""\[[^]["']+]""", text):
-            texts = [verbatim(item.strip()) for item in text[1:-1].split(",")]
-            values = [f"[{','.join(texts)}]"]
-        elif isinstance(default, list) and text[:1] not in ("[", "$") and not sweep:
-            values = [verbatim(text)]  # which is no list, and refused as such
-        elif sweep:
+        if isinstance(default, list) and re.fullmatch(r"""\[[^]["']+]""", text):
+            values = [[item.strip() for item in text[1:-1].split(",")]]
+        elif sweep and (key in CHOICES or not isinstance(default, str)):
             override = OverridesParser.create().parse_override(f"{key}={text}")
             values = override.sweep_string_iterator() if override.is_sweep_override() else values
         choices.append([(key, value) for value in values])
-    return [*choices, [(first, f"[{','.join(items)}]")]] if items else choices
+    return [*choices, [(first, items)]] if items else choices
 
-
-def verbatim(text):
-    """An interpolation that stands for the text, without a character that is special to Hydra."""
-    with as_user_error("an argument is not valid UTF-8, check the terminal's encoding: "):
-        return f"${{text:x{text.encode().hex()}}}"
-
-
-OmegaConf.register_new_resolver("text", lambda code: bytes.fromhex(code[1:]).decode(), replace=True)
 
 # --- Values -------------------------------------------------------------------------------------
 
 
 def configure(settings, name, defaults):
     """configs/NAME.yaml with the experiments and settings laid over it by Hydra, checked."""
-    explicit, overrides = set(), []
+    explicit, overrides, texts = set(), [], {}
     for key, value in settings:
         if key == "experiment" and key not in defaults:
             overrides.append(f"+experiment@_global_={value}")
             explicit |= experiment(value)
+            continue
+        explicit.add(FREE if key.startswith(f"{FREE}.") else key)
+        if isinstance(value, list) or isinstance(defaults.get(key), str) and key not in CHOICES:
+            texts[key] = value
         else:
             overrides.append(f"++{key}={value}")
-            explicit.add(FREE if key.startswith(f"{FREE}.") else key)
     for key in sorted(explicit - defaults.keys()):
         near = nearest(key, [*defaults, *(RENAMED if name == "config" else ())])
         hint = f"did you mean {near}?" if near else f"configs/{name}.yaml lists them all"
@@ -404,7 +394,7 @@ def configure(settings, name, defaults):
     path = CONFIGS / f"{name}.yaml"
     with hydra.initialize_config_dir(str(path.parent), version_base="1.3"):
         composed = OmegaConf.to_container(hydra.compose(path.stem, overrides), resolve=True)
-    config = checked(flat(composed), defaults)
+    config = checked(flat(composed) | texts, defaults)
     options = config.sampling.options if FREE in explicit else ()
     config.explicit = explicit | {f"{FREE}.{name}" for name in options}
     return config

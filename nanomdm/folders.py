@@ -84,12 +84,12 @@ def _take(path: Path, key: str) -> TextIO:
 
 @contextmanager
 def writable(folder: str | Path, key: str):
-    """Turn an `OSError` of writing into a folder into a `UserError`, which names the setting."""
+    """Turn an `OSError` of writing a file or a folder into a `UserError` that names the setting."""
     try:
         yield
     except OSError as error:
         raise UserError(
-            f"cannot write into {key}={folder} ({error.strerror}): choose another {key}"
+            f"cannot write {key}={folder} ({error.strerror}): choose another {key}"
         ) from error
 
 
@@ -115,12 +115,12 @@ def set_aside(folder: str | Path, names: tuple[str, ...]) -> list[Path]:
     Returns the new paths, empty if there was nothing to rename.
     """
     paths, number = [Path(folder, name) for name in names], 1
-    while any(_numbered(path, number).exists() for path in paths):
+    while any(numbered(path, number).exists() for path in paths):
         number += 1
-    return [path.rename(_numbered(path, number)) for path in paths if path.is_file()]
+    return [path.rename(numbered(path, number)) for path in paths if path.is_file()]
 
 
-def _numbered(path: Path, number: int) -> Path:
+def numbered(path: Path, number: int) -> Path:
     return path.with_stem(f"{path.stem}-{number}")
 
 
@@ -185,12 +185,8 @@ def open_output(path: str):
     if not path:
         return nullcontext()
     file = Path(path)
-    try:
+    with writable(file, "output"):
         file.parent.mkdir(parents=True, exist_ok=True)
         for kept in set_aside(file.parent, (file.name,)):
             print(f"an earlier file is kept as {kept}", file=sys.stderr)
         return file.open("w", encoding="utf-8")
-    except OSError as error:
-        raise UserError(
-            f"cannot write output={path} ({error.strerror}): choose another file"
-        ) from error

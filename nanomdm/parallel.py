@@ -36,14 +36,6 @@ class World(NamedTuple):
         """
         return torch.arange(self.rank + part * self.size, batch_size, self.size * parts)
 
-    def check_batch(self, batch_size: int, parts: int) -> None:
-        """Raise `UserError` for a batch that micro-batches and processes do not divide."""
-        if batch_size % (parts * self.size):
-            raise UserError(
-                f"training.batch_size={batch_size} is not divisible by training.grad_accum={parts} "
-                f"x {self.size} processes: change one of them"
-            )
-
 
 def world() -> World:
     """As torchrun's environment variables say; without them one process alone."""

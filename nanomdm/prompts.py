@@ -121,31 +121,32 @@ def make_canvas(
     before it where texts are documents, and behind it where an answer follows, without which the
     prompt has to do: it has no blanks. Raises `UserError` where it does not fit.
     """
-    pieces, ids, is_masked = parse(prompt), [], []
-    pieces[::2] = (encode(text, tokenizer) for text in pieces[::2])
-    start = 0
-    if layout == "documents":
-        pieces[0] = np.append(tokenizer.eos, pieces[0])
-        start = 1
+    pieces, start = parse(prompt), 0
+    has_blanks = len(pieces) > 1
+    check_size(length + sum(pieces[1::2]))
+    parts = [np.full(p, -1) if isinstance(p, int) else encode(p, tokenizer) for p in pieces]
     if layout in ("pairs", "rows") and length not in (0, context):
         raise UserError(
             f"sampling.length={length}: the checkpoint's {layout} have {context} tokens: leave it "
             "out"
         )
+    if layout == "documents":
+        parts, start = [[tokenizer.eos], *parts], 1
     if layout == "pairs":
-        if len(pieces) > 1:
+        if has_blanks:
             raise UserError("the checkpoint answers prompts, which have no blanks: leave them out")
-        pieces[0] = np.append(pieces[0], tokenizer.eos)
-        start = len(pieces[0])
-    size = sum(piece if isinstance(piece, int) else len(piece) for piece in pieces)
-    if layout == "rows" and len(pieces) > 1 and size != context:
+        parts.append([tokenizer.eos])
+        start = len(parts[0]) + 1
+    ids = np.concatenate(parts)  # -1 where it is masked
+    size = len(ids)
+    if layout == "rows" and has_blanks and size != context:
         raise UserError(f"prompt has {size} tokens, and the checkpoint's rows have {context}")
-    if layout in ("documents", "pairs") and size >= context and len(pieces) == 1 and not length:
+    if layout in ("documents", "pairs") and size >= context and not (has_blanks or length):
         raise UserError(
             f"prompt has {size} tokens with its end token, and the checkpoint's context {context}: "
             "nothing is left to fill, shorten the prompt"
         )
-    if length or len(pieces) == 1:
+    if length or not has_blanks:
         limit = length + (layout == "documents") if length else context
         if size > limit:
             name = "sampling.length" if length else "model.block_size"
@@ -153,15 +154,9 @@ def make_canvas(
                 f"prompt has {size} tokens but {name} is {limit}: shorten the prompt or set a "
                 "larger sampling.length"
             )
-        pieces.append(limit - size)
-        size = limit
-    check_size(size)
-    for piece in pieces:
-        is_blank = isinstance(piece, int)
-        new = torch.zeros(piece, dtype=torch.long) if is_blank else torch.as_tensor(piece)
-        ids.append(new)
-        is_masked.append(torch.full((len(new),), is_blank))
-    return Canvas(torch.cat(ids), torch.cat(is_masked), torch.tensor(start))
+        ids = np.pad(ids, (0, limit - size), constant_values=-1)
+    ids = torch.from_numpy(ids)
+    return Canvas(ids.clamp(min=0), ids < 0, torch.tensor(start))
 
 
 def lengths(ids: Tensor, is_masked: Tensor, eos: int | None) -> Tensor:

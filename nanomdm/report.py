@@ -4,16 +4,13 @@ Each function of the first part computes some of the figures; `lines` prints tho
 `samples` are `diffusion.NLLSamples`.
 """
 
-import json
 import math
 from collections.abc import Sequence
-from pathlib import Path
 
 from torch import Tensor
 
 from . import bounds
 from .bounds import Estimate
-from .errors import UserError
 from .texts import Texts
 
 # --- Figures -------------------------------------------------------------------------------------
@@ -205,17 +202,6 @@ def speed(samples, seconds: float) -> dict:
         "seconds": seconds,
         "tokens_per_second": len(samples.nats) * samples.tokens / seconds,
     }
-
-
-def check_output(path: str) -> None:
-    """Raise `UserError`, before anything is computed, for a file in a folder that is not there."""
-    if not Path(path).resolve().parent.is_dir():
-        raise UserError(f"output={path} lies in a folder that is not there: make it first")
-
-
-def write_json(figures: dict, path: str) -> None:
-    """Raises `OSError`."""
-    Path(path).write_text(json.dumps(figures, indent=1) + "\n")
 
 
 # --- Lines ---------------------------------------------------------------------------------------

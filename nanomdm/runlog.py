@@ -14,7 +14,7 @@ from typing import BinaryIO, TextIO
 from . import folders, parallel
 from .errors import visible, write_atomically
 from .optim import warmup
-from .tracking import import_wandb, run_id, start_wandb
+from .tracking import run_id, start_wandb
 
 try:
     from tqdm import tqdm
@@ -100,7 +100,9 @@ class Log(ExitStack):
         for text in texts:
             echo(f"--- sample after {step} steps ---\n{visible(text, sys.stdout)}\n---")
         if self.wandb:
-            table = import_wandb().Table(["step", "text"], [[step, text] for text in texts])
+            import wandb
+
+            table = wandb.Table(["step", "text"], [[step, text] for text in texts])
             self.wandb.log({"samples": table}, step=step)
 
     say = staticmethod(echo)
@@ -275,7 +277,6 @@ def open_log(run) -> Log | NullLog:
     if run.finished:
         return NullLog()
     if run.config.logging.wandb:
-        import_wandb()  # if it is missing, nothing has been touched yet
         about["wandb_id"] = run_id(run.config.out_dir, run.step)
     config = run.config.as_dict()
     for path in folders.begin(run.config.out_dir, run.step, about | {"config": config}):

@@ -127,7 +127,12 @@ def check(config) -> None:
     """Raise `UserError` for settings of training that would fail in the first step."""
     settings = config.training
     check_choice("training.lr_schedule", settings.lr_schedule, optim.SCHEDULES)
-    parallel.world().check_batch(settings.batch_size, settings.grad_accum)
+    parts, size = settings.grad_accum, parallel.world().size
+    if settings.batch_size % (parts * size):
+        raise UserError(
+            f"training.batch_size={settings.batch_size} is not divisible by training.grad_accum="
+            f"{parts} x {size} processes: change one of them"
+        )
 
 
 def require_room(config, corpus, shape) -> None:
@@ -162,7 +167,8 @@ def require_room(config, corpus, shape) -> None:
 def save(run, name: str) -> bool:
     """Write ckpt.pt, with all that a resume needs, or best.pt, with the EMA weights alone.
 
-    Returns whether it was written; if not, the reason is printed and the old file stays.
+    Returns whether it was written; if not, the reason is printed and the old file stays. In several
+    processes all of them have to call this: the main one writes.
     """
     state = {
         "model_config": asdict(run.model.config),
@@ -182,38 +188,25 @@ def save(run, name: str) -> bool:
         state["optimizer"] = run.optimizer.state_dict()
         state["scaler"] = run.scaler.state_dict()
         state["stats"] = run.stats.state()
-    return run.files.save(name, state)
+    state, failed = parallel.gather(state), False
+    if parallel.world().is_main:
+        try:
+            checkpoint.save(Path(run.config.out_dir, name), state)
+        except (OSError, UserError) as error:
+            runlog.echo(f"{error}. The run continues, and saves again later", sys.stderr)
+            failed = True
+    failed = parallel.largest(failed, run.device)
+    if name == "ckpt.pt" and not failed:
+        run.saved = run.step
+    return not failed
 
 
-class Files:
-    """The checkpoints that a run writes into its folder; `step` is that of ckpt.pt, 0 for none.
+def last_good(run) -> str:
+    path = Path(run.config.out_dir, "ckpt.pt")
+    return f"{path} holds step {run.saved}" if run.saved else "there is no checkpoint"
 
-    In several processes all of them have to call its methods: the main one writes.
-    """
 
-    def __init__(self, folder: str | Path, step: int, device: torch.device):
-        self.folder, self.step, self.device = Path(folder), step, device
-
-    def save(self, name: str, state: dict) -> bool:
-        """Returns whether it was written; if not, prints why, and the old file stays."""
-        whole, failed = parallel.gather(state), False
-        if parallel.world().is_main:
-            try:
-                checkpoint.save(self.folder / name, whole)
-            except (OSError, UserError) as error:
-                runlog.echo(f"{error}. The run continues, and saves again later", sys.stderr)
-                failed = True
-        failed = parallel.largest(failed, self.device)
-        if name == "ckpt.pt" and not failed:
-            self.step = state["step"]
-        return not failed
-
-    @property
-    def last_good(self) -> str:
-        path = self.folder / "ckpt.pt"
-        return f"{path} holds step {self.step}" if self.step else "there is no checkpoint"
-
-    def require(self, step: int) -> None:
-        """Raise `OSError` if ckpt.pt is not that of `step`."""
-        if self.step != step:
-            raise OSError(f"the state after step {step} is lost: {self.last_good}")
+def require_saved(run) -> None:
+    """Raise `OSError` if ckpt.pt is not that of the last step."""
+    if run.saved != run.step:
+        raise OSError(f"the state after step {run.step} is lost: {last_good(run)}")

@@ -24,7 +24,6 @@ if not PLAYS.exists():
 SUFFIXES = (".txt", ".md", ".jsonl")
 MEMORY = 12  # bytes that each byte of a text takes while it is turned into ids (docs/LOG.md)
 PAIR = ("prompt", "response")  # the fields of a .jsonl that make it one of pairs
-STREAM, DOCUMENTS, PAIRS, ROWS = "stream", "documents", "pairs", "rows"
 
 
 class Content(NamedTuple):
@@ -49,13 +48,8 @@ class Content(NamedTuple):
     @property
     def sha256(self) -> str:
         """A hash of the text of a stream; else of all texts, each by itself."""
-        content = self.text if self.layout == STREAM else json.dumps(self.texts)
+        content = self.text if self.layout == "stream" else json.dumps(self.texts)
         return hashlib.sha256(content.encode()).hexdigest()
-
-    @property
-    def has_ends(self) -> bool:
-        """Whether an end token follows each of the texts."""
-        return self.layout in (DOCUMENTS, PAIRS)
 
     def for_tokenizer(self, tokenizer, sha256: str = "") -> "Content":
         """As one stream, if it is one document or for a tokenizer that cannot end documents.
@@ -63,14 +57,14 @@ class Content(NamedTuple):
         Also if `sha256` is that of the stream: checkpoints of earlier versions knew no documents.
         """
         cannot = tokenizer is not None and tokenizer.eos is None
-        if self.layout == PAIRS and cannot:
+        if self.layout == "pairs" and cannot:
             raise UserError(
                 f"{self.name} holds pairs, and the checkpoint's tokenizer has no end token: start "
                 "from one that was trained on documents or pairs"
             )
-        if self.layout != DOCUMENTS or not (cannot or sha256 or len(self.texts) == 1):
+        if self.layout != "documents" or not (cannot or sha256 or len(self.texts) == 1):
             return self
-        stream = self._replace(layout=STREAM, files=[(self.name, [self.text])])
+        stream = self._replace(layout="stream", files=[(self.name, [self.text])])
         return stream if cannot or len(self.texts) == 1 or stream.sha256 == sha256 else self
 
 
@@ -132,10 +126,10 @@ def read(path: str | Path, rows: bool = False) -> Content:
         found.append((file.relative_to(path).as_posix() if path.is_dir() else path.name, texts))
     if not any(texts for _, texts in found):
         raise UserError(f"{path} has no line with text: name another file")
-    if PAIRS in kinds and (len(kinds) > 1 or rows):
+    if "pairs" in kinds and (len(kinds) > 1 or rows):
         raise UserError(f"{path} holds pairs: leave out data.rows, and files without pairs")
-    layout = DOCUMENTS if path.is_dir() and PAIRS not in kinds else kinds.pop()
-    return Content(path.resolve().name, ROWS if rows else layout, found)
+    layout = "documents" if path.is_dir() and "pairs" not in kinds else kinds.pop()
+    return Content(path.resolve().name, "rows" if rows else layout, found)
 
 
 def _read_file(path: Path) -> tuple[str, list[str]]:
@@ -146,7 +140,7 @@ def _read_file(path: Path) -> tuple[str, list[str]]:
         text = path.read_bytes().decode("utf-8-sig").replace("\r\n", "\n")  # of Windows
     except UnicodeDecodeError as error:
         raise UserError(f"{path} is not UTF-8 (byte {error.start}): convert it first") from None
-    layout, texts = _jsonl(path, text) if path.suffix.lower() == ".jsonl" else (STREAM, [text])
+    layout, texts = _jsonl(path, text) if path.suffix.lower() == ".jsonl" else ("stream", [text])
     if not any(texts):
         raise UserError(f"{path} is empty: name a file with text in it")
     return layout, texts
@@ -170,7 +164,7 @@ def _jsonl(path: Path, lines: str) -> tuple[str, list[str]]:
                 ) from None
             if not texts[-1] and fields == PAIR:
                 raise UserError(f"{path}, line {number}: the response is empty: leave it out")
-    return PAIRS if fields == PAIR else DOCUMENTS, texts
+    return "pairs" if fields == PAIR else "documents", texts
 
 
 def download(url: str, path: Path, sha256: str, timeout: float = 10.0, limit: int = 2**26) -> None:

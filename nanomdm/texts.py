@@ -38,14 +38,14 @@ def split_texts(content: text.Content, share: float = 0.9) -> tuple[list[str], l
 
     A document is cut at 90% where the border between two would leave less than 80% to train on.
     """
-    texts, unit = content.texts, 2 if content.layout == text.PAIRS else 1
+    texts, unit = content.texts, 2 if content.layout == "pairs" else 1
     ends = np.cumsum([len(each) for each in texts])[unit - 1 :: unit]
     n = int((ends <= share * ends[-1]).sum())  # whole ones that fit
     room = int(share * ends[-1]) - (int(ends[n - 1]) if n else 0)
-    if content.layout in (text.STREAM, text.DOCUMENTS) and 10 * room > ends[-1]:
+    if content.layout in ("stream", "documents") and 10 * room > ends[-1]:
         return [*texts[:n], texts[n][:room]], [texts[n][room:], *texts[n + 1 :]]
     if len(ends) < 2:
-        size = f"{ends[-1]} characters" if content.layout == text.STREAM else "one line or pair"
+        size = f"{ends[-1]} characters" if content.layout == "stream" else "one line or pair"
         raise UserError(f"{content.name} has {size}: too few to train on")
     n = unit * min(max(n, 1), len(ends) - 1)
     return texts[:n], texts[n:]
@@ -60,13 +60,13 @@ def encode(
     has not `length` tokens (0: those of the first) and for a tokenizer without an end token.
     """
     eos, parts = tokenizer.eos, []
-    has_ends, small = layout in (text.DOCUMENTS, text.PAIRS), dtype_of(tokenizer.vocab_size)
+    has_ends, small = layout in ("documents", "pairs"), dtype_of(tokenizer.vocab_size)
     if has_ends and eos is None:
         raise UserError(f"data.tokenizer={tokenizer.kind} has no end token, which {layout} need")
     for number, each in enumerate(texts, 1):
         ids = tokenizer.encode(each).astype(small)
         length = length or len(ids)
-        if layout == text.ROWS and len(ids) != length:
+        if layout == "rows" and len(ids) != length:
             raise UserError(
                 f"row {number} has {len(ids)} tokens, not {length}: one length is needed, in "
                 "tokens, which are characters with data.tokenizer=char"
@@ -80,12 +80,13 @@ def encode(
 def tokenize(content: text.Content, kind: str, vocab_size: int, tokenizer=None) -> tuple:
     """(tokenizer, ids of the splits, what a meta file says); `tokenizer`: that of a checkpoint."""
     splits = split_texts(content)
-    is_rows = content.layout == text.ROWS
+    is_rows = content.layout == "rows"
     between = "" if is_rows and kind == "char" else "\n"  # which is no character of any row
     whole, size = between.join(content.texts), len(between.join(splits[0]))
     if tokenizer is None:
-        tokenizer = train_tokenizer(kind, whole, size, vocab_size, content.has_ends)
-    is_cut = content.layout == text.DOCUMENTS and sum(map(len, splits)) > len(content.texts)
+        ends = content.layout in ("documents", "pairs")
+        tokenizer = train_tokenizer(kind, whole, size, vocab_size, ends)
+    is_cut = content.layout == "documents" and sum(map(len, splits)) > len(content.texts)
     length = len(tokenizer.encode(content.texts[0])) if is_rows else 0
     train, val = (
         encode(texts, content.layout, tokenizer, is_cut and texts is splits[0], length)
@@ -97,20 +98,20 @@ def tokenize(content: text.Content, kind: str, vocab_size: int, tokenizer=None) 
 
 def check_layout(name: str, found: str, wanted: str) -> None:
     """Raise `UserError` for data of another layout than a checkpoint's; documents make a stream."""
-    if found != wanted and {found, wanted} != {text.STREAM, text.DOCUMENTS}:
+    if found != wanted and {found, wanted} != {"stream", "documents"}:
         raise UserError(f"{name} holds {found}, and the checkpoint was trained on {wanted}")
 
 
-def read(path: str, tokenizer, layout: str = text.STREAM, length: int = 0) -> list[Document]:
+def read(path: str, tokenizer, layout: str = "stream", length: int = 0) -> list[Document]:
     """Each file of `path`, as a corpus of that layout has it, with rows of `length` tokens.
 
     Raises `UserError`, with the name of the file.
     """
-    content, documents = text.read(path, rows=layout == text.ROWS), []
+    content, documents = text.read(path, rows=layout == "rows"), []
     check_layout(path, content.layout, layout)
     for name, texts in content.files:
         with as_user_error(f"{name}: "):
-            if content.layout == text.STREAM or layout == text.STREAM:
+            if content.layout == "stream" or layout == "stream":
                 documents.append((name, tokenizer.encode("\n".join(texts))))
             else:
                 documents.append((name, encode(texts, layout, tokenizer, length=length)))
@@ -126,12 +127,9 @@ def windows(
     before `first` being context; with `stride` = `context` there are none, and the windows do not
     overlap. 0 is half the context: so sample.py fills a long text, and so its score is exact.
     Windows begin at multiples of `unit`, the block of a network, if several fit into the context.
-    Raises `UserError` for a stride outside 1 ... context.
     """
     unit = unit if 0 < unit < context else 1
     stride = stride or max(unit, context // 2 // unit * unit)
-    if not 1 <= stride <= context:
-        raise UserError(f"stride={stride} must lie in 1 ... {context}, the model's context")
     found = []
     for first, stop in pairwise([0, *range(context, length, stride), length]):
         start = first if stride == context else -(-max(0, stop - context) // unit) * unit
@@ -144,15 +142,14 @@ def cut(
     documents: Sequence[Document],
     tokenizer,
     context: int,
-    stride: int = 0,
     limit: int = 0,
 ) -> Texts:
     """The windows over all documents; with a `limit`, as many as predict about `limit` tokens.
 
-    The windows of a limit are spread evenly. They move by `stride` tokens; 0 is the context for one
-    document and half of it for several.
+    The windows of a limit are spread evenly. They move by the context for one document, and by half
+    of it for several.
     """
-    stride = stride or (context if len(documents) == 1 else max(1, context // 2))
+    stride = context if len(documents) == 1 else max(1, context // 2)
     found = [
         (number, *window)
         for number, (_, ids) in enumerate(documents)

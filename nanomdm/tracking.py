@@ -1,17 +1,12 @@
 """Weights & Biases: starts a run there, offline where the server cannot be reached."""
 
-import netrc
 import os
 import secrets
-import socket
 import sys
-from contextlib import suppress
 from pathlib import Path
 from types import SimpleNamespace
-from urllib.parse import urlsplit
 
 from . import folders
-from .errors import optional
 
 
 def start_wandb(config: SimpleNamespace, about: dict):
@@ -20,11 +15,13 @@ def start_wandb(config: SimpleNamespace, about: dict):
     Without a login or a network the run is offline, and a line on stderr says so. The environment
     variable WANDB_MODE takes precedence.
     """
+    import wandb
+
     mode, settings = os.environ.get("WANDB_MODE"), config.logging
     if mode is None and (reason := why_offline()):
         mode = "offline"
         print(f"W&B is offline ({reason}): WANDB_MODE=online tries anyway", file=sys.stderr)
-    return import_wandb().init(
+    return wandb.init(
         project=settings.project,
         name=settings.name or None,
         tags=settings.tags,
@@ -48,8 +45,10 @@ def run_id(out_dir: str, first_step: int) -> str:
 
 def log_evaluation(config: SimpleNamespace, figures: dict) -> None:
     """Send an evaluation's figures (nanomdm/report.py) and curve, as a run of their own."""
+    import wandb
+
     Path(config.out_dir).mkdir(parents=True, exist_ok=True)
-    run, wandb = start_wandb(config, {"evaluated": figures["checkpoint"]}), import_wandb()
+    run = start_wandb(config, {"evaluated": figures["checkpoint"]})
     rows = {row["name"]: row for row in figures.get("samplers", ())}
     rows |= {name: figures[name] for name in ("loss", "bits_per_byte") if figures[name]}
     for name, row in rows.items():
@@ -62,21 +61,11 @@ def log_evaluation(config: SimpleNamespace, figures: dict) -> None:
     run.finish()
 
 
-def import_wandb():
-    return optional("wandb", "logging.wandb=true")
-
-
 def why_offline() -> str:
     """Why W&B's server cannot be used; empty if it can."""
-    url = urlsplit(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai"))
-    port = url.port or (80 if url.scheme == "http" else 443)
-    login = os.environ.get("WANDB_API_KEY")
-    with suppress(OSError, netrc.NetrcParseError):
-        login = login or netrc.netrc(os.environ.get("NETRC")).authenticators(url.hostname)
-    if not login:
-        return "no login"
+    import wandb
+
     try:
-        socket.create_connection((url.hostname, port), timeout=3).close()
-    except OSError as error:
-        return f"no network: {error}"
-    return ""
+        return "" if wandb.login(prompt=False) else "no login"
+    except wandb.Error as error:
+        return str(error)

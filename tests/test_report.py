@@ -77,11 +77,6 @@ def test_the_speed_is_that_of_all_passes():
     assert report.speed(TWO_DRAWS, 4.0) == {"seconds": 4.0, "tokens_per_second": 4.0}
 
 
-def test_a_file_holds_the_figures(tmp_path):
-    report.write_json({"loss": 1.5}, str(tmp_path / "o.json"))
-    assert json.loads((tmp_path / "o.json").read_text()) == {"loss": 1.5}
-
-
 # --- Bounds side by side -------------------------------------------------------------------------
 
 

@@ -35,7 +35,7 @@ from omegaconf.errors import OmegaConfBaseException
 import data
 import diffusion
 from model import ModelConfig, Transformer
-from nanomdm import checkpoint, cli, optim, prompts, report, runlog, strategies, text
+from nanomdm import checkpoint, cli, optim, prompts, runlog, strategies, text
 from nanomdm.cli import Section
 from nanomdm.errors import UserError
 from nanomdm.random import generator
@@ -441,7 +441,7 @@ def print_totals(rows: list[dict], seconds: float, config: Section) -> None:
     )
     if config.output:
         figures = {"seed": config.seed, "kinds": rows, "seconds": seconds, "memory": memory()}
-        report.write_json(figures, config.output)
+        Path(config.output).write_text(json.dumps(figures, indent=1))
     if total["bug"]:
         raise RuntimeError(f"{total['bug']} bugs: see above, and repeat one with kinds= and first=")
 

@@ -23,7 +23,7 @@ from random import Random
 from tempfile import TemporaryDirectory
 from typing import NamedTuple
 
-from nanomdm import checkpoint, cli, report
+from nanomdm import checkpoint, cli
 from nanomdm.cli import Section
 from nanomdm.errors import UserError
 from nanomdm.tokenizers import ByteTokenizer
@@ -421,7 +421,8 @@ def print_figures(log: Log, levels: list[float], after: str, config: Section) ->
     )
     if config.output:
         figures = {"answers": log.statuses, "latencies": log.seconds, "memory": levels}
-        report.write_json(figures | {"seconds": config.seconds, "after": after}, config.output)
+        figures |= {"seconds": config.seconds, "after": after}
+        Path(config.output).write_text(json.dumps(figures, indent=1))
     if breaches := log.breaches():
         raise RuntimeError(f"breaches: {breaches}")
     if after != "200" or (config.seconds > 30 and levels[2] > GROWTH * levels[1]):
