@@ -141,16 +141,15 @@ def load(settings, tokenizer: object | None = None, sha256: str = "") -> Corpus:
     A `tokenizer`, that of a checkpoint, goes before one of the kind `settings.tokenizer`.
     Raises `UserError`, also for a text that has not the hash `sha256`, before anything is written.
     """
-    rows = getattr(settings, "rows", False)  # older checkpoints lack it
     if settings.dir:
         kind = {"kind": settings.tokenizer}
         if settings.tokenizer == "ids":
             kind["vocab_size"] = settings.vocab_size
-        corpus = open_bins(Path(settings.dir), kind, tokenizer, rows)
+        corpus = open_bins(Path(settings.dir), kind, tokenizer, settings.rows)
         check_hash(corpus.name, corpus.sha256, sha256)
         return corpus
     cache = Path(os.environ.get("NANOMDM_CACHE", "prepared"))
-    content = text.find(settings.dataset, settings.path, cache, rows)
+    content = text.find(settings.dataset, settings.path, cache, settings.rows)
     content = content.for_tokenizer(tokenizer, sha256)
     if not settings.path:
         settings.dataset = content.name  # without a network it is another one, as after a resume

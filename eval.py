@@ -142,7 +142,7 @@ def choose_texts(config: cli.Section, models: list[checkpoint.Loaded]) -> texts.
                     f"the text that {config.checkpoint} was trained on is not known: name one by "
                     "data.path="
                 )
-            settings = cli.section(models[0].config["data"])
+            settings = cli.stored_settings(models[0].config).data
         settings.rows = layout == "rows"
         corpus = data.load(settings, tokenizer, sha256)
         texts.check_layout(corpus.name, corpus.layout, layout)

@@ -47,6 +47,11 @@ class Result(NamedTuple):
     calls: float  # network calls that a puzzle took by itself, on average
 
 
+def is_solved(grids: np.ndarray, size: int) -> np.ndarray:
+    """(N,): whether each row, column and box of grids (N, n * n) has every digit once."""
+    return (np.sort(grids[:, sudoku.units(size)]) == np.arange(size)).all(axis=(1, 2))
+
+
 def main(config: Section) -> None:
     if config.dataset not in sudoku.DATASETS:
         raise UserError(f"dataset={config.dataset}: choose {', '.join(sudoku.DATASETS)}")
@@ -106,7 +111,7 @@ def is_solution(answer: str, puzzle: str, size: int) -> bool:
         return False
     grid = np.array([[int(digit) - 1 for digit in answer]])
     keeps = all(clue in (".", digit) for clue, digit in zip(puzzle, answer, strict=True))
-    return keeps and bool(sudoku.is_solved(grid, size)[0])
+    return keeps and bool(is_solved(grid, size)[0])
 
 
 # --- Solving ------------------------------------------------------------------------------------

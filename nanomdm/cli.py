@@ -470,7 +470,13 @@ def load_defaults(name: str = "config") -> dict:
         raise UserError(f"{path} is damaged ({error}): restore it") from error
 
 
-# --- Resuming -----------------------------------------------------------------------------------
+# --- Settings of a checkpoint -------------------------------------------------------------------
+
+
+def stored_settings(settings: dict) -> Section:
+    """The settings of a checkpoint's run; what it lacks has its default. Raises `UserError`."""
+    defaults = flat(load_defaults())
+    return checked(defaults | flat(settings), defaults)
 
 
 def resumed(stored: dict, config: Section, whole: bool) -> Section:

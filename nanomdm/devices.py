@@ -11,7 +11,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import contextmanager, suppress
 from functools import lru_cache, partial
 from pathlib import Path
 
@@ -63,7 +63,7 @@ def _multiplies_bfloat16(device: torch.device) -> bool:
 
 def autocast(device: torch.device, dtype: torch.dtype):
     """Mixed precision: matrix products in `dtype`, weights and sums in float32."""
-    return nullcontext() if dtype == torch.float32 else torch.autocast(device.type, dtype)
+    return torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
 
 
 def memory(device: torch.device = torch.device("cpu")) -> float:  # noqa: B008

@@ -25,15 +25,13 @@ MAX_SKIPPED = 50  # consecutive skipped steps after which training stops
 
 def adamw(parameters: dict[str, Tensor], learning_rate: float, weight_decay: float):
     """AdamW. Decay applies to matrices only, not to norms and convolutions."""
-    matrices = [p for p in parameters.values() if p.ndim == 2]
-    taps = [p for p in parameters.values() if p.ndim == 3]
-    vectors = [p for p in parameters.values() if p.ndim not in (2, 3)]
+    weights = parameters.values()
     groups = [
-        {"params": matrices, "weight_decay": weight_decay},
-        {"params": vectors, "weight_decay": 0.0},
-        {"params": taps, "weight_decay": 0.0, "lr": TAPS_RATE * learning_rate},
+        {"params": [p for p in weights if p.ndim == 2], "weight_decay": weight_decay},
+        {"params": [p for p in weights if p.ndim not in (2, 3)]},
+        {"params": [p for p in weights if p.ndim == 3], "lr": TAPS_RATE * learning_rate},
     ]
-    return [AdamW(groups, lr=learning_rate, betas=(0.9, 0.95), fused=True)]
+    return [AdamW(groups, lr=learning_rate, betas=(0.9, 0.95), weight_decay=0.0, fused=True)]
 
 
 def muon(parameters: dict[str, Tensor], learning_rate: float, weight_decay: float):

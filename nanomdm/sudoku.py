@@ -1,4 +1,4 @@
-"""Sudoku: solved grids by a seeded generator, and the rules that a filled grid has to keep.
+"""Sudoku: solved grids by a seeded generator, and the cells of rows, columns and boxes.
 
 A grid of size n is a row of n * n digits 0 ... n - 1, from left to right and from top to bottom.
 """
@@ -18,11 +18,6 @@ def units(size: int) -> np.ndarray:
     cells = np.arange(size * size).reshape(size, size)
     boxes = cells.reshape(size // rows, rows, size // columns, columns).swapaxes(1, 2)
     return np.concatenate((cells, cells.T, boxes.reshape(size, size)))
-
-
-def is_solved(grids: np.ndarray, size: int) -> np.ndarray:
-    """(N,): whether each row, column and box of grids (N, n * n) has every digit once."""
-    return (np.sort(grids[:, units(size)]) == np.arange(size)).all(axis=(1, 2))
 
 
 def solve(size: int, seed: int) -> list[int]:

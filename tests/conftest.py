@@ -32,6 +32,7 @@ TINY = (
     *("sampling.steps=4", "logging.interval=1", "system.compile=false"),
     *("system.device=cpu", "system.dtype=float32"),
 )
+QUIET = tuple(f"training.{what}_interval=0" for what in ("eval", "sample", "save"))
 TEXT = "".join(f"KING {n % 7}:\nThe {w} of {w}s, and {n} more.\n\n" for n in range(60) for w in
                ("crown", "night", "sword", "rose"))  # fmt: skip
 

@@ -168,12 +168,11 @@ def test_free_text_reaches_the_jobs_of_a_sweep_as_it_is(configure):
     ],
     ids=["double quotes", "single quotes", "backslashes"],
 )
-def test_free_text_typed_into_a_shell_arrives_as_it_is(typed, text, tmp_path):
-    show = "from nanomdm import cli; cli.main(lambda config: print(ascii(config.prompt)))"
-    (tmp_path / "show.py").write_text(show)
-    command = f"'{sys.executable}' show.py {typed}"
-    output = subprocess.check_output(command, shell=True, cwd=tmp_path, env=environment())
-    assert output.decode() == f"{ascii(text)}\n"
+def test_free_text_typed_into_a_shell_arrives_as_it_is(typed, text, configure):
+    command = f"'{sys.executable}' -c 'import json, sys; print(json.dumps(sys.argv[1:]))' {typed}"
+    words = json.loads(subprocess.check_output(command, shell=True))
+    [(config, explicit)] = configure(*words)
+    assert config["prompt"] == text and explicit == {"prompt"}
 
 
 def test_a_sample_begins_with_the_prompt_that_was_typed_into_a_shell(trained, tmp_path):

@@ -20,6 +20,7 @@ def killed(tmp_path, text_file):
     """
     script = (
         "import sys, json, os, time; from types import SimpleNamespace;"
+        "import torch._dynamo;"  # seconds, which each process would take that is forked without it
         "from tests.stress import crash;"
         "sync = os.fsync; os.fsync = lambda file: (time.sleep(0.05), sync(file));"
         "config, words = json.loads(sys.argv[1]);"

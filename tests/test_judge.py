@@ -6,7 +6,7 @@ import sys
 
 import pytest
 import torch
-from conftest import TEXT, TINY, load_model
+from conftest import QUIET, TEXT, TINY, load_model
 
 import train
 from bench import judge as judging
@@ -113,7 +113,8 @@ def test_texts_whose_repetition_does_not_lower_the_entropy_are_refused():
 def control(tmp_path_factory, text_file):
     """The folder of a tiny autoregressive run, whose out_dir is out-ar."""
     folder = tmp_path_factory.mktemp("control")
-    words = (*TINY, "training.max_iters=60", f"data.path={text_file}", "training.objective=ar")
+    words = (*TINY, *QUIET, "training.max_iters=60", f"data.path={text_file}")
+    words += ("training.objective=ar",)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "argv", ["train.py", *words, f"out_dir={folder}/out-ar"])
         patch.chdir(folder)

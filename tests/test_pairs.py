@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import TINY, load_model
+from conftest import QUIET, TINY, load_model
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -359,7 +359,7 @@ def test_the_length_of_a_document_does_not_count_the_token_that_it_begins_with()
 
 # --- The whole way ------------------------------------------------------------------------------
 
-LEARN = (*TINY, "training.max_iters=400", "training.batch_size=16", "logging.interval=100")
+LEARN = (*TINY, *QUIET, "training.max_iters=400", "training.batch_size=16", "logging.interval=100")
 WORDS = sorted({f"{i:b}".translate({48: "a", 49: "b"}) for i in range(4, 64)})  # aba and so on
 
 

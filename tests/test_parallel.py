@@ -1,6 +1,7 @@
-"""Two real processes, started by torchrun on the CPU, against one: the same losses, the same files.
+"""Two processes on the CPU, started by torchrun's agent, against one: the same losses and files.
 
-One pair of processes does all the runs of `RUNS`; this file is also what torchrun starts.
+One pair of processes does all the runs of `RUNS`. The agent forks them from this file, so that they
+need not import torch.
 """
 
 import json
@@ -15,6 +16,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from conftest import ROOT, TINY, environment
+from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 import train as train_script
 from nanomdm import checkpoint, cli, parallel
@@ -113,7 +115,7 @@ def watched(patch: pytest.MonkeyPatch) -> dict:
 
 
 def one_of_two(folder: Path) -> None:
-    """What torchrun starts twice: all runs, one after the other."""
+    """What the agent starts twice: all runs, one after the other."""
     torch.set_num_threads(1)
     rank, seen = parallel.world().rank, {}
     with parallel.processes(torch.device("cpu")):
@@ -149,7 +151,7 @@ def folder(tmp_path_factory, text_file) -> Path:
             shutil.copytree(folder / "killed", folder / f"{kind}-resumed")
         shutil.rmtree(folder / "cache")  # so that two processes have to prepare the text
         result = subprocess.run(
-            [*TORCHRUN, __file__, str(folder)],
+            [sys.executable, __file__, str(folder)],
             env=environment(),
             capture_output=True,
             text=True,
@@ -341,4 +343,13 @@ def test_a_tensor_of_another_shape_is_not_sharded_like_it():
 
 
 if __name__ == "__main__":
-    one_of_two(Path(sys.argv[1]))
+    import torch._dynamo  # seconds, which each process would take by itself
+
+    agent = LaunchConfig(
+        *(1, 1, 2),  # nodes, at least and at most, and processes
+        start_method="fork",
+        rdzv_backend="c10d",
+        rdzv_endpoint="localhost:0",
+        run_id="two",
+    )
+    elastic_launch(agent, one_of_two)(Path(sys.argv[1]))

@@ -552,6 +552,8 @@ def test_the_losses_of_a_restarted_run_are_those_of_an_uninterrupted_one(restart
 
 
 if __name__ == "__main__":
+    import torch._dynamo  # seconds, which each process would take by itself
+
     agent = LaunchConfig(
         *(1, 1, 2),  # nodes, at least and at most, and processes
         max_restarts=2,

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import TINY, load_model
+from conftest import QUIET, TINY, load_model
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -25,7 +25,7 @@ def digits(grid: str) -> np.ndarray:
 
 
 def test_a_published_solution_keeps_the_rules():
-    assert sudoku.is_solved(digits(SOLVED), 9).tolist() == [True]
+    assert bench.is_solved(digits(SOLVED), 9).tolist() == [True]
 
 
 @given(st.integers(0, 80), st.integers(0, 80))
@@ -33,14 +33,14 @@ def test_no_exchange_of_two_cells_with_other_digits_keeps_the_rules(i, j):
     grid = digits(SOLVED)
     different = grid[0, i] != grid[0, j]
     grid[0, [i, j]] = grid[0, [j, i]]
-    assert bool(sudoku.is_solved(grid, 9)[0]) is not bool(different)
+    assert bool(bench.is_solved(grid, 9)[0]) is not bool(different)
 
 
 @pytest.mark.parametrize("size", [4, 6, 9])
 def test_a_grid_whose_rows_and_columns_are_right_and_whose_boxes_are_not_is_no_solution(size):
     row = np.arange(size)
     grid = ((row[:, None] + row) % size).reshape(1, -1)  # a Latin square
-    assert not sudoku.is_solved(grid, size)[0]
+    assert not bench.is_solved(grid, size)[0]
     assert sudoku.units(size).shape == (3 * size, size)
 
 
@@ -49,7 +49,7 @@ def test_every_grid_of_the_generator_and_every_variant_of_it_is_solved(size):
     for seed in range(10):
         grid = np.array(sudoku.solve(size, seed))
         variants = sudoku.shuffled(grid, size, 200, np.random.default_rng(seed))
-        assert sudoku.is_solved(grid[None], size)[0] and sudoku.is_solved(variants, size).all()
+        assert bench.is_solved(grid[None], size)[0] and bench.is_solved(variants, size).all()
         assert len(np.unique(variants, axis=0)) > 50
 
 
@@ -74,7 +74,7 @@ def test_no_grid_for_validation_is_among_those_to_train_on(tmp_path):
     content = text.find("sudoku4", "", tmp_path, rows=True)
     train, val = texts.split_texts(content)
     assert val and not set(val) & set(train) and len({*train, *val}) == len(train + val)
-    assert sudoku.is_solved(np.concatenate([digits(grid) for grid in train + val]), 4).all()
+    assert bench.is_solved(np.concatenate([digits(grid) for grid in train + val]), 4).all()
 
 
 def test_the_9_x_9_grids_for_validation_are_no_variants_of_those_to_train_on(monkeypatch):
@@ -113,7 +113,7 @@ def test_a_puzzle_has_its_share_of_blanks_and_the_grids_other_digits(share, seed
 
 
 FOUR = (
-    *(*TINY, "data.dataset=sudoku4", "data.rows=true", "model.block_size=16"),
+    *(*TINY, *QUIET, "data.dataset=sudoku4", "data.rows=true", "model.block_size=16"),
     *("model.learned_positions=true", "training.max_iters=150", "logging.interval=50"),
 )
 BENCH = ("dataset=sudoku4", "puzzles=10", "blanks=[0.25,0.5]", "device=cpu")
@@ -167,7 +167,7 @@ def complete(row):
     """A solution of a 4 x 4 grid with -1 for its blanks, by search."""
     blanks = (row < 0).nonzero().flatten().tolist()
     if not blanks:
-        return row if sudoku.is_solved(row.numpy()[None], 4)[0] else None
+        return row if bench.is_solved(row.numpy()[None], 4)[0] else None
     members = sudoku.units(4)
     near = members[(members == blanks[0]).any(axis=1)]
     for digit in set(range(4)) - set(row.numpy()[near].flatten().tolist()):

@@ -8,14 +8,16 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, TEXT, TINY, environment
+from conftest import QUIET, ROOT, TEXT, TINY, environment
 from torch._dynamo.utils import counters
 
-from nanomdm import checkpoint, optim, runlog
+import train as train_script
+from nanomdm import checkpoint, cli, optim, runlog
 
 STEPS = 12  # of TINY
 FIGURE = r"\d\.\d{4} ± \d\.\d{4}"
@@ -177,7 +179,7 @@ CURVE = [
 
 def test_training_learns_the_text(train):
     """A model that knows the letters' frequencies alone could not pass."""
-    train("training.max_iters=150", "training.eval_interval=150", "training.sample_interval=0")
+    train(*QUIET, "training.max_iters=150", "training.eval_interval=150")
     shares = torch.tensor([TEXT.count(c) for c in set(TEXT)]) / len(TEXT)
     entropy = -(shares * shares.log()).sum().item()
     assert metrics()[-1]["eval/val_loss"] < 0.8 * entropy
@@ -209,12 +211,12 @@ def test_the_error_of_a_bound_on_few_rows_is_what_other_masks_differ_by(run, tmp
     (tmp_path / "short.txt").write_text(TEXT[:characters])
     words = ("data.path=short.txt", "training.sample_interval=0")
     assert "tokens to validate are few" in run("train.py", *TINY, *words).out
-    words += (*TINY[4:], "training.init_from=out/best.pt", "training.max_iters=1")
-    words += ("training.learning_rate=1e-12", "out_dir=seeds")
-    found = []
+    words += (*TINY, "training.resume=true", "training.max_iters=13")
+    going_on, found = train_script.Run(cli.compose(words), torch.device("cpu")), []
+    log = SimpleNamespace(say=print, metrics=lambda step, values: found.append(values))
     for seed in range(12):
-        assert run("train.py", *words, f"system.seed={seed}").code == 0
-        found.append([line for line in metrics("seeds") if "eval/val_loss" in line][-1])
+        going_on.config.system.seed, going_on.best = seed, -math.inf  # none is a best one to save
+        train_script.evaluate(going_on, log)
     values = torch.tensor([line["eval/val_loss"] for line in found])
     errors = torch.tensor([line["eval/val_error"] for line in found])
     assert 0.5 < values.std() / errors.mean() < 1.6
@@ -299,7 +301,7 @@ def test_a_checkpoint_names_its_corpus(trained, text_file):
     assert corpus == {"name": text_file.name, "sha256": digest, "layout": "stream"}
 
 
-def script(name: str, *words: str, folder, **changes: str) -> subprocess.CompletedProcess:
+def script(name: str | Path, *words: str, folder, **changes: str) -> subprocess.CompletedProcess:
     command = [sys.executable, str(ROOT / name), *words]
     return subprocess.run(
         command, cwd=folder, env=environment(**changes), capture_output=True, text=True, timeout=120
@@ -350,9 +352,18 @@ def plain_install(tmp_path):
     return {"PYTHONPATH": f"{tmp_path}/blocker:{ROOT}"}
 
 
+ALL_THREE = """
+import json, runpy, sys
+for name, *words in json.loads(sys.argv[1]):
+    sys.argv = [name, *words]
+    runpy.run_path(f"{ROOT}/{name}", run_name="__main__")
+"""
+
+
 def test_the_scripts_need_no_optional_package(tmp_path, text_file, plain_install):
-    words = (*TINY, f"data.path={text_file}")
-    assert script("train.py", *words, folder=tmp_path, **plain_install).returncode == 0
-    for name in ("sample.py", "eval.py"):
-        result = script(name, "sampling.steps=2", folder=tmp_path, **plain_install)
-        assert result.returncode == 0, result.stderr
+    commands = [["train.py", *TINY, f"data.path={text_file}"]]
+    commands += [[name, "sampling.steps=2"] for name in ("sample.py", "eval.py")]
+    (tmp_path / "all.py").write_text(f"ROOT = {str(ROOT)!r}\n{ALL_THREE}")
+    result = script(tmp_path / "all.py", json.dumps(commands), folder=tmp_path, **plain_install)
+    assert result.returncode == 0, result.stderr
+    assert "nats/token" in result.stdout
