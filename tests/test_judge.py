@@ -114,7 +114,7 @@ def control(tmp_path_factory, text_file):
     """The folder of a tiny autoregressive run, whose out_dir is out-ar."""
     folder = tmp_path_factory.mktemp("control")
     words = (*TINY, *QUIET, "training.max_iters=60", f"data.path={text_file}")
-    words += ("training.objective=ar",)
+    words += ("training.objective=ar", "training.eval_interval=60")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "argv", ["train.py", *words, f"out_dir={folder}/out-ar"])
         patch.chdir(folder)

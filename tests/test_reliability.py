@@ -512,7 +512,7 @@ def one_of_two(*words: str) -> None:
 
     torch.set_num_threads(1)
     train_script.training_step = mortal
-    parallel.processes = partial(parallel.processes, minutes=0.1)
+    parallel.processes = partial(parallel.processes, minutes=0.06)
     sys.argv = ["train.py", *words]
     cli.main(train_script.main)
 

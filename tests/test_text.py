@@ -381,8 +381,8 @@ import data
 status = Path("/proc/self/status")
 peak = lambda: 1024 * int(re.search(r"VmHWM:\s*(\d+)", status.read_text())[1])
 before = peak()
-settings = SimpleNamespace(dir="", path="a.txt", dataset="", tokenizer="char", vocab_size=0)
-data.load(settings)
+settings = dict(dir="", path="a.txt", dataset="", tokenizer="char", vocab_size=0, rows=False)
+data.load(SimpleNamespace(**settings))
 print((peak() - before) / 2**25)
 """
     if not Path("/proc/self/status").exists():
