@@ -7,6 +7,7 @@ import copy
 import json
 import math
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -244,9 +245,11 @@ class Processes:
         """Start them, to run beside the other checks."""
         self.folder, self.running = folder, {}
         start = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=1"]
+        start += ["--local-addr=127.0.0.1"]  # a machine without a network may not know its own name
         for kind in ("auto", "ddp", "fsdp"):
             words = [*TINY, "training.max_iters=6", f"out_dir={folder / kind}"]
             words += [f"system.parallel={kind}", f"system.device={device.type}"]
+            words += ["training.optimizer=muon"]  # and AdamW for what is no hidden matrix
             launcher = [] if kind == "auto" else start
             with self.log(kind).open("w") as log:
                 self.running[kind] = subprocess.Popen(
@@ -261,7 +264,10 @@ class Processes:
 
     def losses(self, kind: str) -> Tensor:
         if code := self.running[kind].wait(timeout=100):
-            raise RuntimeError(f"exit code {code}: {self.log(kind).read_text()[-300:]}")
+            log = self.log(kind).read_text()
+            print(log, file=sys.stderr)
+            errors = re.findall(r"^(?:\[rank\d+]: *)?(\w*(?:Error|Exception)\b.*)", log, re.M)
+            raise RuntimeError(f"exit code {code}: {errors[0] if errors else log[-300:]}")
         lines = (self.folder / kind / "metrics.jsonl").read_text().splitlines()
         return torch.tensor([json.loads(line)["train/loss"] for line in lines])
 
@@ -269,7 +275,7 @@ class Processes:
         alone = self.losses("auto")
         for kind in ("ddp", "fsdp"):
             error = relative([self.losses(kind)], [alone])
-            yield f"{kind}: losses of one process of torchrun, against none", error, ROUNDING
+            yield f"{kind}: losses of one process of torchrun, against none", error, MAGNIFIED
 
     def __enter__(self) -> "Processes":
         return self
@@ -294,10 +300,10 @@ def checks(
     yield "optimizers", partial(optimizers, default)
     yield "waiting", partial(waiting, default)
     yield "resumes", partial(resumes, default, folder)
-    yield "compiled", partial(compiled, default)
-    yield "blocks", partial(blocks, default)
-    yield "samplers", partial(samplers, default)
     yield "processes", processes.check
+    yield "blocks", partial(blocks, default)
+    yield "compiled", partial(compiled, default)
+    yield "samplers", partial(samplers, default)
     small = lru_cache(1)(partial(case, "small"))
     yield "numbers, small", lambda: numbers(small())
     yield "compiled, small", lambda: compiled(small())

@@ -199,14 +199,18 @@ class Muon(Optimizer):
                 self._step_batch([p for p in weights if p.shape == shape], **group)
 
     def _step_batch(self, weights, lr, weight_decay, momentum, stacked, **rest):
-        momenta = [self.state[p].setdefault("momentum", torch.zeros_like(p)) for p in weights]
+        for p in weights:
+            if "momentum" not in self.state[p]:
+                self.state[p]["momentum"] = torch.zeros_like(p)
+        momenta = [self.state[p]["momentum"] for p in weights]
         targets = [p.grad for p in weights]
         if hasattr(self, "found_inf"):
             # A step to be skipped has its momenta as targets, and a rate of 0.
             skip, lr = self.found_inf > 0, lr * (1 - self.found_inf)
             targets = list(map(partial(torch.where, skip), momenta, targets))
         torch._foreach_lerp_(momenta, targets, 1 - momentum)
-        updates = torch._foreach_lerp(targets, momenta, momentum)  # Nesterov's
+        # Nesterov's; one by one, as PyTorch 2.11 has no _foreach_lerp of shards
+        updates = list(map(partial(torch.lerp, weight=momentum), targets, momenta))
         maps = torch.cat([full_tensor(u).unflatten(0, (stacked, -1)) for u in updates])
         maps = orthogonalise(maps, self.dtype)  # (N, rows, columns)
         shorter = 1 if maps.size(1) < maps.size(2) else 2

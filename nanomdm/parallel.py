@@ -78,6 +78,7 @@ def join(device, limit):
         store = dist.PrefixStore(f"start {os.environ['TORCHELASTIC_RESTART_COUNT']}", store)
     options = {"store": store, "rank": rank, "world_size": size, "timeout": limit}
     if device.type == "cuda":
+        device = torch.device("cuda", device.index or 0)  # both calls want a number
         torch.cuda.set_device(device)
         return dist.init_process_group("nccl", device_id=device, **options)
     dist.init_process_group("gloo", **options)

@@ -10,6 +10,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from contextlib import suppress
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
@@ -321,6 +322,19 @@ def announced(monkeypatch):
             monkeypatch.setenv(name, str(value))
 
     return announced
+
+
+def test_the_first_process_of_a_machine_names_its_gpu_by_number(announced, monkeypatch):
+    """PyTorch refuses a device without one in both calls, and `auto` gives the first one none."""
+    announced(size=1)
+    named = []
+    monkeypatch.setattr(torch.cuda, "set_device", named.append)
+    monkeypatch.setattr(
+        dist, "init_process_group", lambda backend, device_id, **_: named.append(device_id)
+    )
+    for device in ("cuda", "cuda:1"):
+        parallel.join(torch.device(device), timedelta(seconds=5))
+    assert [device.index for device in named] == [0, 0, 1, 1]
 
 
 def test_an_error_stays_what_it_is_where_all_processes_answer(announced):
