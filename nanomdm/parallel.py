@@ -16,6 +16,8 @@ from torch import Tensor, nn
 
 from .errors import UserError
 
+ANSWER = timedelta(seconds=5)  # time that processes have to answer a roll call
+
 
 class World(NamedTuple):
     """Which of how many processes this one is; `local_rank` counts those of one machine."""
@@ -86,13 +88,13 @@ def join(device, limit):
 
 
 def roll_call(group, error):
-    """Raise `ConnectionError` if not all processes of the group answer within a few seconds.
+    """Raise `ConnectionError` if not all processes of the group answer within `ANSWER`.
 
     If they do, they have all had the same `error`. Its text is in the line, for it may as well be
     this process alone that failed while the others were computing.
     """
     try:
-        dist.monitored_barrier(group, timeout=timedelta(seconds=5), wait_all_ranks=True)
+        dist.monitored_barrier(group, timeout=ANSWER, wait_all_ranks=True)
     except (RuntimeError, ValueError) as missing:  # ValueError: this process has not joined
         raise ConnectionError(f"the processes lost each other: {error}; {missing}") from error
 

@@ -115,6 +115,14 @@ def test_the_example_of_the_sampling_page_runs_and_its_two_costs_are_one():
     assert len(names["history"]) >= 1
 
 
+def test_the_example_of_the_page_about_blocks_runs():
+    page = (ROOT / "docs" / "blocks.md").read_text()
+    names = {}
+    exec(compile(re.search(r"```python\n(.*?)```", page, re.S)[1], "blocks.md", "exec"), names)
+    assert names["filled"].ids.shape == (2, 128)
+    assert 3 < names["loss"].item() < 6 and 3 < names["value"] < 6
+
+
 # --- A bound ------------------------------------------------------------------------------------
 
 

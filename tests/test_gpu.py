@@ -115,7 +115,7 @@ def test_speed_has_a_row_for_each_network_the_rival_and_the_kernels(tables, fold
 
 
 def test_small_trains_both_for_the_same_time_and_draws_them(tables, folder):
-    found = tables("small", 6)
+    found = tables("small", 4)
     diffusion, control = found["The small preset, nats/token on validation (causal: exact)"]
     assert 2 < number(diffusion["last_on_val"]) < 4.2 and "±" in diffusion["last_on_val"]
     assert "±" not in control["last_on_val"]

@@ -53,7 +53,6 @@ ALLOWED = {  # tests that show that a payload is live, or that run what they or 
     ("test_checkpoint.py", "torch.load"),
     ("test_hostile.py", "torch.load"),
     ("test_cli.py", "shell=True"),
-    ("cli.py", "OmegaConf.register_new_resolver"),  # its only one decodes a text
     *(("test_export.py", what) for what in ("trust_remote_code=True", "exec", "compile")),
     *(("test_extending.py", what) for what in ("exec", "compile")),  # of what the docs show
 }

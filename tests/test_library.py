@@ -2,7 +2,6 @@
 
 import os
 import re
-import runpy
 import subprocess
 import sys
 import zipfile
@@ -50,14 +49,6 @@ def output_of(code: str, folder: Path, *path: Path | str) -> str:
     )
     assert result.returncode == 0, result.stderr
     return result.stdout
-
-
-def test_the_example_of_blocks_runs(tmp_path):
-    page = (ROOT / "docs" / "blocks.md").read_text()
-    (tmp_path / "example.py").write_text(re.search(r"```python\n(.*?)```", page, re.S)[1])
-    names = runpy.run_path(str(tmp_path / "example.py"))
-    assert names["filled"].ids.shape == (2, 128)
-    assert 3 < names["loss"].item() < 6 and 3 < names["value"] < 6
 
 
 # --- The wheel ----------------------------------------------------------------------------------

@@ -11,6 +11,7 @@ import sys
 import tempfile
 import time
 from contextlib import contextmanager, suppress
+from datetime import timedelta
 from functools import partial
 from pathlib import Path
 
@@ -24,6 +25,7 @@ from nanomdm import bounds, checkpoint, cli, optim, parallel
 from tests.stress import crash
 
 STEPS = 12  # of TINY, which saves after 6 and 12 and logs every step
+SECOND = timedelta(seconds=1)
 
 
 @pytest.fixture
@@ -512,7 +514,7 @@ def one_of_two(*words: str) -> None:
 
     torch.set_num_threads(1)
     train_script.training_step = mortal
-    parallel.processes = partial(parallel.processes, minutes=0.06)
+    parallel.processes, parallel.ANSWER = partial(parallel.processes, minutes=0.06), SECOND
     sys.argv = ["train.py", *words]
     cli.main(train_script.main)
 
