@@ -243,38 +243,39 @@ class Processes:
 
     def __init__(self, device: torch.device, folder: Path):
         """Start them, to run beside the other checks."""
-        self.folder, self.running = folder, {}
+        self.device, self.folder, self.running = device, folder, {}
         start = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=1"]
         start += ["--local-addr=127.0.0.1"]  # a machine without a network may not know its own name
-        for kind in ("auto", "ddp", "fsdp"):
-            words = [*TINY, "training.max_iters=6", f"out_dir={folder / kind}"]
-            words += [f"system.parallel={kind}", f"system.device={device.type}"]
-            words += ["training.optimizer=muon"]  # and AdamW for what is no hidden matrix
-            launcher = [] if kind == "auto" else start
+        for kind in ("ddp", "fsdp"):
             with self.log(kind).open("w") as log:
                 self.running[kind] = subprocess.Popen(
-                    [sys.executable, *launcher, str(cli.ROOT / "train.py"), *words],
+                    [sys.executable, *start, str(cli.ROOT / "train.py"), *self.words(kind)],
                     stdout=log,
                     stderr=log,
                     env=os.environ | {"OMP_NUM_THREADS": "1"},
                 )
 
+    def words(self, kind: str) -> list[str]:
+        words = [*TINY, "training.max_iters=6", f"out_dir={self.folder / kind}"]
+        words += [f"system.parallel={kind}", f"system.device={self.device.type}"]
+        return [*words, "training.optimizer=muon"]  # and AdamW for what is no hidden matrix
+
     def log(self, kind: str) -> Path:
         return self.folder / f"{kind}.log"
 
     def losses(self, kind: str) -> Tensor:
-        if code := self.running[kind].wait(timeout=100):
-            log = self.log(kind).read_text()
-            print(log, file=sys.stderr)
-            errors = re.findall(r"^(?:\[rank\d+]: *)?(\w*(?:Error|Exception)\b.*)", log, re.M)
-            raise RuntimeError(f"exit code {code}: {errors[0] if errors else log[-300:]}")
         lines = (self.folder / kind / "metrics.jsonl").read_text().splitlines()
         return torch.tensor([json.loads(line)["train/loss"] for line in lines])
 
     def check(self) -> Iterator[Line]:
-        alone = self.losses("auto")
-        for kind in ("ddp", "fsdp"):
-            error = relative([self.losses(kind)], [alone])
+        with redirect_stdout(StringIO()), redirect_stderr(StringIO()):
+            train.main(cli.compose(self.words("auto")))
+        for kind, process in self.running.items():
+            if code := process.wait(timeout=100):
+                log = self.log(kind).read_text()
+                print(log, file=sys.stderr)
+                raise RuntimeError(f"exit code {code}: {error_in(log)}")
+            error = relative([self.losses(kind)], [self.losses("auto")])
             yield f"{kind}: losses of one process of torchrun, against none", error, MAGNIFIED
 
     def __enter__(self) -> "Processes":
@@ -289,6 +290,12 @@ class Processes:
                 process.wait(timeout=5)
             except subprocess.TimeoutExpired:
                 process.kill()
+
+
+def error_in(log: str) -> str:
+    """The line of a log that names an error; torchrun writes many lines behind it."""
+    errors = re.findall(r"^(?:\[rank\d+]: *)?(\w*(?:Error|Exception)\b.*)", log, re.MULTILINE)
+    return errors[0] if errors else log[-300:]
 
 
 def checks(

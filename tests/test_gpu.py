@@ -79,6 +79,13 @@ def test_a_check_that_breaks_or_fails_is_a_line_and_ends_no_other(tables, folder
     assert rows[0]["figure"] == "RuntimeError: no such kernel"
 
 
+def test_the_error_of_a_process_is_found_in_its_log():
+    log = "[rank0]: Traceback (most recent call last):\n[rank0]: ValueError: no such device\n"
+    log += "torch.distributed.elastic.multiprocessing.errors.ChildFailedError:\n====\n" * 20
+    assert agreement.error_in(log) == "ValueError: no such device"
+    assert agreement.error_in("x" * 400) == "x" * 300
+
+
 def test_relative_is_the_distance_over_the_length():
     pairs = [torch.tensor([3.0]), torch.tensor([4.0])], [torch.tensor([0.0]), torch.tensor([8.0])]
     assert agreement.relative(*pairs) == 5 / 8
