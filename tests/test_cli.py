@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, SCRIPTS, TINY, environment
+from conftest import SCRIPTS, TINY, environment
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from omegaconf import OmegaConf
@@ -159,6 +159,12 @@ def test_free_text_reaches_the_jobs_of_a_sweep_as_it_is(configure):
     assert [config["prompt"] for config, _ in calls] == [MEANINGFUL] * 2
 
 
+def typed_into_a_shell(words: str) -> list[str]:
+    """What a script gets of them."""
+    command = f"'{sys.executable}' -c 'import json, sys; print(json.dumps(sys.argv[1:]))' {words}"
+    return json.loads(subprocess.check_output(command, shell=True))
+
+
 @pytest.mark.parametrize(
     ("typed", "text"),
     [
@@ -169,19 +175,14 @@ def test_free_text_reaches_the_jobs_of_a_sweep_as_it_is(configure):
     ids=["double quotes", "single quotes", "backslashes"],
 )
 def test_free_text_typed_into_a_shell_arrives_as_it_is(typed, text, configure):
-    command = f"'{sys.executable}' -c 'import json, sys; print(json.dumps(sys.argv[1:]))' {typed}"
-    words = json.loads(subprocess.check_output(command, shell=True))
-    [(config, explicit)] = configure(*words)
+    [(config, explicit)] = configure(*typed_into_a_shell(typed))
     assert config["prompt"] == text and explicit == {"prompt"}
 
 
-def test_a_sample_begins_with_the_prompt_that_was_typed_into_a_shell(trained, tmp_path):
-    prompt = "KING 4, 5: The crown,\nand"
-    command = f"""'{sys.executable}' '{ROOT}/sample.py' checkpoint='{trained}/ckpt.pt' \
-        sampling.steps=2 prompt="{prompt}" """
-    env = environment(OMP_NUM_THREADS="1")
-    output = subprocess.check_output(command, shell=True, cwd=tmp_path, env=env)
-    assert output.decode().startswith(prompt)
+def test_a_sample_begins_with_the_prompt_that_was_typed_into_a_shell(run, trained):
+    words = typed_into_a_shell('prompt="KING 4, 5: The crown,\nand" sampling.steps=2')
+    result = run("sample.py", *words, f"checkpoint={trained}/ckpt.pt")
+    assert result.out.startswith("KING 4, 5: The crown,\nand")
 
 
 def test_an_argument_that_is_not_utf_8_is_refused(refusal):

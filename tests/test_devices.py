@@ -3,6 +3,7 @@
 import math
 import subprocess
 import sys
+import threading
 
 import pytest
 import torch
@@ -182,13 +183,19 @@ def test_threads_sleep_while_the_cores_are_crowded_and_only_then():
 
 @LINUX
 @pytest.mark.parametrize(
-    "variables",
-    [{"OMP_NUM_THREADS": "2", "OMP_WAIT_POLICY": "ACTIVE"}, {"OMP_NUM_THREADS": "1"}],
-    ids=["a policy of the user's", "one thread"],
+    ("threads", "policy", "watched"), [(2, "", 1), (2, "ACTIVE", 0), (1, "", 0)]
 )
-def test_threads_are_not_watched_without_need(variables):
-    code = "import threading\nfrom nanomdm import devices\nwith devices.considerate_threads():\n"
-    assert printed(f"{code}    print(threading.active_count())", **variables) == [1]
+def test_threads_are_watched_if_there_are_several_and_the_user_has_no_policy(
+    monkeypatch, threads, policy, watched
+):
+    for name in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT"):
+        monkeypatch.delenv(name, raising=False)
+    if policy:
+        monkeypatch.setenv("OMP_WAIT_POLICY", policy)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    before = threading.active_count()
+    with devices.considerate_threads():
+        assert threading.active_count() == before + watched
 
 
 @LINUX
