@@ -285,6 +285,9 @@ def jobs(words, name="config", script=None):
         named = f"{getattr(script, '__module__', '')}.py"
     reads = name == "config" and READS.get(named) or tuple(defaults)
     said = {""}
+    for key, _ in itertools.chain(*choices):
+        if key.startswith(DECIDED) and not key.startswith(reads):
+            raise UserError(f"{key}: the checkpoint decides it: leave it out")
     for number, settings in enumerate(itertools.product(*choices)):
         config = configure(settings, name, defaults)
         if options:
@@ -308,8 +311,6 @@ def without_effect(key, value, config, reads, script):
     if key == "experiment":
         return "" if any(k.startswith(reads) for k in experiment(value)) else f"on {script}"
     if not key.startswith(reads):
-        if key.startswith(DECIDED):
-            raise UserError(f"{key}: the checkpoint decides it: leave it out")
         return f"on {script}"
     values = flat(config.as_dict())
     for keys, others in IDLE:
@@ -350,10 +351,10 @@ def read(words, defaults, sweep):
     word of a sweep may list several. Words without an equals sign are the items of a tool's first
     setting, if that is a list: `python -m tools.plot out out-ar` means `runs=[out,out-ar]`.
     """
-    with as_user_error("an argument is not valid UTF-8, check the terminal's encoding: "):
-        "".join(words).encode()
     first, items, choices = next(iter(defaults)), [], []
     for word in words:
+        with as_user_error("an argument is not valid UTF-8, check the terminal's encoding: "):
+            word.encode()
         key, equals, text = word.lstrip("+").partition("=")
         if isinstance(defaults[first], list) and (not equals or "/" in key):  # no key has a slash
             items.append(word)
@@ -383,8 +384,9 @@ def configure(settings, name, defaults):
             explicit |= experiment(value)
             continue
         explicit.add(FREE if key.startswith(f"{FREE}.") else key)
-        if isinstance(value, list) or isinstance(defaults.get(key), str) and key not in CHOICES:
-            texts[key] = value
+        default = defaults.get(key)
+        if isinstance(default, str) or isinstance(default, list) and value[:1] not in ("[", "$"):
+            texts[key] = value  # a text, a list of texts, or no list: `checked` refuses it
         else:
             overrides.append(f"++{key}={value}")
     for key in sorted(explicit - defaults.keys()):
