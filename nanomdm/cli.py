@@ -289,7 +289,7 @@ def jobs(words, name="config", script=None):
         if key.startswith(DECIDED) and not key.startswith(reads):
             raise UserError(f"{key}: the checkpoint decides it: leave it out")
     for number, settings in enumerate(itertools.product(*choices)):
-        config = configure(settings, name, defaults)
+        config = configure(settings, name, defaults, options)
         if options:
             config.out_dir = str(Path(config.out_dir, str(number)))
             if config.output:
@@ -375,7 +375,7 @@ def read(words, defaults, sweep):
 # --- Values -------------------------------------------------------------------------------------
 
 
-def configure(settings, name, defaults):
+def configure(settings, name, defaults, sweep):
     """configs/NAME.yaml with the experiments and settings laid over it by Hydra, checked."""
     explicit, overrides, texts = set(), [], {}
     for key, value in settings:
@@ -385,7 +385,8 @@ def configure(settings, name, defaults):
             continue
         explicit.add(FREE if key.startswith(f"{FREE}.") else key)
         default = defaults.get(key)
-        if isinstance(default, str) or isinstance(default, list) and value[:1] not in ("[", "$"):
+        is_text = isinstance(default, str) and not (sweep and key in CHOICES)
+        if is_text or isinstance(default, list) and value[:1] not in ("[", "$"):
             texts[key] = value  # a text, a list of texts, or no list: `checked` refuses it
         else:
             overrides.append(f"++{key}={value}")
