@@ -10,7 +10,7 @@ import pytest
 from conftest import TEXT, TINY
 from torch._dynamo.utils import counters
 
-from nanomdm import devices, runlog
+from nanomdm import checkpoint, devices, runlog
 
 CPU = "system.device=cpu"
 
@@ -260,6 +260,15 @@ def test_a_folder_gives_a_row_for_each_file_and_they_add_up(evaluated, tmp_path)
     whole = (100 * a["loss"]["value"] + 20 * b["loss"]["value"]) / 120
     assert figures["loss"]["value"] == pytest.approx(whole)
     assert re.search(r"^a\.txt +100 ", out, flags=re.M)
+
+
+@pytest.mark.parametrize("stored", [{"dir": ["a"]}, {"path": ["a"]}, {"rows": "never"}])
+def test_stored_settings_that_no_run_saves_are_refused_in_one_line(run, trained, tmp_path, stored):
+    state = checkpoint.load(trained / "ckpt.pt")
+    state["config"]["data"] |= stored
+    checkpoint.save(tmp_path / "ckpt.pt", state)
+    result = run("eval.py", "checkpoint=ckpt.pt", CPU)
+    assert (result.code, result.err.count("\n")) == (2, 1) and "is not of type" in result.err
 
 
 # --- Progress ------------------------------------------------------------------------------------
