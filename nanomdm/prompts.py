@@ -117,9 +117,9 @@ def make_canvas(
     """The canvas of a template with blanks, or of a prompt that a text begins with.
 
     It is continued up to `length` tokens; by 0 a template ends where it ends, and a prompt without
-    blanks at the model's `context`. By the `layout` that a model was trained on, an end token goes
-    before it where texts are documents, and behind it where an answer follows, without which the
-    prompt has to do: it has no blanks. Raises `UserError` where it does not fit.
+    blanks at the model's `context`. The `layout` that the model was trained on adds an end token:
+    before a document, or behind a prompt that gets an answer, and that has no blanks. Raises
+    `UserError` where it does not fit.
     """
     pieces, start = parse(prompt), 0
     has_blanks = len(pieces) > 1

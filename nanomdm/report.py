@@ -1,7 +1,7 @@
 """What an evaluation found: figures as plain values for JSON, and the lines that print them.
 
 Each function of the first part computes some of the figures; `lines` prints those that it is given.
-`samples` are `diffusion.NLLSamples`.
+`samples` are `bounds.NLLSamples`.
 """
 
 import math
