@@ -5,11 +5,11 @@ number of shards train_*.bin and val_*.bin. nanomdm/text.py finds the text, a to
 TOKENIZERS in nanomdm/tokenizers.py turns it into tokens, nanomdm/bins.py opens and checks .bin
 files and what a meta file says of them.
 
-Its layout says what a row of the network's input is:
+The layout of a corpus says what a row of the network's input is:
     stream     any window of one text
     documents  any window of documents joined, an end token after each
     rows       one line: all lines have one length (grids, molecules, games)
-    pairs      a prompt and its answer, an end token after each; only the answer is predicted
+    pairs      a prompt and its answer, an end token after each; the prompt is not predicted
 """
 
 import json
@@ -53,7 +53,7 @@ class Corpus:
     row_length: int = 0  # of the layout `rows`, where it is known
 
     def rows(self, split: str, block_size: int, overlap: bool = False) -> "Rows":
-        """The rows of a split: to train on, every window, by `overlap`; else side by side."""
+        """The rows of a split: with `overlap`, for training, every window; else side by side."""
         tokens, length = getattr(self, split), self.row_length or block_size
         if self.layout == "rows" and (length != block_size or len(tokens) % length):
             raise UserError(
@@ -73,7 +73,7 @@ class Rows:
     """The rows of a split, L = `length` tokens each; the last window of a stream may be shorter.
 
     Pairs are filled up with end tokens, which are predicted, too: so a network learns where to end
-    (LLaDA, arXiv 2502.09992). Those that are longer than L are left out.
+    (LLaDA, arXiv 2502.09992). Pairs longer than L are left out.
     """
 
     def __init__(self, tokens, length: int, layout: str, tokenizer, overlap: bool = False):
@@ -123,7 +123,7 @@ class Rows:
         return x0, predict
 
     def evenly(self, limit: int = 0) -> list[Row]:
-        """All rows or, with a `limit`, those that hold about so many tokens, evenly spaced."""
+        """All rows or, with a `limit`, evenly spaced ones that hold about `limit` tokens in all."""
         keep, size = len(self), self.length
         if self.has_pairs and keep:
             size = len(self.tokens) / (keep + self.left_out)
@@ -138,8 +138,9 @@ class Rows:
 def load(settings, tokenizer: object | None = None, sha256: str = "") -> Corpus:
     """The corpus that the `data` section names: the bins in `dir`, else `path`, else `dataset`.
 
-    A `tokenizer`, that of a checkpoint, goes before one of the kind `settings.tokenizer`.
-    Raises `UserError`, also for a text that has not the hash `sha256`, before anything is written.
+    A `tokenizer`, that of a checkpoint, goes before one of the kind `settings.tokenizer`. Sets
+    `settings.dataset` to the one that was found. Raises `UserError`, also for a text that has not
+    the hash `sha256`: then nothing of it is written but a download.
     """
     if settings.dir:
         kind = {"kind": settings.tokenizer}
@@ -152,7 +153,7 @@ def load(settings, tokenizer: object | None = None, sha256: str = "") -> Corpus:
     content = text.find(settings.dataset, settings.path, cache, settings.rows)
     content = content.for_tokenizer(tokenizer, sha256)
     if not settings.path:
-        settings.dataset = content.name  # without a network it is another one, as after a resume
+        settings.dataset = content.name  # `plays` if `shakespeare` could not be downloaded
     check_hash(content.name, content.sha256, sha256)
     return prepare(content, settings.tokenizer, settings.vocab_size, cache, tokenizer)
 
@@ -184,10 +185,11 @@ def open_bins(
     tokenizer: object | None = None,
     rows: bool = False,
 ) -> Corpus:
-    """The corpus in a folder of bins; `without_meta` is the state of their tokenizer if no file is.
+    """The corpus in a folder of bins.
 
-    A stream may be one of `rows`, of model.block_size tokens each. Raises `UserError`, also for
-    bins of another tokenizer than the `tokenizer` of a checkpoint.
+    `without_meta` is the state of their tokenizer, for a folder that has no meta file. `rows` takes
+    a stream as rows of model.block_size tokens. Raises `UserError`, also for bins of another
+    tokenizer than the `tokenizer` of a checkpoint.
     """
     state = tokenizer.state() if tokenizer else without_meta or {"kind": "char"}
     meta = read_meta(folder, state, rows)
@@ -196,7 +198,7 @@ def open_bins(
     except UserError as error:
         raise UserError(f"{folder}: {error}: prepare the data again") from error
     if meta["layout"] in ("documents", "pairs") and own.eos is None:
-        raise UserError(f"{folder} holds {meta['layout']}, and its tokenizer no end: prepare again")
+        raise UserError(f"{folder} holds {meta['layout']}; its tokenizer has no end: prepare again")
     if tokenizer is not None and own.state() != tokenizer.state():
         raise UserError(f"{folder} was made with another tokenizer than the checkpoint has")
     train, val = (open_split(folder, split, meta, own.vocab_size) for split in SPLITS)

@@ -26,7 +26,7 @@ def mask_probability(t: Tensor, eps: float = 1e-3) -> Tensor:
     """The probability that a token is masked at time t in [0, 1]: p_mask(t) = (1 - eps) t + eps.
 
     `eps` keeps the weight 1 / p_mask of the training loss finite (SMDM, arXiv 2410.18514). Sampling
-    and evaluation do without it.
+    and the bound of `any_order` do without it.
     """
     return (1 - eps) * t + eps
 
@@ -38,11 +38,11 @@ def mask_tokens(
     generator: Generator | None = None,
     rows: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Mask each token of x0 (B, L) independently with `p_mask`, a number, (B, 1) or (B, L).
+    """Mask each token of x0 (B, L) independently, with probability `p_mask`.
 
-    `rows` (B,) are the rows' numbers in a larger batch, if x0 is a part of one. Returns (xt,
-    is_masked), both (B, L). Carry `is_masked` along: `xt == mask_id` is no substitute where a
-    caller's mask id is one that the data may hold.
+    `p_mask` is a number or a tensor (B, 1) or (B, L). If x0 is a part of a larger batch, `rows`
+    (B,) are the numbers of its rows there. Returns (xt, is_masked), both (B, L). Carry `is_masked`
+    along: `xt == mask_id` is no substitute where the data may hold a caller's mask id.
     """
     noise = hash_noise(draw_seed(generator), _rows(x0, rows), x0.size(1))
     is_masked = (noise < p_mask).to(x0.device)  # (B, L)
@@ -67,29 +67,30 @@ def masked_diffusion_loss(
 ) -> Tensor:
     """The training loss E_t[ sum of CE over the masked tokens / p_mask(t) ] / L, nats per token.
 
-    The mean over a batch (B, L) is this sum divided by B L: dividing by p_mask makes up for the
-    tokens that are not masked. A mean over the masked tokens alone would be no likelihood bound
-    (SMDM, arXiv 2410.18514; LLaDA, 2502.09992).
+    The mean over the rows of this sum / L: dividing by p_mask makes up for the tokens that are not
+    masked. A mean over the masked tokens alone would be no likelihood bound (SMDM, arXiv
+    2410.18514; LLaDA, 2502.09992).
 
     x0 (B, L) are clean ids. The times are stratified over the batch: row i of n has t uniform in
-    [i / n, (i + 1) / n). If x0 is a part of a larger batch, `share` is (its rows in it (B,), n).
-    Tokens outside `predict` (B, L) are context: never masked, and not counted in L.
+    [i / n, (i + 1) / n). If x0 is a part of a larger batch of n rows, `share` is (rows, n), where
+    rows (B,) are the numbers of its rows there. Tokens outside `predict` (B, L) are context: never
+    masked, and not counted in L.
 
-    A `weighting` g below 1 is another objective, which learns faster: the weight (2 - g) / p_mask^g
-    gives rows with few masks less weight; the factor 2 - g makes the expected loss c where each
-    masked token costs c. `nll(xt, x0, is_masked)` -> (B, L) takes the place of `nll_from_logits`
+    A `weighting` g below 1 is another objective, which trains faster: the weight is (2 - g) /
+    p_mask^g, so that rows with few masks count less. The factor 2 - g makes the expected loss c
+    where each masked token costs c. `nll(xt, x0, is_masked)` -> (B, L) replaces `nll_from_logits`
     for a model that computes its own cross-entropies, as a `Transformer` does; `model` is then not
     called. Raises `ValueError` for a weighting out of its range.
 
-    With a `block_length` each block of so many tokens has a time of its own, and is predicted from
-    itself and the clean blocks before it (BD3-LM, arXiv 2503.09573). It gets the masks of the bound
-    (`any_order`), l of M tokens, and the weight (M / l)^g, divided by what keeps the scale: with a
-    Bernoulli draw for each token a small block would often have no mask, and be wasted work. `eps`
-    is then unused. The default is the block_length of the model, if it has one.
+    With a `block_length`, each block of that many tokens has a time of its own, and is predicted
+    from itself and the clean blocks before it (BD3-LM, arXiv 2503.09573). Of its M tokens, l are
+    masked as in the bound (`any_order`), with the weight (M / l)^g, scaled as in `weighted_masks`;
+    `eps` is not used. (A Bernoulli draw for each token would often leave a small block without any
+    mask.) The default is the block_length of the model, if it has one.
     """
     if not 0 <= weighting <= 1:
         raise ValueError(f"{weighting=} must lie in [0, 1]; 1 is the weight of the bound")
-    block_length = block_length or _blocks_of(model)
+    block_length = block_length or _block_length_of(model)
     nll = nll or partial(nll_from_logits, model, block_length=block_length)
     rows, n = share or (_rows(x0, None), len(x0))
     t = (rows[:, None] + hash_noise(draw_seed(generator), rows, 1)) / n  # (B, 1)
@@ -106,7 +107,7 @@ def masked_diffusion_loss(
         is_masked, _, weight = next(in_blocks(masks, t[:, 0], noise, block_length))  # (B, L)
         is_masked = is_masked.to(x0.device)
         xt = x0.masked_fill(is_masked, mask_id)
-    costs = nll(xt, x0, is_masked)  # (B, L), 0 where nothing is masked
+    costs = nll(xt, x0, is_masked)  # (B, L), 0 where a token is not masked
     return ((costs * weight.to(costs)).sum(dim=1) / predict.sum(dim=1)).mean()
 
 
@@ -128,7 +129,7 @@ def nll_from_logits(
     return nll.new_zeros(x0.shape).masked_scatter(where, nll)
 
 
-def _blocks_of(model: Callable) -> int:
+def _block_length_of(model: Callable) -> int:
     return getattr(getattr(model, "config", None), "block_length", 0)
 
 
@@ -152,7 +153,7 @@ def any_order(u: Tensor, noise: Tensor) -> Iterator:
     """
     M = (noise < 1).sum(dim=1)
     count = (u * M).long() + 1
-    is_masked = (noise.argsort().argsort() < count[:, None]) & (noise < 1)  # M may be 0 in a block
+    is_masked = (noise.argsort().argsort() < count[:, None]) & (noise < 1)  # count is 1 if M is 0
     yield is_masked, is_masked, M.double() / count
 
 
@@ -161,11 +162,12 @@ def nelbo(
 ) -> tuple[float, float]:
     """(value, standard error) of an upper bound on -log p(x0), in nats per token.
 
-    The short form of `estimate`, which train.py and eval.py call, with `any_order`. The text is
-    given and the masks are random: the error is that over the masks (nan for one draw). `options`
-    are those of `estimate`; the default `block_length` is that of the model, if it has one.
+    A short form of `estimate` with `any_order`; train.py and eval.py call `estimate` itself. The
+    text is given and the masks are random: the error is that over the masks (nan for one draw).
+    `options` are those of `estimate`; the default `block_length` is that of the model, if it has
+    one.
     """
-    block_length = block_length or _blocks_of(model)
+    block_length = block_length or _block_length_of(model)
     nll = nll or partial(nll_from_logits, model, block_length=block_length)
     nats, _, counts = estimate(any_order, nll, x0, block_length=block_length, **options)
     values = nats.sum(dim=1) / counts.sum()  # (draws,)
@@ -186,7 +188,7 @@ def estimate(
     draws: int = 8,
     batch_size: int = 64,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """A bound on -log p of each row of x0, in `draws` passes of an `estimator` (`any_order`).
+    """`draws` estimates of a bound on -log p of each row of x0, by an `estimator` as `any_order`.
 
     x0 is (N, L), or N rows (L_i,) that may differ in length. `nll` as in `masked_diffusion_loss`.
     `predict` are N rows of booleans, True for a token to be predicted (default: all); the others
@@ -194,9 +196,9 @@ def estimate(
     the CPU, and u is stratified over the N rows, so that the result does not depend on
     `batch_size` or the device, but for rounding.
 
-    The sum over an estimator's queries estimates the bound that it stands for. With a
-    `block_length` it gets a row for each block, and `nll` predicts a block from itself and the
-    clean ones before it.
+    The costs of an estimator's queries, summed, are an unbiased estimate of its bound. With a
+    `block_length` the estimator gets one row for each block, and `nll` predicts a block from itself
+    and the clean ones before it.
 
     Returns, on the CPU: nats (draws, N) float64, the estimates, summed over the tokens of a row; u
     (draws, N) float64; counts (N,) int64, the tokens of each row that are predicted.
@@ -206,7 +208,7 @@ def estimate(
     lengths = torch.tensor([len(row) for row in predict])
     counts = torch.tensor([int(row.sum()) for row in predict])
     if min([draws, len(counts), *counts]) < 1:
-        raise ValueError(f"{draws=} must be at least 1, and every row needs a token to predict")
+        raise ValueError(f"{draws=} must be at least 1, and x0 needs rows with tokens to predict")
     nats = torch.zeros(draws, len(counts), dtype=torch.float64)
     u = torch.zeros_like(nats)
     for draw in range(draws):
@@ -236,6 +238,37 @@ def stratified_pairs(n: int, generator: Generator | None = None) -> Tensor:
     return slots[torch.randperm(2 * pairs, generator=generator)[:n]]
 
 
+def in_blocks(
+    estimator: Callable, u: Tensor, noise: Tensor, block_length: int
+) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """Run an estimator with every block as a row of its own: queries of tensors (B, L).
+
+    Block b of a row has the time (u + b phi) mod 1, phi the golden ratio: each is as uniform as
+    u (B,), and those of a row are spread evenly. With a `block_length` of 0 a row is one block.
+    """
+    L = noise.size(1)
+    size = block_length or L
+    block_noise = F.pad(noise, (0, -L % size), value=2.0).view(-1, size)
+    turns = torch.arange(len(block_noise) // len(u), device=u.device) * (GOLDEN / 2**64)
+    times = ((u[:, None] + turns) % 1).flatten()  # (B blocks,)
+    for is_masked, scored, weight in estimator(times, block_noise):
+        query = is_masked, scored, weight[:, None].expand_as(block_noise)
+        yield tuple(part.reshape(len(u), -1)[:, :L] for part in query)
+
+
+def weighted_masks(u: Tensor, noise: Tensor, weighting: float) -> Iterator:
+    """`any_order` with the weight (M / l)^g / scale, where g is `weighting`.
+
+    The scale is the mean of (l / M)^(1 - g) over l = 1 ... M: a network whose masked tokens cost c
+    each then has the expected loss c.
+    """
+    for is_masked, scored, ratio in any_order(u, noise):
+        M = (noise < 1).sum(dim=1, keepdim=True).clamp(min=1)
+        shares = torch.arange(1, noise.size(1) + 1, device=M.device) / M  # l / M, and above 1
+        scale = (shares ** (1 - weighting) * (shares <= 1)).sum(dim=1) / M[:, 0]
+        yield is_masked, scored, ratio**weighting / scale
+
+
 # --- Reverse process -----------------------------------------------------------------------------
 
 
@@ -244,15 +277,15 @@ class State:
     """What a strategy sees: the reverse process before one of its steps. Tensors are (B, L)."""
 
     model: Callable
-    xt: Tensor  # ids, the mask's where is_masked
+    xt: Tensor  # ids: the mask's where is_masked, and in blocks that come later
     block: Tensor  # the positions that these steps fill: all, or those of a block
     is_masked: Tensor  # those of them that are still masked
-    noise: Tensor  # uniform in [0, 1), kept from step to step: when to reveal a position
-    token_noise: Tensor  # uniform in [0, 1), kept from step to step: which token it gets
-    more_noise: Callable  # more_noise(columns, 2, ...): others (B, columns); 0 and 1 are these
+    noise: Tensor  # uniform in [0, 1), kept unless a strategy writes to it: when to reveal
+    token_noise: Tensor  # uniform in [0, 1), kept likewise: which token a position gets
+    more_noise: Callable  # more_noise(columns, salt, ...): more draws (B, columns), salt 2 or more
     index: int  # of the step: 0, 1, ... steps - 1
     steps: int
-    calls: int = 0  # of the network
+    calls: int = 0  # of the network, in this step
     again: Tensor | None = None  # a strategy may set it: what to mask again after the step
 
     @property
@@ -303,7 +336,7 @@ class Event(NamedTuple):
     step: int
     revealed: Tensor  # (B, L)
     tokens: Tensor | None  # (N,), in the order of the rows; None if N is 0
-    logits: Tensor | None  # (N, V) that they were drawn from
+    logits: Tensor | None  # (N, V) of the network, before temperature and truncation
     again: Tensor | None  # (B, L)
 
 
@@ -343,15 +376,15 @@ def sample(
     drawn independently from the network's prediction, at `temperature` (0: the most probable one),
     after `truncate` has mapped probabilities (N, V) to those that may be drawn (top-k, top-p). A
     strategy with the attribute `adaptive` has no fixed number of steps: it goes on until no mask is
-    left, and has to reveal something in each. With a `block_length`, for networks that have no
-    blocks of their own, so many masked positions at a time are filled, from left to right, in
-    `steps` steps each (semi-autoregressive, LLaDA).
+    left, and has to reveal something in each step. With a `block_length`, that many masked
+    positions at a time are filled, from left to right, in `steps` steps each (semi-autoregressive,
+    LLaDA): for networks that have no blocks of their own.
 
-    Row i draws from (seed, rows[i]) alone (default 0 ... B - 1). `callback(j, s, xt)` sees the
-    state after step j = 1, 2, ... at time s, and copies what it keeps. A list given as `history`
-    gets an `Event` for each step, logits included. With `x0` (B, L) its tokens are revealed instead
-    of drawn ones: see `score`. Raises `ValueError` for a setting out of its range, and for a
-    strategy that leaves a mask.
+    The draws of row i depend on (seed, rows[i]) alone; `rows` is 0 ... B - 1 by default.
+    `callback(j, s, xt)` sees the state after step j = 1, 2, ... at time s, and copies what it
+    keeps. A list given as `history` gets an `Event` for each step, logits included. With `x0`
+    (B, L) its tokens are revealed instead of drawn ones: see `score`. Raises `ValueError` for a
+    setting out of its range, and for a strategy that leaves a mask.
     """
     strategy = {"stochastic": stochastic, "confidence": confidence}.get(strategy, strategy)
     if not callable(strategy) or steps < 1 or min(temperature, block_length) < 0:
@@ -359,8 +392,8 @@ def sample(
             f"{strategy=} must be stochastic, confidence or a function, {steps=} at least 1, "
             f"{temperature=} and {block_length=} not negative"
         )
-    if 0 < _blocks_of(model) < canvas.size(1):
-        raise ValueError("the network has blocks: fill it by nanomdm.strategies.Sampler")
+    if 0 < _block_length_of(model) < canvas.size(1):
+        raise ValueError("the network has blocks: fill the canvas by nanomdm.strategies.Sampler")
     adaptive = getattr(getattr(strategy, "func", strategy), "adaptive", False)  # of a partial, too
     xt = canvas.masked_fill(is_masked, mask_id)
     order, costs = torch.zeros_like(xt), torch.zeros_like(xt, dtype=torch.float64)
@@ -377,7 +410,7 @@ def sample(
             state = State(model, xt, block, left, noise, token_noise, uniform, index, count)
             revealed = strategy(state) & left
             tokens = logits = None
-            where = revealed.nonzero(as_tuple=True)  # once: a GPU is waited for
+            where = revealed.nonzero(as_tuple=True)  # each use of a mask waits for a GPU
             if len(where[0]):
                 logits = state.logits[where]  # (N, V)
                 log_p = log_probabilities(logits, temperature, truncate)
@@ -388,7 +421,7 @@ def sample(
                 left = left & ~revealed
             if state.again is not None:
                 if x0 is not None:
-                    raise ValueError("no score: tokens are masked again, many paths lead to a text")
+                    raise ValueError("no score for masking again: many paths lead to a text")
                 xt[state.again] = mask_id
                 left = left | state.again
             step += 1
@@ -411,9 +444,9 @@ def score(model: Callable, x0: Tensor, *, is_masked: Tensor | None = None, **opt
     strategy, steps and so on (DUEL, arXiv 2603.01367). A strategy that goes by predictions and
     positions alone, as `confidence`, gives each text one path, and -log p exactly. One that reads
     `State.noise`, as `stochastic`, gives -log p(x0 | noise), whose mean over seeds is an upper
-    bound on -log p(x0); one that reads the draws (`token_noise`) gives neither. A text with a token
-    that `truncate` cuts costs inf. Raises `ValueError` for a strategy that masks tokens again: many
-    paths lead to a text.
+    bound on -log p(x0); one that reads the draws (`token_noise`) gives neither. The cost is inf if
+    a token cannot be drawn: `truncate` cuts it or, at temperature 0, another is more probable.
+    Raises `ValueError` for a strategy that masks tokens again: many paths lead to a text.
     """
     is_masked = torch.ones_like(x0, dtype=torch.bool) if is_masked is None else is_masked
     return sample(model, x0, is_masked=is_masked, x0=x0, **options).costs.sum(dim=1)
@@ -422,7 +455,7 @@ def score(model: Callable, x0: Tensor, *, is_masked: Tensor | None = None, **opt
 def log_probabilities(
     logits: Tensor, temperature: float = 1.0, truncate: Callable | None = None
 ) -> Tensor:
-    """(N, V) float64: the logarithms of what tokens are drawn from; -inf for one that never is."""
+    """Log-probabilities (N, V) to draw tokens from, float64: -inf for one that is never drawn."""
     if temperature == 0:
         return F.one_hot(logits.argmax(dim=-1), logits.size(-1)).double().log()
     logits = logits.double() - logits.amax(dim=-1, keepdim=True)  # no overflow if divided
@@ -441,39 +474,6 @@ def draw_tokens(log_p: Tensor, u: Tensor) -> Tensor:
     """
     cdf = log_p.exp().cumsum(dim=-1)
     return torch.searchsorted(cdf, u[:, None] * cdf[:, -1:], right=True).squeeze(1)
-
-
-# --- Blocks ---------------------------------------------------------------------------------------
-
-
-def in_blocks(
-    estimator: Callable, u: Tensor, noise: Tensor, block_length: int
-) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    """The queries of an estimator for every block by itself, all three of the shape (B, L).
-
-    Block b of a row has the time (u + b phi) mod 1, phi the golden ratio: each is as uniform as
-    u (B,), and those of a row are spread evenly. With a `block_length` of 0 a row is one block.
-    """
-    L = noise.size(1)
-    size = block_length or L
-    blocks = F.pad(noise, (0, -L % size), value=2.0).view(-1, size)
-    turns = torch.arange(len(blocks) // len(u), device=u.device) * (GOLDEN / 2**64)
-    times = ((u[:, None] + turns) % 1).flatten()  # (B blocks,)
-    for is_masked, scored, weight in estimator(times, blocks):
-        query = is_masked, scored, weight[:, None].expand_as(blocks)
-        yield tuple(part.reshape(len(u), -1)[:, :L] for part in query)
-
-
-def weighted_masks(u: Tensor, noise: Tensor, weighting: float) -> Iterator:
-    """`any_order` with the weight (M / l)^g / scale, scale the mean of (l / M)^(1 - g) over l.
-
-    So a network whose masked tokens cost c each has the expected loss c.
-    """
-    for is_masked, scored, ratio in any_order(u, noise):
-        M = (noise < 1).sum(dim=1, keepdim=True).clamp(min=1)
-        shares = torch.arange(1, noise.size(1) + 1, device=M.device) / M  # l / M, and above 1
-        scale = (shares ** (1 - weighting) * (shares <= 1)).sum(dim=1) / M[:, 0]
-        yield is_masked, scored, ratio**weighting / scale
 
 
 # --- Randomness ----------------------------------------------------------------------------------

@@ -56,7 +56,7 @@ def main(config: cli.Section) -> None:
         samples, seconds = measure(models[0], uniform, scored, config)
         show({"seed": config.system.seed} | report.likelihood(samples, scored, exact[0]))
         if not exact[0]:
-            if not shape.block_length:  # a row of blocks has no masking rate
+            if not shape.block_length:  # in blocks a row has a masking rate for each block
                 show(report.cost_by_rate(samples))
             measured = {"uniform": (uniform, samples, seconds)}
             for name, bound in chosen.items():
@@ -85,8 +85,8 @@ def measure(
 ) -> tuple[bounds.NLLSamples, float]:
     """The samples of a bound on the texts, and the seconds that they took.
 
-    An autoregressive network is scored exactly, whatever the bound. The masks follow from the seed
-    alone, so that two models are compared on the same masks.
+    An autoregressive network is scored exactly, unless the bound is the score of a strategy. The
+    masks follow from the seed alone, so that two models are compared on the same masks.
     """
     model, start = loaded.model, time.perf_counter()
     if model.config.causal and not bound.strategy:
@@ -119,7 +119,8 @@ def measure(
 
 
 def choose_texts(config: cli.Section, models: list[checkpoint.Loaded]) -> texts.Texts:
-    """All of data.path, or the validation split that data.dir, data.dataset or the run names."""
+    """About eval.tokens of data.path, or of the validation split of data.dir, data.dataset or the
+    run's own corpus. Raises `UserError`."""
     tokenizer, layout = models[0].tokenizer, models[0].layout
     if any(loaded.tokenizer.state() != tokenizer.state() for loaded in models):
         raise UserError(

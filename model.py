@@ -13,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 # On a CPU, softmax(QK^T)V written out beats PyTorch's fused attention up to this length.
 WRITTEN_OUT_UP_TO = 512
-LONGEST = 2**25  # block_size times the width of a head: the rotary tables take 256 MiB
+LARGEST = 2**25  # block_size times the width of a head: the rotary tables take 256 MiB
 LOGITS_AT_ONCE = 2**27  # numbers in memory at a time; 16 times as many to train on a GPU
 TILES = {"cuda": 64}  # matrix products are fast where their sizes are multiples of this
 
@@ -40,7 +40,7 @@ class ModelConfig:
     learned_positions: bool = False  # also a learned vector for each position: for grids
     mlp_size: int = 0  # width of the SwiGLU layer; 0 for 8/3 of n_embd
     norm_eps: float = 1e-5  # of the RMSNorms
-    rope_base: float = 10000.0  # longest wavelength of the rotary embedding, over 2 pi
+    rope_base: float = 10000.0  # pair k of a head turns by position * rope_base**(-2 k / K)
     rope_rounded: bool = False  # its tables in the precision of bfloat16
     block_length: int = 0  # tokens of a block, which sees the blocks before it; 0: all see all
     causal: bool = False  # autoregressive: position i is predicted from the positions before it
@@ -58,7 +58,7 @@ class ModelConfig:
 
     @property
     def hidden_size(self) -> int:
-        """`mlp_size`, or 8/3 of n_embd (the weights of a 4x MLP), a multiple of 32."""
+        """`mlp_size` or, by default, 8/3 of n_embd rounded up to 32s: the weights of a 4x MLP."""
         return self.mlp_size or 32 * math.ceil(8 * self.n_embd / 3 / 32)
 
 
@@ -67,9 +67,9 @@ def rope_tables(
 ) -> tuple[Tensor, Tensor]:
     """Cosines and sines of the rotary embedding (arXiv 2104.09864), each (length, 1, head_size).
 
-    Each half of a head has all the angles, the first half's with a minus. Always float32: in
-    bfloat16 the angles of neighbouring positions collapse. `rounded` rounds each cosine and sine to
-    bfloat16, for networks that were trained so.
+    The first half of a head has the angles with a minus, the second half without. The tables are
+    float32: in bfloat16 neighbouring positions would share an angle. `rounded` rounds each cosine
+    and sine to bfloat16, for networks that were trained so.
     """
     with torch.device("cpu"):  # also where the model is built on the meta device
         frequencies = base ** (-torch.arange(0, head_size, 2, dtype=torch.float64) / head_size)
@@ -115,7 +115,7 @@ class ShortConvolution(nn.Module):
         super().__init__()
         width = config.conv_width
         self.before = width - 1 if config.causal else width // 2
-        self.block_length = config.block_length
+        self.block_length = config.block_length  # for BlockConvolution
         self.weight = nn.Parameter(torch.zeros(width, 1, config.n_embd))
 
     def forward(self, x: Tensor, *_) -> Tensor:
@@ -193,14 +193,14 @@ class Block(nn.Module):
 class Transformer(nn.Module):
     """Ids with masks (B, L) in, logits (B, L, V) out; L may be anything up to `block_size`.
 
-    No causal mask, and no input for the time t: the share of masked tokens tells it (RADD, arXiv
-    2406.03736). The embedding has V + 1 rows, the last for the mask; the head has V, so that the
-    mask cannot be predicted.
+    By default there is no causal mask. The time t is no input: the share of masked tokens stands
+    for it (RADD, arXiv 2406.03736). The embedding has V + 1 rows, the last for the mask; the head
+    has V, so that the mask cannot be predicted.
 
     With `config.causal` it is an autoregressive network behind the same interface: the prediction
     at position i sees the ids before i only, and the mask's row stands for the start of the text.
-    With `config.block_length` a position sees its own block and those before it: in `targets`, if
-    they are given, else in xt, where they have to be clean.
+    With `config.block_length` a position sees its own block in xt, and the earlier blocks: in
+    `targets` if they are given, else in xt, where they have to be clean.
     """
 
     def __init__(self, config: ModelConfig):
@@ -214,7 +214,7 @@ class Transformer(nn.Module):
         if not config.tie_weights:
             self.head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
         self.dropout = nn.Dropout(config.dropout)
-        self.recompute = False  # activation checkpointing: blocks again in the backward pass
+        self.recompute = False  # activation checkpointing: the backward pass computes blocks again
         self.block_mask = block_mask  # devices.compile_parts has one for FlexAttention
         cos, sin = rope_tables(
             config.block_size, config.head_size, config.rope_base, config.rope_rounded
@@ -240,9 +240,9 @@ class Transformer(nn.Module):
     def hidden(self, xt: Tensor, clean: Tensor | None = None, cache=None) -> Tensor:
         """The final hidden states (B, L, D) of ids (B, L).
 
-        In blocks, those before a position's own are read from `clean` (B, L), a second stream; or
-        from a `strategies.Cache`, whose finished positions xt continues; else from xt. Elsewhere
-        `clean` is not read.
+        With `config.block_length`, the blocks before a position's own are read from `clean` (B, L),
+        a second stream, if it is given; else from `cache` (a `strategies.Cache`), whose finished
+        positions xt continues, and from xt. Without, or if xt is one block, `clean` is not read.
         """
         L, streams, visible = xt.size(1), 1, None
         start = 0 if cache is None else cache.length
@@ -254,7 +254,7 @@ class Transformer(nn.Module):
             )
         if self.config.causal:
             xt = F.pad(xt[:, :-1], (1, 0), value=self.config.mask_id)
-        if 0 < self.config.block_length < L:  # xt alone is one block, which sees all there is
+        if 0 < self.config.block_length < L:  # else xt is a single block, which sees everything
             block_of = torch.arange(stop, device=xt.device) // self.config.block_length
             if clean is not None:
                 xt, streams = torch.cat((xt, clean), dim=1), 2
@@ -293,11 +293,12 @@ class Transformer(nn.Module):
     ) -> Tensor:
         """Logits (B, L, V); given `targets` and `where` (B, L), cross-entropies (B, L) in nats.
 
-        The cross-entropies are float32, 0 outside `where`. In blocks, `targets` are also read: as
-        the blocks before a position's own. Logits are built for the positions in
-        `where` alone, in chunks of `LOGITS_AT_ONCE`. `capacity` fixes the number of positions that
-        are computed: static shapes, for torch.compile and for a GPU that need not wait to learn
-        their number. It has to be large enough: positions beyond it get a 0.
+        The cross-entropies are float32, 0 outside `where`. With `config.block_length`, `targets`
+        are also the clean text of the earlier blocks. `cache` is for logits only: with `targets` it
+        is not read. Logits are built for the positions in `where` alone, in chunks of
+        `LOGITS_AT_ONCE` numbers. `capacity` fixes the number of positions that are computed: static
+        shapes, for torch.compile and for a GPU that need not wait to learn their number. It has to
+        be large enough: positions beyond it get a 0.
         """
         if targets is None:
             return self.logits(self.hidden(xt, cache=cache))
@@ -321,22 +322,24 @@ class Transformer(nn.Module):
 # --- Blocks: between diffusion and autoregression (BD3-LM, arXiv 2503.09573) ----------------------
 
 
-def block_mask(query: Tensor, key: Tensor, streams: int) -> Tensor:
-    """Which positions in the blocks `key` those in the blocks `query` (L,) see: booleans.
+def block_mask(query_block: Tensor, key_block: Tensor, streams: int) -> Tensor:
+    """Which keys each query sees (booleans), from the numbers of their blocks (L,).
 
-    With one stream their own block and those before. With two, [xt; x0], a position of xt sees its
-    own block of xt, and x0 before it; a position of x0 sees x0 alone.
+    With one stream, a position sees its own block and those before. With two, [xt; x0], a position
+    of xt sees its own block in xt and the earlier ones in x0; a position of x0 sees its own block
+    and the earlier ones in x0.
     """
-    own, before = query[:, None] == key, query[:, None] > key
+    own, before = query_block[:, None] == key_block, query_block[:, None] > key_block
     if streams == 1:
         return own | before
     return torch.vstack((torch.hstack((own, before)), torch.hstack((own & False, own | before))))
 
 
 class BlockConvolution(ShortConvolution):
-    """It looks ahead to the end of a block, and back into earlier blocks as they are when clean.
+    """A short convolution that looks ahead to the end of its own block only.
 
-    The clean text is the second of two streams, [xt; x0], or the only one, behind a cache's.
+    Behind, it reads earlier blocks from the clean text: the second of two streams [xt; x0], or the
+    only stream, preceded by what the cache holds.
     """
 
     def forward(self, x: Tensor, streams: int = 1, cache=None) -> Tensor:
@@ -363,8 +366,8 @@ def require_possible(config: ModelConfig) -> None:
     """Raise `ValueError` for a shape that cannot be built."""
     for field in fields(config):
         value, kind = getattr(config, field.name), field.type
-        is_number = kind is float and isinstance(value, int)  # 1 for 1.0, and True
-        if type(value) is not kind and not is_number:
+        is_integer = kind is float and isinstance(value, int)  # 1 for 1.0, and True
+        if type(value) is not kind and not is_integer:
             raise ValueError(f"model.{field.name}={value!r} is not of type {kind.__name__}")
     positive = ("vocab_size", "block_size", "n_layer", "n_head", "n_embd", "rope_base")
     for name in (*positive, "block_length", "conv_width", "mlp_size", "norm_eps", "qk_norm"):
@@ -384,15 +387,15 @@ def require_possible(config: ModelConfig) -> None:
             f"model.n_embd / model.n_head = {K} is odd, but rotary embeddings turn pairs: "
             "choose an even head width"
         )
-    if config.block_size * K > LONGEST:
+    if config.block_size * K > LARGEST:
         raise ValueError(
-            f"model.block_size={config.block_size} is too long: choose at most {LONGEST // K} "
+            f"model.block_size={config.block_size} is too long: choose at most {LARGEST // K} "
             f"for heads of width {K}"
         )
     if config.conv_width and config.conv_width % 2 == 0:
         raise ValueError(
-            f"model.conv_width={config.conv_width} must be odd, for as many neighbours on each "
-            "side, or 0 for none"
+            f"model.conv_width={config.conv_width} must be odd, for equally many neighbours on "
+            "both sides, or 0 for none"
         )
     if config.block_length and config.block_size % config.block_length:
         raise ValueError(

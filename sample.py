@@ -28,7 +28,7 @@ def main(config: cli.Section) -> None:
     lines, canvases = prompts.read(config, loaded.tokenizer, shape, loaded.layout)
     at_once = prompts.rows_at_once(shape.block_size, shape.vocab_size)
     if shape.block_length:
-        why = f"calls of {config.checkpoint}, which has blocks, go on from a cache"
+        why = f"{config.checkpoint} has blocks and a cache, whose calls are not compiled"
         cli.ignored(config, {"system.compile"}, why)
     devices.compile_calls(
         loaded.model,
@@ -72,8 +72,8 @@ def fill(
 
     A canvas longer than the context is filled window by window, and each window block by block if
     the network has blocks. A sample runs from its start (B,) to the first end token that no text of
-    the prompt follows. calls and seconds are those of the batch, nats is -log p, where that is
-    exact and no end token was found.
+    the prompt follows. calls and seconds are those of the batch. nats is -log p, or None where that
+    is not exact or an end token was found.
     """
     began, calls = time.perf_counter(), 0
     model, tokenizer = loaded.model, loaded.tokenizer
@@ -104,7 +104,7 @@ def fill(
             ended=partial(ended, window),
         )
         calls, nats = calls + filled.calls, nats + filled.costs.sum(dim=1).cpu()
-        left[ended(window, filled.ids)] = False  # which are filled no further
+        left[ended(window, filled.ids)] = False  # rows that have ended are filled no further
         ids[:, window] = filled.ids.cpu()
         left[:, window] = False
     if watch:

@@ -56,8 +56,8 @@ def training_step(run: "Run") -> tuple[Tensor, Tensor]:
     """One optimizer step. Returns the loss and the norm of the gradient before clipping.
 
     Batch and masks are functions of (seed, step, row): the same however the batch is split into
-    micro-batches and over processes. With dropout, which follows from (seed, step, rank), they are
-    the same after a resume.
+    micro-batches and over processes. Dropout is a function of (seed, step, rank): the same after a
+    resume, but not for another split.
     """
     settings, seed = run.config.training, run.config.system.seed
     shape, world = run.model.config, parallel.world()
@@ -67,7 +67,7 @@ def training_step(run: "Run") -> tuple[Tensor, Tensor]:
     total = torch.zeros((), device=run.device)
     for part in range(parts):
         rows = world.rows(B, part, parts)  # the rows of the batch in this micro-batch
-        batch = run.rows.batch(B, generator(seed, "data", run.step), rows)
+        batch = run.train_rows.batch(B, generator(seed, "data", run.step), rows)
         x0, predict = (devices.move(tensor, run.device) for tensor in batch)
         rows = devices.move(rows, run.noise_device)
         parallel.synchronise(run.forward, part == parts - 1)
@@ -112,10 +112,10 @@ def training_step(run: "Run") -> tuple[Tensor, Tensor]:
 
 
 def evaluate(run: "Run", log) -> None:
-    """The bound of the EMA weights on val and a part of train; keeps the weights of the best.
+    """Log the bound of the EMA weights on val and a part of train; save them at the best on val.
 
-    On the same masks every time, as many as give a standard error, and in float32: autocast is for
-    training.
+    The masks are the same in every evaluation, as many as a standard error needs. All is float32:
+    autocast is for training.
     """
     shape, limit, values = run.model.config, run.config.eval.tokens, {}
     exact = bounds.is_exact(shape)
@@ -151,7 +151,7 @@ def evaluate(run: "Run", log) -> None:
 class Run:
     """A training run: a new one, one from the weights of a checkpoint, or a resumed one.
 
-    Raises `UserError` before anything is written.
+    Raises `UserError` before any file of the run is written.
     """
 
     def __init__(self, config: cli.Section, device: torch.device):
@@ -160,7 +160,7 @@ class Run:
         state = loaded.state if resumes else {"step": 0, "best": math.inf}
         runs.check(config)
         self.config, self.device, self.step = config, device, state["step"]
-        self.saved = self.step  # that of ckpt.pt; 0 for none
+        self.saved = self.step  # the step that ckpt.pt holds; 0 for none
         self.best = state["best"]  # the lowest bound on val so far, nats per token
         self.noise_device = devices.with_float64(device)
         self.dtype = devices.pick_dtype(system.dtype, device, training=True)
@@ -176,8 +176,8 @@ class Run:
         model = runs.build_model(config, self.corpus, loaded, Transformer, ModelConfig)
         self.model = model.to(device)
         self.model.recompute = settings.activation_checkpointing
-        # The network of a checkpoint comes with its moving average: first that is kept, then the
-        # weights that are trained replace it.
+        # From a checkpoint the model has its EMA weights, which `ema` copies. A resumed run then
+        # goes on from the weights that the optimizer has reached.
         self.ema = copy.deepcopy(self.model).eval()
         if resumes:
             self.model.load_state_dict(state["model"])
@@ -201,11 +201,11 @@ class Run:
             self.optimizer.load_state_dict(state["optimizer"])
             self.scaler.load_state_dict(state.get("scaler") or self.scaler.state_dict())
             runs.announce_schedule(settings, state)
-        self.rows = self.corpus.rows("train", L, overlap=True)
+        self.train_rows = self.corpus.rows("train", L, overlap=True)
         self.eval_rows = {split: self.corpus.rows(split, L) for split in data.SPLITS}
         runs.require_rows(self.eval_rows)
-        # Static shapes: the most tokens that a micro-batch masks. Each has every n-th row, and the
-        # last one the latest times.
+        # Static shapes: the most tokens that a micro-batch masks. Each has every n-th row; in the
+        # last one the rows have the latest times, and so the most masks.
         B, n = settings.batch_size, settings.grad_accum * parallel.world().size
         latest = torch.arange(n - 1, B, n)[:, None]
         if size := self.model.config.block_length:

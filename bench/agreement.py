@@ -322,5 +322,5 @@ def trained(name: str, config: cli.Section, device: torch.device, steps: int) ->
     run = train.Run(config, device)
     for _ in range(steps):
         train.training_step(run)
-    x0, _ = run.rows.batch(4, generator(0, "check"))
+    x0, _ = run.train_rows.batch(4, generator(0, "check"))
     return Case(name, run, x0)

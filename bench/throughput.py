@@ -223,7 +223,7 @@ def loading_share(run: train.Run, step_seconds: float) -> float:
     """The time to read a step's batches, as a share of the step."""
     B = run.config.training.batch_size
     times = [
-        seconds(lambda i=i: run.rows.batch(B, generator(0, "data", i)), run.device)
+        seconds(lambda i=i: run.train_rows.batch(B, generator(0, "data", i)), run.device)
         for i in range(20)
     ]
     return statistics.median(times) / step_seconds

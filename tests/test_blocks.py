@@ -661,7 +661,7 @@ def test_tools_know_blocks(in_blocks, run, tmp_path):
 def test_a_sampler_that_knows_no_blocks_is_refused():
     model, (x0, _, is_masked) = network(4), rows()
     for function in (diffusion.sample, diffusion.score):
-        with pytest.raises(ValueError, match="has blocks: fill it by nanomdm.strategies.Sampler"):
+        with pytest.raises(ValueError, match="has blocks: fill the canvas by nanomdm"):
             function(model, x0, is_masked=is_masked, mask_id=V)
 
 

@@ -173,7 +173,7 @@ def test_the_network_sees_every_token_once_in_every_pass():
 
 @pytest.mark.parametrize(
     "rows, draws, said",
-    [([3, 2], 0, "draws=0 must be"), ([], 8, "every row needs"), ([3, 0], 8, "every row needs")],
+    [([3, 2], 0, "draws=0 must be"), ([], 8, "x0 needs rows"), ([3, 0], 8, "x0 needs rows")],
 )
 def test_no_draws_no_rows_and_an_empty_row_are_refused(rows, draws, said):
     text = [torch.zeros(L).long() for L in rows]

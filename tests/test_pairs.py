@@ -534,7 +534,7 @@ def test_rows_set_the_context_and_another_one_is_refused(run, tmp_path):
 def test_bins_and_checkpoints_whose_layout_cannot_be_are_refused(trained, tmp_path):
     tokens = {split: np.zeros(9, dtype=np.uint16) for split in data.SPLITS}
     for number, (layout, says) in enumerate(
-        [("pairs", "holds pairs, and its tokenizer no end"), ("heap", "is unknown")]
+        [("pairs", "holds pairs; its tokenizer has no end"), ("heap", "is unknown")]
     ):
         folder = tmp_path / str(number)
         data.write_bins(folder, tokens, CharTokenizer("a"), {"layout": layout})
