@@ -1,6 +1,5 @@
 """What a text costs under a checkpoint: python eval.py, python eval.py data.path=TEXT."""
 
-import json
 import sys
 import time
 
@@ -14,6 +13,7 @@ from nanomdm.random import generator
 
 
 def main(config: cli.Section) -> None:
+    folders.check_output(config.output)
     device = devices.pick_device(config.system.device)
     names = [name for name in (config.checkpoint, config.eval.against) if name]
     models = [checkpoint.load_model(name, device, Transformer, ModelConfig) for name in names]
@@ -51,7 +51,7 @@ def main(config: cli.Section) -> None:
         for line in report.lines(found):
             print(visible(line, sys.stdout), flush=True)
 
-    with folders.open_output(config.output) as output, devices.autocast(device, dtype):
+    with devices.autocast(device, dtype):
         uniform = chosen.pop("uniform")
         samples, seconds = measure(models[0], uniform, scored, config)
         show({"seed": config.system.seed} | report.likelihood(samples, scored, exact[0]))
@@ -73,9 +73,8 @@ def main(config: cli.Section) -> None:
         if len(models) > 1:
             other, _ = measure(models[1], bounds.BOUNDS["uniform"], scored, config)
             show(report.comparison(samples, other, names, exact))
-        show(report.speed(samples, seconds))
-        if output:
-            json.dump(figures, output, indent=1)
+    show(report.speed(samples, seconds))
+    folders.write_output(config.output, figures)
     if config.logging.wandb:
         tracking.log_evaluation(config, figures)
 
@@ -143,7 +142,7 @@ def choose_texts(config: cli.Section, models: list[checkpoint.Loaded]) -> texts.
                     f"the text that {config.checkpoint} was trained on is not known: name one by "
                     "data.path="
                 )
-            settings = cli.stored_settings(models[0].config).data
+            settings = cli.stored_data(models[0].config, config.checkpoint)
         settings.rows = layout == "rows"
         corpus = data.load(settings, tokenizer, sha256)
         texts.check_layout(corpus.name, corpus.layout, layout)

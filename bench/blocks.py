@@ -86,7 +86,7 @@ def evaluate(folder: Path, config: Section) -> dict:
 def load(folder: Path) -> tuple[Loaded, data.Corpus]:
     device = devices.pick_device("auto")
     loaded = load_model(folder / "ckpt.pt", device, Transformer, ModelConfig)
-    return loaded, data.load(cli.stored_settings(loaded.config).data, loaded.tokenizer)
+    return loaded, data.load(cli.stored_data(loaded.config), loaded.tokenizer)
 
 
 def scores(folder: Path, config: Section) -> list[dict]:

@@ -46,7 +46,7 @@ def score(folder: Path, config: Section) -> tuple[bounds.NLLSamples, dict]:
     """The scores of a run's latest weights on its validation split, and its figures."""
     device = devices.pick_device(config.device)
     loaded = load_model(folder / "ckpt.pt", device, Transformer, ModelConfig)
-    corpus = data.load(cli.stored_settings(loaded.config).data, loaded.tokenizer)
+    corpus = data.load(cli.stored_data(loaded.config), loaded.tokenizer)
     context = loaded.model.config.block_size
     texts = cut(corpus.name, [("", corpus.val)], loaded.tokenizer, context)
     samples = nll_samples(

@@ -105,7 +105,7 @@ def main(config: Section) -> None:
 
 def validation_split(loaded: Loaded, config: Section) -> texts.Texts:
     """About `config.tokens` tokens of the text that the run was validated on."""
-    settings, sha256 = cli.stored_settings(loaded.config).data, loaded.state["corpus"]["sha256"]
+    settings, sha256 = cli.stored_data(loaded.config), loaded.state["corpus"]["sha256"]
     corpus = data.load(settings, loaded.tokenizer, sha256)
     source, context = f"validation split of {corpus.name}", loaded.model.config.block_size
     return texts.cut(source, [("", corpus.val)], loaded.tokenizer, context, limit=config.tokens)

@@ -445,7 +445,7 @@ def speed_of(
 
 def score(part: Part, loaded: Loaded) -> None:
     """What held-out text costs under samplers in so many calls (`diffusion.score`)."""
-    corpus = data.load(cli.stored_settings(loaded.config).data, loaded.tokenizer)
+    corpus = data.load(cli.stored_data(loaded.config), loaded.tokenizer)
     L = loaded.model.config.block_size
     held_out = texts.cut("", [("", corpus.val)], loaded.tokenizer, L, limit=64 * L)
     for name, steps in itertools.product(("spread", "margin"), (L // 16, L // 4, L)):

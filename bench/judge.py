@@ -254,7 +254,7 @@ def held_out_text(judge: Judge, path: str) -> str:
         return texts_of.read_text(path)
     if not isinstance(judge, OwnJudge) or "data" not in judge.loaded.config:
         raise UserError(f"{judge.name} has no validation split: name a text by held_out=")
-    corpus = data.load(cli.stored_settings(judge.loaded.config).data, judge.loaded.tokenizer)
+    corpus = data.load(cli.stored_data(judge.loaded.config), judge.loaded.tokenizer)
     return corpus.tokenizer.decode(corpus.val[:].tolist())
 
 

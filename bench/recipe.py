@@ -87,7 +87,7 @@ def run_of(config: Section, name: str, seed: int, corpus: Path) -> Path:
 def evaluate(folder: Path, device: torch.device, draws: int) -> float:
     """The bound of a run's averaged weights on its validation split, nats per token."""
     loaded = load_model(folder / "ckpt.pt", device, Transformer, ModelConfig)
-    corpus = data.load(cli.stored_settings(loaded.config).data, loaded.tokenizer)
+    corpus = data.load(cli.stored_data(loaded.config), loaded.tokenizer)
     rows = [row.ids for row in corpus.rows("val", loaded.model.config.block_size).evenly()]
     return nll_samples(loaded.model, rows, seed=0, draws=draws).bound()[0]
 

@@ -287,7 +287,9 @@ def error_within(samples: NLLSamples) -> float:
 
 
 def student_t(df: int, coverage: float = 0.95) -> float:
-    """The t with P(|T| < t) = `coverage` for Student's T with `df` degrees of freedom, to 1e-6.
+    """The t with P(|T| < t) = `coverage` for Student's T with `df` degrees of freedom.
+
+    To 1e-6, up to 1,000 degrees of freedom.
 
     With T = sqrt(df) tan(angle), the density of the angle is proportional to cos^(df - 1).
     """

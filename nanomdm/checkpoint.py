@@ -10,6 +10,7 @@ import re
 import shutil
 import warnings
 import zipfile
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from types import NoneType
@@ -64,11 +65,12 @@ def save(path: str | Path, state: dict) -> None:
     except (OSError, RuntimeError) as error:  # PyTorch makes a RuntimeError of a full disk
         cause = error.__context__ if isinstance(error.__context__, OSError) else error
         reason = getattr(cause, "strerror", None) or _one_line(cause)
-        size = sum(tensor.nbytes for tensor in tensors(state))
-        free = shutil.disk_usage(path.parent).free  # raises OSError for a folder that is missing
+        size, room = sum(tensor.nbytes for tensor in tensors(state)), ""
+        with suppress(OSError):  # the folder may be gone
+            free = shutil.disk_usage(path.parent).free
+            room = f": it takes about {size:,} bytes, and {free:,} are free there"
         raise OSError(
-            f"cannot write {path} ({reason}): it takes about {size:,} bytes, and {free:,} are "
-            "free there: free some space, or make it writable"
+            f"cannot write {path} ({reason}){room}: free some space, or make it writable"
         ) from error
 
 

@@ -364,7 +364,7 @@ def read(words, defaults, sweep):
         key = RENAMED.get(key, key)
         default, values = defaults.get(key), [text]
         if isinstance(default, list) and re.fullmatch(r"""\[[^]["']+]""", text):
-            values = [[item.strip() for item in text[1:-1].split(",")]]
+            values = [[item.strip() for item in text[1:-1].split(",") if item.strip()]]
         elif sweep and (key in CHOICES or not isinstance(default, str)):
             override = OverridesParser.create().parse_override(f"{key}={text}")
             values = override.sweep_string_iterator() if override.is_sweep_override() else values
@@ -384,6 +384,7 @@ def configure(settings, name, defaults, sweep):
             explicit |= experiment(value)
             continue
         explicit.add(FREE if key.startswith(f"{FREE}.") else key)
+        texts.pop(key, None)  # of an earlier word: the last one counts
         default = defaults.get(key)
         is_text = isinstance(default, str) and not (sweep and key in CHOICES)
         if is_text or isinstance(default, list) and value[:1] not in ("[", "$"):
@@ -395,7 +396,7 @@ def configure(settings, name, defaults, sweep):
         hint = f"did you mean {near}?" if near else f"configs/{name}.yaml lists them all"
         raise UserError(f"no setting {key}: {hint}")
     path = CONFIGS / f"{name}.yaml"
-    with hydra.initialize_config_dir(str(path.parent), version_base="1.3"):
+    with as_user_error(), hydra.initialize_config_dir(str(path.parent), version_base="1.3"):
         composed = OmegaConf.to_container(hydra.compose(path.stem, overrides), resolve=True)
     config = checked(flat(composed) | texts, defaults)
     options = config.sampling.options if FREE in explicit else ()
@@ -431,8 +432,12 @@ def checked(values, defaults):
             check_choice(key, values[key], names)
     if values.get("data.path") and values.get("data.dir"):
         raise UserError("data.path and data.dir are both given: leave one of them empty")
-    if values.get("output") and values["output"] == values.get("checkpoint"):
-        raise UserError(f"output={values['output']} is the checkpoint itself: name another file")
+    if output := values.get("output"):
+        if not Path(output).name:
+            raise UserError(f"output={output} is a folder: name a file")
+        for key in ("checkpoint", "eval.against", "data.path", "prompt_file"):
+            if values.get(key) and Path(values[key]).resolve() == Path(output).resolve():
+                raise UserError(f"output={output} is {key} itself: name another file")
     if values.get("logging.wandb"):
         optional("wandb", "logging.wandb=true")
     return section(values)
@@ -476,10 +481,14 @@ def load_defaults(name: str = "config") -> dict:
 # --- Settings of a checkpoint -------------------------------------------------------------------
 
 
-def stored_settings(settings: dict) -> Section:
-    """The settings of a checkpoint's run; what it lacks has its default. Raises `UserError`."""
+def stored_data(settings: dict, name: str = "the checkpoint") -> Section:
+    """The section `data` of a checkpoint's settings; what it lacks has its default.
+
+    Raises `UserError` with the checkpoint's name.
+    """
     defaults = flat(load_defaults())
-    return checked(defaults | flat(settings), defaults)
+    with as_user_error(f"{name}: "):
+        return checked(defaults | flat({"data": settings.get("data", {})}), defaults).data
 
 
 def resumed(stored: dict, config: Section, whole: bool) -> Section:

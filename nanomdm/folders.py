@@ -8,6 +8,7 @@ import shlex
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
@@ -177,6 +178,17 @@ def git_state(root: Path) -> dict | None:
 # --- A file to write -----------------------------------------------------------------------------
 
 
+def check_output(path: str) -> None:
+    """Raise `UserError`, before anything is computed, if no file can be written there.
+
+    Makes its folder. "" is no file.
+    """
+    if path:
+        with writable(path, "output"):
+            Path(path).parent.mkdir(parents=True, exist_ok=True)
+            tempfile.TemporaryFile(dir=Path(path).parent).close()
+
+
 def open_output(path: str):
     """The text file `path`, opened for writing; an earlier one is kept under a new name.
 
@@ -190,3 +202,10 @@ def open_output(path: str):
         for kept in set_aside(file.parent, (file.name,)):
             print(f"an earlier file is kept as {kept}", file=sys.stderr)
         return file.open("w", encoding="utf-8")
+
+
+def write_output(path: str, figures: dict) -> None:
+    """Write figures as JSON, if `path` is not empty; an earlier file is kept under a new name."""
+    with open_output(path) as file:
+        if file:
+            print(json.dumps(figures, indent=1), file=file)

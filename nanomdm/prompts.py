@@ -14,7 +14,7 @@ from torch import Tensor
 from . import strategies
 from .errors import UserError, as_user_error
 
-BLANK = re.compile(r"(?<!\\)(\\*)\[MASK(?:\*(\d+))?\]")
+BLANK = re.compile(r"(?<!\\)(\\*)\[MASK(?:\*(\d{1,18}))?\]")
 LIKE_BLANK = re.compile(r"[\[<{]\W*mask\b[^\]>}]{0,9}[\]>}]?", re.IGNORECASE)
 MOST = 2**26  # tokens of all samples
 LOGITS = 2**28  # at once, in a batch that is filled: 1 GiB
@@ -139,7 +139,7 @@ def make_canvas(
         start = len(parts[0]) + 1
     ids = np.concatenate(parts)  # -1 where it is masked
     size = len(ids)
-    if layout == "rows" and has_blanks and size != context:
+    if layout == "rows" and (size > context or has_blanks and size < context):
         raise UserError(f"prompt has {size} tokens, and the checkpoint's rows have {context}")
     if layout in ("documents", "pairs") and size >= context and not (has_blanks or length):
         raise UserError(
@@ -147,12 +147,13 @@ def make_canvas(
             "nothing is left to fill, shorten the prompt"
         )
     if length or not has_blanks:
-        limit = length + (layout == "documents") if length else context
+        own = layout == "documents" and length > 0  # an end token, which a length does not count
+        limit = length + own if length else context
         if size > limit:
             name = "sampling.length" if length else "model.block_size"
             raise UserError(
-                f"prompt has {size} tokens but {name} is {limit}: shorten the prompt or set a "
-                "larger sampling.length"
+                f"prompt has {size - own} tokens but {name} is {limit - own}: shorten the prompt "
+                "or set a larger sampling.length"
             )
         ids = np.pad(ids, (0, limit - size), constant_values=-1)
     ids = torch.from_numpy(ids)

@@ -203,7 +203,8 @@ def save(run, name: str) -> bool:
 
 def last_good(run) -> str:
     path = Path(run.config.out_dir, "ckpt.pt")
-    return f"{path} holds step {run.saved}" if run.saved else "there is no checkpoint"
+    is_there = run.saved and path.exists()
+    return f"{path} holds step {run.saved}" if is_there else "there is no checkpoint"
 
 
 def require_saved(run) -> None:

@@ -386,7 +386,8 @@ def from_config(section, sample: Callable, causal: bool = False, model_blocks: i
                 f"sampling.options.{option} is no option of {name}{but}: choose {', '.join(known)}"
             )
         kind = type(known[option])
-        if not isinstance(value, (kind, int) if kind is float else kind):
+        kinds = (kind, int) if kind is float else kind
+        if type(value) is bool or not isinstance(value, kinds):
             raise ValueError(f"sampling.options.{option}={value} is not of type {kind.__name__}")
     strategy, general = STRATEGIES[name], GENERAL | section.options
     if own := {option: general.pop(option) for option in section.options if option not in GENERAL}:

@@ -7,6 +7,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 from . import folders
+from .errors import UserError
 
 
 def start_wandb(config: SimpleNamespace, about: dict):
@@ -17,20 +18,23 @@ def start_wandb(config: SimpleNamespace, about: dict):
     """
     import wandb
 
-    mode, settings = os.environ.get("WANDB_MODE"), config.logging
+    mode, settings = os.environ.get("WANDB_MODE") or None, config.logging
     if mode is None and (reason := why_offline()):
         mode = "offline"
         print(f"W&B is offline ({reason}): WANDB_MODE=online tries anyway", file=sys.stderr)
-    return wandb.init(
-        project=settings.project,
-        name=settings.name or None,
-        tags=settings.tags,
-        mode=mode,
-        dir=config.out_dir,
-        id=about.get("wandb_id"),
-        resume="allow",
-        config=config.as_dict() | about,
-    )
+    try:
+        return wandb.init(
+            project=settings.project,
+            name=settings.name or None,
+            tags=settings.tags,
+            mode=mode,
+            dir=config.out_dir,
+            id=about.get("wandb_id"),
+            resume="allow",
+            config=config.as_dict() | about,
+        )
+    except (wandb.Error, ValueError) as error:
+        raise UserError(f"W&B: {error}: log in, or set WANDB_MODE=offline") from error
 
 
 def run_id(out_dir: str, first_step: int) -> str:
@@ -67,5 +71,5 @@ def why_offline() -> str:
 
     try:
         return "" if wandb.login(prompt=False) else "no login"
-    except wandb.Error as error:
-        return str(error)
+    except (wandb.Error, ValueError) as error:  # of a WANDB_BASE_URL that is none
+        return " ".join(str(error).split())

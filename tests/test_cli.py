@@ -129,7 +129,10 @@ def test_texts_that_mean_something_to_hydra_arrive_as_they_are(start):
 @given(st.lists(ARGUMENTS, min_size=len(FREE_TEXT), max_size=len(FREE_TEXT)))
 def test_any_text_arrives_as_it_is(texts):
     by_key = dict(zip(FREE_TEXT, texts, strict=True)) | {"data.dir": ""}
-    assume(not by_key["output"] or by_key["output"] != by_key["checkpoint"])
+    inputs = ("checkpoint", "eval.against", "data.path", "prompt_file")
+    output = Path(by_key["output"])
+    assume(not by_key["output"] or output.name)
+    assume(all(output.resolve() != Path(by_key[key]).resolve() for key in inputs))
     assert composed(by_key) == by_key
 
 
@@ -187,6 +190,20 @@ def test_a_sample_begins_with_the_prompt_that_was_typed_into_a_shell(run, traine
 
 def test_an_argument_that_is_not_utf_8_is_refused(refusal):
     assert "UTF-8" in refusal("prompt=caf\udce9")
+
+
+@pytest.mark.parametrize(
+    ("words", "tags"),
+    [
+        (("logging.tags=[a]", "logging.tags=[]"), []),
+        (("logging.tags=[a]", 'logging.tags=["b"]'), ["b"]),
+        (('logging.tags=["b"]', "logging.tags=[a]"), ["a"]),
+        (("logging.tags=[ ]",), []),
+    ],
+)
+def test_the_last_word_for_a_list_counts_however_it_is_written(configure, words, tags):
+    [(config, _)] = configure(*words)
+    assert get(config, "logging.tags") == tags
 
 
 @pytest.mark.parametrize("key", ["prompt", "data.path", "logging.name"])

@@ -10,6 +10,7 @@ import pytest
 from conftest import TEXT, TINY
 from torch._dynamo.utils import counters
 
+import eval as eval_script
 from nanomdm import checkpoint, devices, runlog
 
 CPU = "system.device=cpu"
@@ -269,6 +270,30 @@ def test_stored_settings_that_no_run_saves_are_refused_in_one_line(run, trained,
     checkpoint.save(tmp_path / "ckpt.pt", state)
     result = run("eval.py", "checkpoint=ckpt.pt", CPU)
     assert (result.code, result.err.count("\n")) == (2, 1) and "is not of type" in result.err
+
+
+@pytest.mark.parametrize("key", ["logging.wandb=True", "training.max_iters=-1"])
+def test_stored_settings_that_an_evaluation_does_not_read_do_not_stop_it(
+    run, trained, tmp_path, monkeypatch, key
+):
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    state = checkpoint.load(trained / "ckpt.pt")
+    section, name, value = re.split("[.=]", key)
+    state["config"][section][name] = {"True": True, "-1": -1}[value]
+    checkpoint.save(tmp_path / "ckpt.pt", state)
+    assert run("eval.py", "checkpoint=ckpt.pt", "eval.draws=1", CPU).code == 0
+
+
+def test_an_evaluation_that_is_interrupted_leaves_the_file_that_was_there(
+    run, trained, tmp_path, monkeypatch
+):
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    (tmp_path / "o.json").write_text("{}")
+    monkeypatch.setattr(eval_script, "measure", interrupted)
+    assert run("eval.py", f"checkpoint={trained}/ckpt.pt", "output=o.json", CPU).code == 130
+    assert [path.name for path in tmp_path.iterdir()] == ["o.json"]
 
 
 # --- Progress ------------------------------------------------------------------------------------

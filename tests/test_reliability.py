@@ -339,6 +339,13 @@ def test_a_run_outlives_a_full_disk(train, at, small_disk):
     assert state(small_disk / "out" / "ckpt.pt")["step"] == STEPS
 
 
+def test_a_run_whose_folder_is_removed_says_that_no_checkpoint_is_left(train, at):
+    at(8, lambda run: shutil.rmtree("out"))
+    result = train()
+    assert result.code == 1 and "cannot write out/ckpt.pt (No such file or directory)" in result.err
+    assert result.err.endswith("the state after step 12 is lost: there is no checkpoint\n")
+
+
 # --- Numbers ------------------------------------------------------------------------------------
 
 

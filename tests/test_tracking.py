@@ -219,6 +219,23 @@ def test_with_a_login_the_run_is_online(train, wandb, monkeypatch):
     assert wandb.started[0]["mode"] is None  # what W&B takes by itself
 
 
+@pytest.mark.parametrize("error", [RuntimeError, ValueError])  # W&B's own is RuntimeError here
+def test_what_wandb_refuses_is_one_line_with_the_remedy(train, wandb, monkeypatch, error):
+    def refuse(**_):
+        raise error("No API key configured")
+
+    monkeypatch.setattr(wandb, "init", refuse)
+    monkeypatch.setenv("WANDB_MODE", "online")
+    *_, line = train(*SHORT, code=2).err.splitlines()
+    assert line == "error: W&B: No API key configured: log in, or set WANDB_MODE=offline"
+
+
+def test_an_empty_mode_is_none(train, wandb, monkeypatch):
+    monkeypatch.setenv("WANDB_MODE", "")
+    train(*SHORT)
+    assert wandb.started[0]["mode"] == "offline"
+
+
 @pytest.mark.parametrize("mode", ["online", "offline", "disabled"])
 def test_the_users_own_mode_takes_precedence_without_a_line(train, wandb, monkeypatch, mode):
     monkeypatch.setenv("WANDB_MODE", mode)
