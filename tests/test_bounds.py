@@ -421,7 +421,7 @@ def test_more_rows_than_a_batch_has_are_numbered_through(monkeypatch):
 
 def test_a_strategy_outside_the_table_that_masks_again_is_refused_by_its_name(monkeypatch):
     monkeypatch.setitem(STRATEGIES, "mine", strategies.remask)
-    with pytest.raises(UserError, match="mine: no score: tokens are masked again"):
+    with pytest.raises(UserError, match="mine: no score for masking again"):
         scored(choose([], ["mine"], steps=8)["mine"].strategy)
 
 
