@@ -71,5 +71,5 @@ def why_offline() -> str:
 
     try:
         return "" if wandb.login(prompt=False) else "no login"
-    except (wandb.Error, ValueError) as error:  # of a WANDB_BASE_URL that is none
+    except (wandb.Error, ValueError, TypeError) as error:  # a strange address; an old `login`
         return " ".join(str(error).split())

@@ -204,9 +204,12 @@ def test_without_a_login_the_run_goes_offline_and_says_so_once(train, wandb):
     assert wandb.started[0]["mode"] == "offline" and "no login" in line
 
 
-def test_where_the_login_fails_the_run_goes_offline_and_says_why_once(train, wandb, monkeypatch):
+@pytest.mark.parametrize("error", [RuntimeError, ValueError, TypeError])  # the first is W&B's here
+def test_where_the_login_fails_the_run_goes_offline_and_says_why_once(
+    train, wandb, monkeypatch, error
+):
     def login(prompt):
-        raise wandb.Error("failed to reach the server")
+        raise error("failed to\nreach the server")
 
     monkeypatch.setattr(wandb, "login", login)
     [line] = lines_of(train(*SHORT))
