@@ -11,7 +11,8 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import flex_attention
 from torch.utils.checkpoint import checkpoint
 
-# On a CPU, softmax(QK^T)V written out beats PyTorch's fused attention up to this length.
+# On a CPU, softmax(QK^T)V written out beats PyTorch's fused attention up to this length; where
+# `visible` is a mask, in bfloat16 only.
 WRITTEN_OUT_UP_TO = 512
 LARGEST = 2**25  # block_size times the width of a head: the rotary tables take 256 MiB
 LOGITS_AT_ONCE = 2**27  # numbers in memory at a time; 16 times as many to train on a GPU
@@ -93,11 +94,13 @@ def attend(q: Tensor, k: Tensor, v: Tensor, visible=None, causal: bool = False) 
     `visible` are the keys that each query sees: booleans (L, keys), a mask of FlexAttention, or
     None for all.
     """
-    if q.device.type == "cpu" and q.size(-2) <= WRITTEN_OUT_UP_TO and visible is None:
-        scores = (q * q.size(-1) ** -0.5) @ k.mT  # (B, H, L, L)
+    written_out = visible is None or q.dtype == torch.bfloat16
+    if q.is_cpu and q.size(2) <= WRITTEN_OUT_UP_TO and written_out:
+        scores = (q * q.size(3) ** -0.5) @ k.mT  # (B, H, L, keys)
         if causal:
-            later = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).triu(1)
-            scores = scores.masked_fill(later, -math.inf)
+            visible = torch.ones_like(scores[0, 0], dtype=torch.bool).tril()
+        if visible is not None:
+            scores = scores.masked_fill(~visible, -math.inf)
         return scores.softmax(dim=-1, dtype=v.dtype) @ v
     if isinstance(visible, Tensor | None):
         return F.scaled_dot_product_attention(q, k, v, attn_mask=visible, is_causal=causal)

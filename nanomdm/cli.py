@@ -182,8 +182,12 @@ IDLE = (
 OPTIONS = {name: value for each in STRATEGIES for name, value in options_of(each).items()}
 RENAMED = {"training.eval_tokens": "eval.tokens"}
 RENAMED |= {f"sampling.{name}": f"{FREE}.{name}" for name in OPTIONS}
-GONE = {"diffusion.eps": 1e-3, "diffusion.masking": "bernoulli", "training.min_lr_ratio": 0.0}
-GONE |= {"eval.curve": False}
+GONE = {
+    "diffusion.eps": 1e-3,
+    "diffusion.masking": "bernoulli",
+    "training.min_lr_ratio": 0.0,
+    "eval.curve": False,
+}
 
 
 class Section(SimpleNamespace):
@@ -369,6 +373,8 @@ def read(words, defaults, sweep):
             override = OverridesParser.create().parse_override(f"{key}={text}")
             values = override.sweep_string_iterator() if override.is_sweep_override() else values
         choices.append([(key, value) for value in values])
+        if not choices[-1]:
+            raise UserError(f"{word} is a sweep over nothing: list its values, as in {key}=1,2")
     return [*choices, [(first, items)]] if items else choices
 
 
@@ -437,7 +443,7 @@ def checked(values, defaults):
             raise UserError(f"output={output} is a folder: name a file")
         for key in ("checkpoint", "eval.against", "data.path", "prompt_file"):
             if values.get(key) and Path(values[key]).resolve() == Path(output).resolve():
-                raise UserError(f"output={output} is {key} itself: name another file")
+                raise UserError(f"output={output} would overwrite {key}: name another file")
     if values.get("logging.wandb"):
         optional("wandb", "logging.wandb=true")
     return section(values)

@@ -111,10 +111,11 @@ def read(path: str, tokenizer, layout: str = "stream", length: int = 0) -> list[
     check_layout(path, content.layout, layout)
     for name, texts in content.files:
         with as_user_error(f"{name}: "):
-            if content.layout == "stream" or layout == "stream":
-                documents.append((name, tokenizer.encode("\n".join(texts))))
+            if "stream" in (content.layout, layout):
+                ids = tokenizer.encode("\n".join(texts))
             else:
-                documents.append((name, encode(texts, layout, tokenizer, length=length)))
+                ids = encode(texts, layout, tokenizer, length=length)
+            documents.append((name, ids))
     return documents
 
 

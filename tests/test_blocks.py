@@ -139,6 +139,8 @@ def test_what_a_mask_lets_through_is_what_attention_sees():
     sees = block_mask(number, number, 2)
     weights = (q @ k.mT / 8**0.5).masked_fill(~sees, -torch.inf).softmax(dim=-1)
     torch.testing.assert_close(attend(q, k, v, sees), weights @ v)
+    rough = attend(*(x.bfloat16() for x in (q, k, v)), sees)
+    torch.testing.assert_close(rough.float(), weights @ v, rtol=0.02, atol=0.02)
 
 
 @pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")

@@ -642,6 +642,11 @@ def test_values_and_names_of_things_are_swept_over_and_free_text_is_not(configur
     assert swept(configure("-m", word), key) == [(value,) for value in values]
 
 
+def test_a_sweep_over_nothing_is_refused(refusal):
+    line = refusal("-m", "training.max_iters=range(1,1)")
+    assert "training.max_iters=range(1,1) is a sweep over nothing" in line
+
+
 def test_several_values_need_the_option(refusal):
     assert "--multirun" in refusal("training.max_iters=1,2")
 

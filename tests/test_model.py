@@ -257,15 +257,27 @@ def test_attention_written_out_equals_the_fused_one():
     torch.testing.assert_close(attend(q, k, v), fused, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("beyond", [0, 1])
-def test_attention_is_fused_beyond_the_length_up_to_which_it_is_written_out(beyond, monkeypatch):
-    calls = []
+@pytest.mark.parametrize(
+    ("beyond", "dtype", "masked", "fused_calls"),
+    [
+        (0, torch.float32, False, 0),
+        (1, torch.float32, False, 1),
+        (0, torch.bfloat16, True, 0),
+        (1, torch.bfloat16, True, 1),
+        (0, torch.float32, True, 1),
+    ],
+)
+def test_attention_is_written_out_up_to_a_length_and_under_a_mask_in_bfloat16_only(
+    beyond, dtype, masked, fused_calls, monkeypatch
+):
+    calls, length = [], WRITTEN_OUT_UP_TO + beyond
     fused = F.scaled_dot_product_attention
     monkeypatch.setattr(
         F, "scaled_dot_product_attention", lambda *qkv, **k: calls.append(1) or fused(*qkv, **k)
     )
-    attend(*random(3, 1, 1, WRITTEN_OUT_UP_TO + beyond, 2))
-    assert len(calls) == beyond
+    visible = torch.ones(length, length, dtype=torch.bool).tril() if masked else None
+    attend(*random(3, 1, 1, length, 2).to(dtype), visible)
+    assert len(calls) == fused_calls
 
 
 @pytest.mark.parametrize("length", [8, WRITTEN_OUT_UP_TO + 8])
