@@ -443,7 +443,7 @@ def checked(values, defaults):
             raise UserError(f"output={output} is a folder: name a file")
         for key in ("checkpoint", "eval.against", "data.path", "prompt_file"):
             if values.get(key) and Path(values[key]).resolve() == Path(output).resolve():
-                raise UserError(f"output={output} would overwrite {key}: name another file")
+                raise UserError(f"output={output} and {key} are one file: name another")
     if values.get("logging.wandb"):
         optional("wandb", "logging.wandb=true")
     return section(values)

@@ -171,7 +171,7 @@ def test_a_setting_that_sample_cannot_use(refusal, words, named):
         ("eval.draws=0", "eval.draws=0 | positive"),
         ("eval.bounds=[uniform,exact]", "eval.bounds=exact | choose one of uniform"),
         ("output=.", "output=. is a folder | name a file"),
-        ("output=./out/ckpt.pt", "output=./out/ckpt.pt would overwrite checkpoint | another file"),
+        ("output=./out/ckpt.pt", "output=./out/ckpt.pt and checkpoint are one file | another"),
         ("eval.against=none.pt", "no checkpoint at none.pt | check the name"),
         ("eval.tokens=-1", "eval.tokens=-1 | 0 or more"),
         ("system.dtype=float64", "system.dtype=float64 | float32 | bfloat16 | float16"),
@@ -489,7 +489,7 @@ def test_a_folder_without_bins_is_answered_with_the_way_for_texts(refusal):
 
 def test_an_output_in_the_place_of_the_checkpoint_is_refused(refusal):
     line = refusal("sample", "output=out/ckpt.pt")
-    assert names(line, "output=out/ckpt.pt would overwrite checkpoint | another file")
+    assert names(line, "output=out/ckpt.pt and checkpoint are one file | another")
 
 
 def test_an_empty_out_dir_is_refused(refusal):
