@@ -4,7 +4,6 @@ python -m bench.control seeds=3 train="training.max_iters=1000"
 """
 
 import json
-import platform
 import shlex
 import subprocess
 import sys
@@ -15,6 +14,7 @@ import torch
 
 import data
 from bench.score import nll_samples
+from bench.throughput import hardware
 from model import ModelConfig, Transformer
 from nanomdm import bounds, cli, devices, report
 from nanomdm.checkpoint import load_model
@@ -87,7 +87,7 @@ def main(config: Section) -> None:
     seeds = range(1, config.seeds + 1)
     folders = {name: [train(config, name, seed) for seed in seeds] for name in OBJECTIVES}
     rows, gaps = [], []
-    print(f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads")
+    print(hardware(devices.pick_device(config.device)))
     print(f"{'run':<14} {'steps':>6} {'seconds':>8}  {'nats/token':<16}  bits/byte")
     for pair in zip(*folders.values(), strict=True):
         scored = [score(folder, config) for folder in pair]

@@ -7,7 +7,6 @@ with the entropy of their tokens and the share of distinct n-grams: repetition l
 
 import json
 import math
-import platform
 import statistics
 import sys
 import time
@@ -22,6 +21,7 @@ import data
 import diffusion
 from bench import judge as judges
 from bench.score import nll_samples
+from bench.throughput import hardware
 from model import ModelConfig, Transformer
 from nanomdm import bounds, cli, devices, strategies, texts
 from nanomdm.checkpoint import Loaded, load_model
@@ -298,14 +298,13 @@ def conclusions(rows: list[Row], context: int) -> list[str]:
 
 
 def write(rows: list[Row], config: Section, context: int) -> None:
-    cores = f"{torch.get_num_threads()} threads"
     about = {
         "checkpoint": config.checkpoint,
         "judge": config.judge,
         "samples": config.samples,
         "tokens": config.tokens,
         "seed": config.seed,
-        "hardware": f"{platform.processor() or platform.machine()}, {cores}",
+        "hardware": hardware(devices.pick_device(config.device)),
     }
     table, found = "\n".join([HEADER, *map(line, rows)]), conclusions(rows, context)
     output = Path(config.output)

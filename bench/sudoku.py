@@ -7,7 +7,6 @@ on pairs, puzzle and solution, is asked for the solution.
 
 import json
 import math
-import platform
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,6 +17,7 @@ import numpy as np
 import torch
 
 import diffusion
+from bench.throughput import hardware
 from model import ModelConfig, Transformer
 from nanomdm import cli, devices, strategies, sudoku, text, texts
 from nanomdm.bounds import wilson
@@ -187,7 +187,7 @@ def line(row: Sequence[Result]) -> str:
 
 def write(results: Sequence[Result], config: Section) -> None:
     about = {name: value for name, value in config.as_dict().items() if name != "output"}
-    about["hardware"] = platform.processor() or platform.machine()
+    about["hardware"] = hardware(devices.pick_device(config.device))
     figures = {"about": about, "rows": [result._asdict() for result in results]}
     path = Path(config.output).with_suffix(".json")
     path.parent.mkdir(parents=True, exist_ok=True)
