@@ -66,7 +66,7 @@ class Corpus:
 class Row(NamedTuple):
     ids: Tensor  # (L,)
     predict: Tensor  # (L,) bool: the tokens that are predicted; the rest is context
-    count: int  # what a figure is divided by: for pairs, the answer's tokens and one end token
+    count: int  # of tokens, by which figures are divided: of a pair, its answer and one end token
 
 
 class Rows:
@@ -94,6 +94,7 @@ class Rows:
 
     def __getitem__(self, i: int) -> Row:
         ids, predict = (tensor[0] for tensor in self.read([i]))
+        # Of the end tokens of a pair, one is its prompt's, one its answer's, and the rest filling.
         filling = (ids == self.tokenizer.eos).sum() - 2 if self.has_pairs else 0
         return Row(ids, predict, int(predict.sum() - filling))
 
@@ -109,7 +110,7 @@ class Rows:
             return ids, torch.ones_like(ids, dtype=torch.bool)
         is_end = ids == eos
         ends = is_end.cumsum(dim=1)  # 1 from the end of the prompt on, 2 from that of the answer
-        # Behind the answer are tokens of the next pair: they become end tokens.
+        # After the answer come tokens of the next pair: they become end tokens.
         return ids.masked_fill(ends > 1, eos), ends - is_end.int() > 0
 
     def batch(
@@ -138,9 +139,9 @@ class Rows:
 def load(settings, tokenizer: object | None = None, sha256: str = "") -> Corpus:
     """The corpus that the `data` section names: the bins in `dir`, else `path`, else `dataset`.
 
-    A `tokenizer`, that of a checkpoint, goes before one of the kind `settings.tokenizer`. Sets
-    `settings.dataset` to the one that was found. Raises `UserError`, also for a text that has not
-    the hash `sha256`: then nothing of it is written but a download.
+    A `tokenizer`, that of a checkpoint, is used instead of one of the kind `settings.tokenizer`.
+    Sets `settings.dataset` to the one that was found. Raises `UserError`, also if the hash of the
+    text is not `sha256`: then nothing of it is written but a download.
     """
     if settings.dir:
         kind = {"kind": settings.tokenizer}

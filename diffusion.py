@@ -1,9 +1,10 @@
 """Masked diffusion: masking, training loss, likelihood bound and reverse process.
 
 `model` is any callable from ids (B, L) to logits (B, L, V); V is the vocabulary without the mask.
-Masking and sampling are functions of (seed, row, position): they draw a seed from their `generator`
-and hash the rest, so that row i of a batch gets the same draws whatever the batch, the device or
-the number of processes. `estimate` draws its noise on the CPU, for all rows at once.
+Masking and sampling draw a seed from their `generator` and hash the rest: the random numbers are
+functions of (seed, row, position), so that row i of a batch gets the same ones whatever the other
+rows, the device or the number of processes. `estimate` draws its noise on the CPU, for all rows at
+once.
 """
 
 import math
@@ -67,20 +68,22 @@ def masked_diffusion_loss(
 ) -> Tensor:
     """The training loss E_t[ sum of CE over the masked tokens / p_mask(t) ] / L, nats per token.
 
-    The mean over the rows of this sum / L: dividing by p_mask makes up for the tokens that are not
-    masked. A mean over the masked tokens alone would be no likelihood bound (SMDM, arXiv
-    2410.18514; LLaDA, 2502.09992).
+    Dividing by p_mask makes up for the tokens that are not masked: but for `eps`, the expectation
+    is the likelihood bound of `any_order`. A mean over the masked tokens alone would bound nothing
+    (SMDM, arXiv 2410.18514; LLaDA, 2502.09992). Returns the mean over the rows.
 
     x0 (B, L) are clean ids. The times are stratified over the batch: row i of n has t uniform in
     [i / n, (i + 1) / n). If x0 is a part of a larger batch of n rows, `share` is (rows, n), where
     rows (B,) are the numbers of its rows there. Tokens outside `predict` (B, L) are context: never
     masked, and not counted in L.
 
-    A `weighting` g below 1 is another objective, which trains faster: the weight is (2 - g) /
-    p_mask^g, so that rows with few masks count less. The factor 2 - g makes the expected loss c
-    where each masked token costs c. `nll(xt, x0, is_masked)` -> (B, L) replaces `nll_from_logits`
-    for a model that computes its own cross-entropies, as a `Transformer` does; `model` is then not
-    called. Raises `ValueError` for a weighting out of its range.
+    A `weighting` g below 1 is another objective, which bounds nothing but trains faster: the weight
+    is (2 - g) / p_mask^g, so that rows with few masks count less. train.py has 0.5 by default, and
+    reports the bound beside the loss. The factor 2 - g makes the expected loss c where each masked
+    token costs c. Raises `ValueError` for a weighting out of its range.
+
+    `nll(xt, x0, is_masked)` -> (B, L) replaces `nll_from_logits` for a model that computes its own
+    cross-entropies, as a `Transformer` does; `model` is then not called.
 
     With a `block_length`, each block of that many tokens has a time of its own, and is predicted
     from itself and the clean blocks before it (BD3-LM, arXiv 2503.09573). Of its M tokens, l are
@@ -143,13 +146,16 @@ def _at_least_float32(logits: Tensor) -> Tensor:
 def any_order(u: Tensor, noise: Tensor) -> Iterator:
     """The estimator of `nelbo`: l ~ U{1 ... M} random tokens masked, weight M / l (2110.02037).
 
-    With F(p) the expected sum of CE at masking probability p, its mean is the integral of F(p) / p
-    over [0, 1], but it needs no eps and has a finite variance. It is the bound of the sampler that
-    reveals one uniformly random position a call; eval.py calls it `uniform`.
+    The expectation of the summed CE, so weighted, is the mean of -log p(x0 | order) over all orders
+    in which the tokens can be revealed, one a call. By Jensen's inequality it is at least -log
+    p(x0) of the sampler that reveals one uniformly random position a call. It equals the integral
+    of F(p) / p over p in [0, 1], where F(p) is the expected sum of CE when each token is masked
+    with probability p; but it needs no eps, and its variance is finite. eval.py calls it `uniform`.
 
-    An estimator turns u (B,), uniform in [0, 1), and noise (B, L), uniform in [0, 1) where a token
-    is to be predicted and 2 where it is context, into queries (is_masked, scored, weight): mask
-    `is_masked` (B, L), sum the cross-entropies over `scored` (B, L), multiply by `weight` (B,).
+    What an estimator is: it turns u (B,), uniform in [0, 1), and noise (B, L), uniform in [0, 1)
+    where a token is to be predicted and 2 where it is context, into queries (is_masked, scored,
+    weight). A query says: mask `is_masked` (B, L), sum the cross-entropies over `scored` (B, L),
+    multiply the sum by `weight` (B,).
     """
     M = (noise < 1).sum(dim=1)
     count = (u * M).long() + 1
@@ -278,13 +284,13 @@ class State:
 
     model: Callable
     xt: Tensor  # ids: the mask's where is_masked, and in blocks that come later
-    block: Tensor  # the positions that these steps fill: all, or those of a block
+    block: Tensor  # the positions, masked at first, that these steps fill: all, or those of a block
     is_masked: Tensor  # those of them that are still masked
     noise: Tensor  # uniform in [0, 1), kept unless a strategy writes to it: when to reveal
     token_noise: Tensor  # uniform in [0, 1), kept likewise: which token a position gets
     more_noise: Callable  # more_noise(columns, salt, ...): more draws (B, columns), salt 2 or more
     index: int  # of the step: 0, 1, ... steps - 1
-    steps: int
+    steps: int  # if adaptive, the most that a row of the batch can need: not to be gone by, nor s
     calls: int = 0  # of the network, in this step
     again: Tensor | None = None  # a strategy may set it: what to mask again after the step
 
@@ -323,7 +329,8 @@ def stochastic(state: State) -> Tensor:
 def confidence(state: State) -> Tensor:
     """The positions with the highest top probability, as many as the quota.
 
-    MaskGIT (arXiv 2202.04200) and LLaDA (2502.09992) take the probability of the token drawn.
+    MaskGIT (arXiv 2202.04200) and LLaDA (2502.09992) go by the probability of the token that was
+    drawn instead; `score` would then not be exact.
     """
     if not state.quota.any():
         return torch.zeros_like(state.is_masked)
@@ -405,12 +412,12 @@ def sample(
     block_of = (is_masked.cumsum(dim=1) - 1) // (block_length or L)  # counts masked positions
     for b in range(int(block_of.amax()) + 1):
         block = left = is_masked & (block_of == b)
-        count = int(block.sum(dim=1).amax()) if adaptive else steps
-        for index in range(count):
-            state = State(model, xt, block, left, noise, token_noise, uniform, index, count)
+        steps_here = int(block.sum(dim=1).amax()) if adaptive else steps
+        for index in range(steps_here):
+            state = State(model, xt, block, left, noise, token_noise, uniform, index, steps_here)
             revealed = strategy(state) & left
             tokens = logits = None
-            where = revealed.nonzero(as_tuple=True)  # each use of a mask waits for a GPU
+            where = revealed.nonzero(as_tuple=True)  # once: indexing by a mask waits for a GPU
             if len(where[0]):
                 logits = state.logits[where]  # (N, V)
                 log_p = log_probabilities(logits, temperature, truncate)

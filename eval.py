@@ -118,8 +118,11 @@ def measure(
 
 
 def choose_texts(config: cli.Section, models: list[checkpoint.Loaded]) -> texts.Texts:
-    """About eval.tokens of data.path, or of the validation split of data.dir, data.dataset or the
-    run's own corpus. Raises `UserError`."""
+    """About `eval.tokens` tokens to score. Raises `UserError`.
+
+    They are those of data.path, else of the validation split of data.dir or data.dataset, else of
+    that of the corpus that the checkpoint was trained on.
+    """
     tokenizer, layout = models[0].tokenizer, models[0].layout
     if any(loaded.tokenizer.state() != tokenizer.state() for loaded in models):
         raise UserError(

@@ -43,7 +43,7 @@ class ModelConfig:
     norm_eps: float = 1e-5  # of the RMSNorms
     rope_base: float = 10000.0  # pair k of a head turns by position * rope_base**(-2 k / K)
     rope_rounded: bool = False  # its tables in the precision of bfloat16
-    block_length: int = 0  # tokens of a block, which sees the blocks before it; 0: all see all
+    block_length: int = 0  # a token sees its block of so many and those before; 0: all see all
     causal: bool = False  # autoregressive: position i is predicted from the positions before it
 
     def __post_init__(self):
@@ -243,9 +243,10 @@ class Transformer(nn.Module):
     def hidden(self, xt: Tensor, clean: Tensor | None = None, cache=None) -> Tensor:
         """The final hidden states (B, L, D) of ids (B, L).
 
-        With `config.block_length`, the blocks before a position's own are read from `clean` (B, L),
-        a second stream, if it is given; else from `cache` (a `strategies.Cache`), whose finished
-        positions xt continues, and from xt. Without, or if xt is one block, `clean` is not read.
+        With `config.block_length`, a position sees its own block in xt, and the earlier blocks in
+        `clean` (B, L) if that is given: a second stream. Else it sees them in xt and in what a
+        `cache` (a `strategies.Cache`) holds of the positions that xt continues. `clean` is not read
+        without blocks, nor where xt is a single block.
         """
         L, streams, visible = xt.size(1), 1, None
         start = 0 if cache is None else cache.length
@@ -296,12 +297,12 @@ class Transformer(nn.Module):
     ) -> Tensor:
         """Logits (B, L, V); given `targets` and `where` (B, L), cross-entropies (B, L) in nats.
 
-        The cross-entropies are float32, 0 outside `where`. With `config.block_length`, `targets`
-        are also the clean text of the earlier blocks. `cache` is for logits only: with `targets` it
-        is not read. Logits are built for the positions in `where` alone, in chunks of
-        `LOGITS_AT_ONCE` numbers. `capacity` fixes the number of positions that are computed: static
-        shapes, for torch.compile and for a GPU that need not wait to learn their number. It has to
-        be large enough: positions beyond it get a 0.
+        The cross-entropies are float32, 0 outside `where`. For them logits are built at the
+        positions in `where` alone, in chunks of `LOGITS_AT_ONCE` numbers. `capacity` fixes how many
+        positions are computed: static shapes, for torch.compile and for a GPU that need not wait to
+        learn their number. It has to be at least where.sum(): tokens beyond it silently cost 0.
+        With `config.block_length`, `targets` are also the clean text of the earlier blocks. `cache`
+        is for logits only: with `targets` it is not read.
         """
         if targets is None:
             return self.logits(self.hidden(xt, cache=cache))
@@ -341,8 +342,8 @@ def block_mask(query_block: Tensor, key_block: Tensor, streams: int) -> Tensor:
 class BlockConvolution(ShortConvolution):
     """A short convolution that looks ahead to the end of its own block only.
 
-    Behind, it reads earlier blocks from the clean text: the second of two streams [xt; x0], or the
-    only stream, preceded by what the cache holds.
+    Before its own block, it reads the clean text: the second of two streams [xt; x0], or the only
+    stream, preceded by what the cache holds.
     """
 
     def forward(self, x: Tensor, streams: int = 1, cache=None) -> Tensor:
@@ -353,9 +354,9 @@ class BlockConvolution(ShortConvolution):
         clean = F.pad(clean, (0, 0, h, h))[:, :, -L - 2 * h :]
         own = clean if streams == 1 else F.pad(x, (0, 0, h, h))
         block = torch.arange(-h, L + h, device=x.device) // self.block_length
-        for i, tap in enumerate(self.weight.unbind()):  # of the position i - h further on
+        for i, tap in enumerate(self.weight.unbind()):  # tap i reads i - h positions to the right
             there = own[:, :, i : i + L]
-            if i > h or i < h and streams == 2:  # else right as it is: itself, or a clean past
+            if i > h or i < h and streams == 2:  # in other blocks: earlier clean text, or 0 ahead
                 is_own = (block[i : i + L] == block[h : h + L])[:, None]
                 there = torch.where(is_own, there, clean[:, :, i : i + L] if i < h else 0.0)
             y = y + there * tap

@@ -42,10 +42,10 @@ def main(config: cli.Section) -> None:
         about = f"{loaded.weights}, on {device}; {sampler.name} ({sampler.label})"
         print(f"{config.checkpoint}: {about}", file=sys.stderr)
         finished, number, different = {}, 0, set()
-        for rows, *batch in prompts.batches(canvases, at_once):
+        for rows, *batch in prompts.batches(canvases, at_once):  # each of canvases of one length
             samples = fill(loaded, sampler, config, rows, *batch)
             finished.update(zip(rows, samples, strict=True))
-            while number in finished:  # in the order of the prompts
+            while number in finished:  # printed in the order of the prompts
                 sample = finished.pop(number)
                 different.add((lines[number], sample["text"]))
                 title = f"--- sample {number + 1} ---\n" if len(lines) > 1 else ""
@@ -71,8 +71,8 @@ def fill(
     """Fill canvases (B, N) of one length; `rows` (B,) are their numbers among all canvases.
 
     A canvas longer than the context is filled window by window, and each window block by block if
-    the network has blocks. A sample runs from its start (B,) to the first end token that no text of
-    the prompt follows. calls and seconds are those of the batch. nats is -log p, or None where that
+    the network has blocks. A sample runs from its start (B,) to the first end token after which the
+    prompt has no text. calls and seconds are those of the batch. nats is -log p, or None where that
     is not exact or an end token was found.
     """
     began, calls = time.perf_counter(), 0

@@ -73,7 +73,7 @@ def training_step(run: "Run") -> tuple[Tensor, Tensor]:
         parallel.synchronise(run.forward, part == parts - 1)
         with devices.autocast(run.device, run.dtype):
             if shape.causal:  # the autoregressive control: each token, given those before it
-                costs = run.forward(x0, x0, predict, x0.numel())
+                costs = run.forward(x0, targets=x0, where=predict, capacity=x0.numel())
                 loss = (costs.sum(dim=1) / predict.sum(dim=1)).mean()
             else:
                 loss = masked_diffusion_loss(
@@ -101,7 +101,8 @@ def training_step(run: "Run") -> tuple[Tensor, Tensor]:
             run.step, settings.max_iters, settings.warmup_iters, settings.lr_schedule
         )
     )
-    run.optimizer.step(skip=run.stats.add(loss, grad_norm, run.step + 1))
+    skip = run.stats.add(loss, grad_norm, run.step + 1)  # 1 where one of them is not finite
+    run.optimizer.step(skip)  # not scaler.step, which would skip for float16 alone
     run.scaler.update()
     optim.update_ema(list(run.ema.parameters()), parameters, settings.ema_decay, run.step)
     run.step += 1
@@ -112,7 +113,7 @@ def training_step(run: "Run") -> tuple[Tensor, Tensor]:
 
 
 def evaluate(run: "Run", log) -> None:
-    """Log the bound of the EMA weights on val and a part of train; save them at the best on val.
+    """Log the bound of the EMA weights on val and a part of train; save best.pt if val's is lowest.
 
     The masks are the same in every evaluation, as many as a standard error needs. All is float32:
     autocast is for training.
@@ -176,7 +177,7 @@ class Run:
         model = runs.build_model(config, self.corpus, loaded, Transformer, ModelConfig)
         self.model = model.to(device)
         self.model.recompute = settings.activation_checkpointing
-        # From a checkpoint the model has its EMA weights, which `ema` copies. A resumed run then
+        # `build_model` loads a checkpoint's EMA weights, which `ema` copies. A resumed run then
         # goes on from the weights that the optimizer has reached.
         self.ema = copy.deepcopy(self.model).eval()
         if resumes:
@@ -204,8 +205,8 @@ class Run:
         self.train_rows = self.corpus.rows("train", L, overlap=True)
         self.eval_rows = {split: self.corpus.rows(split, L) for split in data.SPLITS}
         runs.require_rows(self.eval_rows)
-        # Static shapes: the most tokens that a micro-batch masks. Each has every n-th row; in the
-        # last one the rows have the latest times, and so the most masks.
+        # Room for the masked tokens of a micro-batch, so that shapes are static. Micro-batch k of n
+        # has the rows k, k + n, ...: the last one has the latest times, and so the most masks.
         B, n = settings.batch_size, settings.grad_accum * parallel.world().size
         latest = torch.arange(n - 1, B, n)[:, None]
         if size := self.model.config.block_length:

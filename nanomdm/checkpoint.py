@@ -1,7 +1,7 @@
 """Checkpoints: one file that holds everything, written atomically, read without executing it.
 
-A checkpoint is a dict with `PARTS`. To those train.py's ckpt.pt adds what a run needs to go on:
-`RUN_PARTS`, "optimizer" and "scaler".
+A checkpoint is a dict with `PARTS`: all that sampling and evaluation need. ckpt.pt of train.py has
+besides what a run needs to go on: `RUN_PARTS`, "optimizer" and "scaler".
 """
 
 import math
@@ -30,14 +30,14 @@ PARTS = {
     "config": dict,  # the settings of the training run
     "corpus": dict,  # name and sha256 of its text
     "step": int,  # optimizer steps so far
-    "origin": str,  # where imported weights come from
+    "origin": str,  # where imported weights come from; of a run of train.py it is missing
 }
 RUN_PARTS = {  # what a run needs besides to go on; its optimizer looks at its own state
     "model": dict,  # the weights that are trained
     "stats": dict,  # of the steps
-    "best": float,  # the lowest bound so far
+    "best": float,  # the lowest bound so far; best.pt has it, too
 }
-UNKNOWN = {  # what a part means that is missing: the library saves none of these
+UNKNOWN = {  # what a part means that is missing: `nanomdm.save` need not be given these
     "config": {},
     "corpus": {"name": "unknown", "sha256": ""},
     "step": 0,

@@ -172,8 +172,9 @@ def masked_capacity(p_mask: Tensor, L: int, n: int) -> int:
     """How many tokens a part of a batch of n rows masks at most: shapes that never change.
 
     `p_mask` (B, 1) are the masking probabilities at the middle of the rows' strata. The mean and
-    six standard deviations, exceeded once in 1e9 batches. The variance is that of the masks, L p
-    (1 - p) a row, and that of the times within their strata.
+    six standard deviations, exceeded once in 1e9 batches (the tokens beyond are then not trained
+    on). The variance is that of the masks, L p (1 - p) a row, and that of the times within their
+    strata.
     """
     variance = L * (p_mask * (1 - p_mask)).sum() + L**2 * len(p_mask) / 12 / n**2
     return min(len(p_mask) * L, math.ceil(L * p_mask.sum() + 6 * variance.sqrt()))

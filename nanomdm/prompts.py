@@ -118,7 +118,7 @@ def make_canvas(
 
     It is continued up to `length` tokens; by 0 a template ends where it ends, and a prompt without
     blanks at the model's `context`. The `layout` that the model was trained on adds an end token:
-    before a document, or behind a prompt that gets an answer, and that has no blanks. Raises
+    before a document, or after a prompt that gets an answer, and that has no blanks. Raises
     `UserError` where it does not fit.
     """
     pieces, start = parse(prompt), 0
@@ -161,9 +161,9 @@ def make_canvas(
 
 
 def lengths(ids: Tensor, is_masked: Tensor, eos: int | None) -> Tensor:
-    """(B,): the tokens of filled canvases (B, N) that count.
+    """(B,): how long the texts in filled canvases (B, N) are.
 
-    Up to the first end token, unless the prompt, the positions not in `is_masked`, goes on behind.
+    A text ends at its first end token after which no token was given (all are in `is_masked`).
     """
     is_tail = is_masked.flip(1).cummin(dim=1).values.flip(1)
     ends = is_tail & (ids == (-1 if eos is None else eos))

@@ -165,7 +165,7 @@ def require_room(config, corpus, shape) -> None:
 
 
 def save(run, name: str) -> bool:
-    """Write ckpt.pt, with all that a resume needs, or best.pt, with the EMA weights alone.
+    """Write ckpt.pt, with all that a resume needs, or best.pt, whose only weights are the EMA's.
 
     Returns whether it was written; if not, the reason is printed and the old file stays. In several
     processes all of them have to call this: the main one writes.

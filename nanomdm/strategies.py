@@ -2,9 +2,9 @@
 
 A strategy is a function from a `diffusion.State` to the positions (B, L) to reveal in this step.
 Its own settings are further arguments, which `sampling.options` sets by name. To add one, write the
-function and its entry in STRATEGIES; `diffusion.sample(strategy=f)` takes any function, too. A
-strategy that is `adaptive` ignores `steps`: it reveals at least one position in each step, and goes
-on until none is masked.
+function and its entries in STRATEGIES and LIKELIHOODS; `diffusion.sample(strategy=f)` takes any
+function, too. A strategy that is `adaptive` ignores `steps`: it reveals at least one position in
+each step, and goes on until none is masked.
 """
 
 import inspect
@@ -134,11 +134,17 @@ STRATEGIES = {
 # state; where noise decides, too, its mean over seeds is an upper bound (DUEL, arXiv 2603.01367).
 EXACT, BOUND, NONE = "exact likelihood", "bound on the likelihood", "no likelihood"
 UNKNOWN = "likelihood not stated"  # of a strategy that is not in the table
-LIKELIHOODS = dict.fromkeys(STRATEGIES, EXACT) | {
+LIKELIHOODS = {
     "stochastic": BOUND,
+    "confidence": EXACT,
     "spread": BOUND,
     "first_hitting": BOUND,
     "remask": NONE,
+    "left_to_right": EXACT,
+    "margin": EXACT,
+    "entropy": EXACT,
+    "threshold": EXACT,
+    "eb": EXACT,
 }
 
 
@@ -181,7 +187,7 @@ NO_GUIDANCE = (
 class Cache:
     """What later blocks need of finished ones: keys, values and inputs of convolutions.
 
-    It is exact: a block sees nothing behind it, so that what it leaves stays as it is. `length` of
+    It is exact: a block sees nothing after it, so that what it leaves stays as it is. `length` of
     at most `size` positions are finished; entries of later ones are overwritten.
     """
 
@@ -198,7 +204,7 @@ class Cache:
 
 
 def require_order(is_masked: Tensor, size: int) -> None:
-    """Raise `ValueError` if a token is given in a block behind one with a masked position (B, L).
+    """Raise `ValueError` if a token is given in a block after one with a masked position (B, L).
 
     A network with blocks of `size` positions would fill the mask without having seen it.
     """
@@ -206,13 +212,13 @@ def require_order(is_masked: Tensor, size: int) -> None:
     first = torch.where(is_masked, block, len(block)).amin(dim=1, keepdim=True)
     if not (is_masked | (block <= first)).all():
         raise ValueError(
-            f"a token is given behind the block of a [MASK], where a network with blocks of {size} "
+            f"a token is given after the block of a [MASK], where a network with blocks of {size} "
             "tokens cannot see it: leave it out, or take a network with model.block_length=0"
         )
 
 
-class Behind:
-    """A network for the block behind finished ones: its ids (B, n) to its logits (B, n, V)."""
+class NextBlock:
+    """The network as one of the next block, given the finished ones: ids (B, n) to logits."""
 
     def __init__(self, model: Callable, size: int, cached: bool):
         self.model, self.cache = model, Cache(size) if cached else None
@@ -281,7 +287,7 @@ def fill_blocks(
     require_order(is_masked, size)
     xt, L, calls = canvas.masked_fill(is_masked, mask_id), canvas.size(1), 0
     order, costs = torch.zeros_like(xt), torch.zeros_like(xt, dtype=torch.float64)
-    network, steps = Behind(model, L, cached), Steps(xt, callback, history)
+    network, steps = NextBlock(model, L, cached), Steps(xt, callback, history)
     for start in range(0, L, size):
         here = slice(start, start + size)
         network.finished = xt[:, :start]

@@ -505,9 +505,7 @@ def test_blanks_are_filled_within_their_block_and_no_further_back():
     filled = sampler.fill(model, canvas, is_masked)
     assert torch.equal(filled.ids[~is_masked], canvas[~is_masked]) and (filled.ids < V).all()
     is_masked[:, 3] = True
-    with pytest.raises(
-        ValueError, match="behind the block of a .MASK., where a network with block"
-    ):
+    with pytest.raises(ValueError, match="after the block of a .MASK., where a network with block"):
         sampler.fill(model, canvas, is_masked)
     Sampler(diffusion.sample, "", {"strategy": "confidence"}).fill(network(24), canvas, is_masked)
 
@@ -623,7 +621,7 @@ def test_a_text_ends_in_the_middle_of_a_window_and_of_a_batch(
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["prompt=The [MASK*3] of no"], "prompt: a token is given behind the block of a [MASK]"),
+        (["prompt=The [MASK*3] of no"], "prompt: a token is given after the block of a [MASK]"),
         (
             ["prompt=The", "sampling.options={guidance: 1}"],
             "has never seen a mask before its block",
@@ -643,7 +641,7 @@ def test_a_later_windows_blanks_are_allowed_in_the_block_where_the_prompt_ends(i
     assert result.code == 0, result.err
     assert result.out.startswith(given) and result.out[66:68] == "wn" and len(result.out) == 71
     refused = run("sample.py", *words, f"prompt={given[:62]}[MASK]wn")
-    assert refused.code == 2 and "behind the block" in refused.err
+    assert refused.code == 2 and "after the block" in refused.err
 
 
 def test_tools_know_blocks(in_blocks, run, tmp_path):
@@ -651,7 +649,7 @@ def test_tools_know_blocks(in_blocks, run, tmp_path):
     view = run("tools.view", checkpoint, "prompt=The", "num_samples=2", "out=v.html")
     assert view.code == 0 and (tmp_path / "v.html").stat().st_size > 10_000, view.err
     refused = run("tools.view", checkpoint, "prompt=The [MASK*3] of no", "out=w.html")
-    assert refused.code == 2 and "behind the block" in refused.err
+    assert refused.code == 2 and "after the block" in refused.err
     words = ("tokens=96", "strategies=[spread,stochastic]", "calls=[2]", "output=f", "compile=auto")
     frontier = run("bench.frontier", checkpoint, *words)
     assert frontier.code == 0, frontier.err

@@ -113,7 +113,7 @@ def test_a_network_with_blocks_is_filled_block_by_block(exported):
     with mock.patch.object(exported[2], "transformer", network):
         ids = torch.full((2, 32), 9).masked_fill(torch.arange(32) < 5, 3)
         filled = exported[2].fill(ids, seed=5, strategy="spread", steps=3)
-        with pytest.raises(ValueError, match="behind the block of a .MASK."):
+        with pytest.raises(ValueError, match="after the block of a .MASK."):
             exported[2].fill(ids.masked_fill(torch.arange(32) == 1, 9))
     sampler = Sampler(sample, "spread", {"strategy": STRATEGIES["spread"], "steps": 3})
     generator = torch.Generator().manual_seed(5)
