@@ -1,5 +1,6 @@
 """training.objective=ar: the same network and loop under a causal mask, as a control."""
 
+import copy
 import re
 
 import pytest
@@ -44,6 +45,12 @@ def test_an_answer_depends_on_what_stands_before_it_alone(length):
     before, after = model(ids)[0], model(changed)[0]
     torch.testing.assert_close(before[:3], after[:3])
     assert not torch.allclose(before[3:], after[3:])
+
+
+def test_the_row_of_the_mask_stands_for_the_start_of_the_text(network):
+    other, ids = copy.deepcopy(network), LOOP.data[-1:]
+    other.embedding.weight.data[LOOP.V] += 1
+    assert not torch.allclose(other(ids)[0, 0], network(ids)[0, 0])
 
 
 def test_both_attentions_of_a_causal_network_agree():

@@ -219,6 +219,26 @@ def test_the_bound_of_any_network_is_that_of_the_enumeration(size):
     assert (error < 1e-12) == (size == 1)
 
 
+@pytest.mark.parametrize("blocks", [8, 13, 64])
+def test_the_times_of_a_rows_blocks_are_uniform_and_spread_evenly(blocks):
+    times = []
+
+    def estimator(u, noise):
+        times.append(u.view(-1, blocks))
+        yield noise < 1, noise < 1, u
+
+    u = diffusion.stratified_pairs(1000, seeded(0))
+    next(diffusion.in_blocks(estimator, u, torch.zeros(1000, 2 * blocks), 2))
+    (times,) = times
+    assert torch.equal(times[:, 0], u)
+    assert all((((t * 10).long().bincount(minlength=10)) - 100).abs().max() < 3 for t in times.T)
+    points = times[0].sort().values
+    gaps = torch.cat((points, points[:1] + 1)).diff()
+    assert (
+        0 < gaps.min() and gaps.max() < 2 / blocks
+    )  # at random the largest is log(blocks) / blocks
+
+
 @pytest.mark.parametrize("estimator", [bounds.continuous, partial(bounds.discrete, steps=3)])
 def test_other_estimators_are_about_blocks_too(estimator):
     """Their bounds, of blocks of one token: masked with probability p, weight 1 / p."""

@@ -171,6 +171,24 @@ def test_the_network_sees_every_token_once_in_every_pass():
     assert sum(seen) == 3 * 15 and len(seen) == 3 * 4
 
 
+def test_an_estimate_keeps_no_graph_of_its_calls():
+    weight = torch.zeros((), requires_grad=True)
+
+    def nll(xt, targets, where):
+        return weight.expand(xt.shape)
+
+    settings = {"mask_id": 2, "draws": 2}
+    nats, *_ = diffusion.estimate(diffusion.any_order, nll, torch.zeros(3, 4).long(), **settings)
+    assert not nats.requires_grad
+
+
+@pytest.mark.parametrize("draws", [1, 2])
+def test_the_error_of_one_draw_is_not_known(draws):
+    text = LOOP.draw(4, 0)
+    _, error = diffusion.nelbo(zero_logits(LOOP.V), text, mask_id=LOOP.V, draws=draws)
+    assert math.isnan(error) == (draws == 1)
+
+
 @pytest.mark.parametrize(
     "rows, draws, said",
     [([3, 2], 0, "draws=0 must be"), ([], 8, "x0 needs rows"), ([3, 0], 8, "x0 needs rows")],

@@ -140,6 +140,13 @@ def test_a_value_of_another_type_is_refused_by_its_name(key, value):
         ModelConfig(**{"vocab_size": V, key: value})
 
 
+@pytest.mark.parametrize("key", ["rope_base", "norm_eps", "qk_norm"])
+@pytest.mark.parametrize("value", [math.inf, math.nan, -1.0])
+def test_a_value_that_is_negative_or_not_finite_is_refused_by_its_name(key, value):
+    with pytest.raises(ValueError, match=rf"model\.{key}={value} must be at least [01] and finite"):
+        ModelConfig(V, **{key: value})
+
+
 def test_a_context_whose_tables_would_not_fit_is_refused_with_the_longest():
     with pytest.raises(
         ValueError, match=r"model\.block_size=10+ is too long: choose at most 1048576"
@@ -224,6 +231,13 @@ def test_rope_scores_depend_on_the_distance_alone():
 
 def test_rope_keeps_the_dtype_of_bfloat16_queries():
     assert apply_rope(random(4, 1, 8).bfloat16(), *rope_tables(4, 8)).dtype == torch.bfloat16
+
+
+def test_rope_tables_are_exact_to_the_rounding_of_float32_however_far():
+    cos, sin = (table[-1, 0].double() for table in rope_tables(10**5, 64))
+    angles = (10**5 - 1) * 10000.0 ** (-torch.arange(32, dtype=torch.float64) / 32)
+    torch.testing.assert_close(cos, angles.cos().repeat(2), rtol=0, atol=1e-7)
+    torch.testing.assert_close(sin, torch.cat((-angles.sin(), angles.sin())), rtol=0, atol=1e-7)
 
 
 def test_rope_tables_tell_neighbouring_positions_apart_at_length_4096():

@@ -304,8 +304,9 @@ def test_top_k_keeps_the_k_likeliest_in_their_proportions():
 
 def test_top_p_counts_what_top_k_has_left():
     """Of 0.4 and 0.3, the first has 0.57."""
-    p = strategies.keep_likeliest(torch.tensor([[0.1, 0.4, 0.2, 0.3]]), top_k=2, top_p=0.55)
-    assert (p > 0).tolist() == [[False, True, False, False]]
+    p = torch.tensor([[0.1, 0.4, 0.2, 0.3]])
+    kept = [(strategies.keep_likeliest(p, top_k=2, top_p=x) > 0).tolist()[0] for x in (0.55, 0.6)]
+    assert kept == [[False, True, False, False], [False, True, False, True]]
 
 
 def test_of_equal_tokens_top_k_keeps_k():
