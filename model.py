@@ -75,7 +75,7 @@ def rope_tables(
     with torch.device("cpu"):  # also where the model is built on the meta device
         frequencies = base ** (-torch.arange(0, head_size, 2, dtype=torch.float64) / head_size)
         frequencies = torch.cat((-frequencies, frequencies))
-        angles = torch.arange(length, dtype=torch.float64)[:, None, None] * frequencies
+        angles = torch.arange(length)[:, None, None] * frequencies  # float64
     cos, sin = angles.cos().float(), angles.sin().float()
     return (cos.bfloat16().float(), sin.bfloat16().float()) if rounded else (cos, sin)
 
