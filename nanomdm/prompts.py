@@ -175,10 +175,8 @@ def encode(text: str, tokenizer):
     found, hint = LIKE_BLANK.search(text), ""
     if found and not BLANK.fullmatch(found[0]):  # which somebody has written with a backslash
         hint = f"{found[0]} is no blank, which is written [MASK] or [MASK*n]"
-    try:
+    with as_user_error(hint and f"{hint}: "):  # also of a tokenizer of the user's own
         ids = tokenizer.encode(text)
-    except ValueError as error:  # also of a tokenizer of the user's own
-        raise UserError(f"{hint}: {error}" if hint else str(error)) from error
     if hint:
         print(hint, file=sys.stderr)
     return ids
