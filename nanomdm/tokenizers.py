@@ -21,7 +21,7 @@ from itertools import chain
 
 import numpy as np
 
-from .errors import UserError, optional
+from .errors import UserError, check_choice, optional
 
 EOT = "<|endoftext|>"  # the special token that ends a document, where a BPE has one
 BETWEEN_LINES = re.compile(r"(?<=\S\n)(?=\S)")  # GPT-2's pattern always divides a text here
@@ -300,8 +300,7 @@ def train_tokenizer(kind: str, text: str, split: int, vocab_size: int, ends: boo
 
     Raises `UserError`.
     """
-    if kind not in choices():
-        raise UserError(f"data.tokenizer={kind} is unknown: choose one of {', '.join(choices())}")
+    check_choice("data.tokenizer", kind, choices())
     train = TOKENIZERS[kind].train
     can_end = {"ends": ends} if "ends" in inspect.signature(train).parameters else {}
     return train(text, split, vocab_size, **can_end)
