@@ -161,10 +161,9 @@ def samplers(
             for option, value in section.options.items()
             if option in options_of(name) or option not in taken
         }
-        settings = {"strategy": name, "steps": section.steps, "temperature": section.temperature}
+        settings = vars(section) | {"strategy": name, "options": options}
         with as_user_error():
-            section_of = SimpleNamespace(**settings, options=options)
-            sampler = from_config(section_of, sample, model_blocks=model_blocks)
+            sampler = from_config(SimpleNamespace(**settings), sample, model_blocks=model_blocks)
         if sampler.label == NONE:
             raise UserError(
                 f"eval.samplers={name} masks tokens again: many paths lead to a text, and no one "
