@@ -33,15 +33,16 @@ class Texts(NamedTuple):
         return int(self.counts.sum())
 
 
-def split_texts(content: text.Content, share: float = 0.9) -> tuple[list[str], list[str]]:
+def split_texts(content: text.Content) -> tuple[list[str], list[str]]:
     """The first 90% and the rest, by characters: of a stream, or whole documents, pairs or rows.
 
     A document is cut at 90% where the border between two would leave less than 80% to train on.
     """
     texts, unit = content.texts, 2 if content.layout == "pairs" else 1
     ends = np.cumsum([len(each) for each in texts])[unit - 1 :: unit]
-    n = int((ends <= share * ends[-1]).sum())  # whole ones that fit
-    room = int(share * ends[-1]) - (int(ends[n - 1]) if n else 0)
+    border = int(0.9 * ends[-1])
+    n = int((ends <= border).sum())  # whole ones that fit
+    room = border - (int(ends[n - 1]) if n else 0)
     if content.layout in ("stream", "documents") and 10 * room > ends[-1]:
         return [*texts[:n], texts[n][:room]], [texts[n][room:], *texts[n + 1 :]]
     if len(ends) < 2:
