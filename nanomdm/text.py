@@ -62,10 +62,11 @@ class Content(NamedTuple):
                 f"{self.name} holds pairs, and the checkpoint's tokenizer has no end token: start "
                 "from one that was trained on documents or pairs"
             )
-        if self.layout != "documents" or not (cannot or sha256 or len(self.texts) == 1):
+        if self.layout != "documents":
             return self
         stream = self._replace(layout="stream", files=[(self.name, [self.text])])
-        return stream if cannot or len(self.texts) == 1 or stream.sha256 == sha256 else self
+        is_one = cannot or len(self.texts) == 1 or sha256 and stream.sha256 == sha256
+        return stream if is_one else self
 
 
 def find(dataset: str, path: str, cache: str | Path, rows: bool = False) -> Content:
