@@ -312,14 +312,13 @@ def jobs(words, name="config", script=None):
 
 def without_effect(key, value, config, reads, script):
     """Why a setting of the command line has no effect, in words; "" if it has one."""
-    if key == "experiment":
-        return "" if any(k.startswith(reads) for k in experiment(value)) else f"on {script}"
-    if not key.startswith(reads):
+    keys = experiment(value) if key == "experiment" else {key}
+    if not any(k.startswith(reads) for k in keys):
         return f"on {script}"
     values = flat(config.as_dict())
-    for keys, others in IDLE:
+    for idle, others in IDLE:
         known = all(other in values and other.startswith(reads) for other in others)
-        if key.startswith(keys) and known and all(f(values[k]) for k, f in others.items()):
+        if key.startswith(idle) and known and all(f(values[k]) for k, f in others.items()):
             return "with " + " and ".join(f"{other}={values[other]}" for other in others)
     return ""
 
