@@ -513,9 +513,7 @@ def resumed(stored: dict, config: Section, whole: bool) -> Section:
                 f"the interrupted run has {key}={value}, which is no longer a setting: finish it "
                 "with the version that began it"
             )
-    for old, key in RENAMED.items():
-        if old in before and key in defaults:
-            before[key] = before[old]
+    before |= {key: before[old] for old, key in RENAMED.items() if old in before}
     values = {key: typed(key, before.get(key, now[key]), defaults[key]) for key in defaults}
     for name, default in OPTIONS.items():
         value = typed(name, before.get(f"sampling.{name}", default), default)
