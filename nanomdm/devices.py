@@ -190,8 +190,10 @@ def block_capacity(blocks: int, size: int) -> int:
 
 def pays_to_compile(setting: str, device: torch.device, tokens: float) -> bool:
     """`auto`: always on a GPU; on a CPU if there is a C++ compiler and the work is long enough."""
-    if setting != "auto" or device.type != "cpu":
-        return setting == "true" or setting == "auto" and device.type == "cuda"
+    if setting != "auto":
+        return setting == "true"
+    if device.type != "cpu":
+        return device.type == "cuda"
     compiler = shutil.which(os.environ.get("CXX", "g++")) or shutil.which("clang++")
     headers = Path(sysconfig.get_path("include"), "Python.h").exists()
     return bool(compiler) and headers and tokens >= WORTH_COMPILING
