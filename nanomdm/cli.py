@@ -145,6 +145,7 @@ READS = {
         "logging",
     ),
 }
+MASKED = ("diffusion.weighting", "sampling.strategy", "sampling.steps")  # not if autoregressive
 # Settings that have no effect because of others, which the same script reads: the beginnings of
 # their keys, and what holds for the values of the others then.
 IDLE = (
@@ -153,14 +154,8 @@ IDLE = (
     ("blank", {"prompt": not_, "prompt_file": not_}),
     ("data.dataset", {"data.path": bool}),
     ("data.dataset", {"data.dir": bool}),
-    (
-        ("diffusion.weighting", "sampling.strategy", "sampling.steps"),
-        {"training.objective": "ar".__eq__},
-    ),
-    (
-        ("diffusion.weighting", "sampling.strategy", "sampling.steps"),
-        {"model.block_length": (1).__eq__},
-    ),
+    (MASKED, {"training.objective": "ar".__eq__}),
+    (MASKED, {"model.block_length": (1).__eq__}),
     ("eval.tokens", {"training.eval_interval": not_}),
     ("sampling.", {"training.sample_interval": not_}),
     ("sampling.steps", {"sampling.strategy": is_adaptive}),
