@@ -395,15 +395,18 @@ def from_config(section, sample: Callable, causal: bool = False, model_blocks: i
         kinds = (kind, int) if kind is float else kind
         if type(value) is bool or not isinstance(value, kinds):
             raise ValueError(f"sampling.options.{option}={value} is not of type {kind.__name__}")
-    strategy, general = STRATEGIES[name], GENERAL | section.options
-    if own := {option: general.pop(option) for option in section.options if option not in GENERAL}:
-        strategy = partial(strategy, **own)
-    settings = {"strategy": strategy, "steps": section.steps, "temperature": section.temperature}
-    settings["block_length"] = general["block_length"]
-    if general["top_k"] or general["top_p"] < 1:
-        settings["truncate"] = partial(
-            keep_likeliest, top_k=general["top_k"], top_p=general["top_p"]
-        )
-    if model_blocks and general["guidance"]:
+    strategy, options = STRATEGIES[name], GENERAL | section.options
+    top_k, top_p, guidance, block_length = (options.pop(option) for option in GENERAL)
+    if options:  # what is left are the strategy's own
+        strategy = partial(strategy, **options)
+    settings = {
+        "strategy": strategy,
+        "steps": section.steps,
+        "temperature": section.temperature,
+        "block_length": block_length,
+    }
+    if top_k or top_p < 1:
+        settings["truncate"] = partial(keep_likeliest, top_k=top_k, top_p=top_p)
+    if model_blocks and guidance:
         raise ValueError(NO_GUIDANCE)
-    return Sampler(sample, name, settings, general["guidance"])
+    return Sampler(sample, name, settings, guidance)
