@@ -233,15 +233,14 @@ def main(script: Callable, name: str = "config") -> None:
     keep_freed_memory()
     try:
         for config in jobs(sys.argv[1:], name, script):
-            if config.job:
-                swept[config.out_dir] = config.job
+            failed = ""
             try:
                 with considerate_threads():
                     script(config)
             except FloatingPointError as error:
-                code = complain(error, 1)
-                if config.job:
-                    swept[config.out_dir] += " (failed)"
+                code, failed = complain(error, 1), " (failed)"
+            if config.job:
+                swept[config.out_dir] = config.job + failed
         for line in () if RANK else ranking(swept):
             print(line)
     except OverrideParseException as error:
