@@ -243,7 +243,7 @@ class NLLSamples(NamedTuple):
         sampler with noise is a mixture.
         """
         nats = math.log(len(self.nats)) - (-self.nats).logsumexp(dim=0)  # (N,)
-        return float(nats.sum() / self.counts.sum())
+        return float(nats.sum()) / self.tokens
 
     def part(self, rows: Sequence[int] | Tensor) -> "NLLSamples":
         """The samples of some of the rows."""
@@ -298,8 +298,9 @@ def student_t(df: int, coverage: float = 0.95) -> float:
     return math.sqrt(df) * math.tan(np.interp(coverage * shares[-1], shares, angles))
 
 
-def wilson(share: float, n: int, z: float = 1.96) -> tuple[float, float]:
+def wilson(share: float, n: int) -> tuple[float, float]:
     """The 95% interval of a probability of which n trials showed this share (Wilson 1927)."""
+    z = 1.96
     middle = (share + z**2 / (2 * n)) / (1 + z**2 / n)
     half = z / (1 + z**2 / n) * math.sqrt(share * (1 - share) / n + z**2 / (4 * n**2))
     return max(0.0, middle - half), min(1.0, middle + half)
