@@ -241,17 +241,14 @@ class Steps:
     def __init__(self, xt: Tensor, callback: Callable | None, history: list | None):
         self.xt, self.callback, self.history = xt, callback, history
         self.events = None if history is None else []
-        self.here, self.before, self.done = slice(0), 0, 0
-
-    def begin(self, here: slice) -> None:
-        self.here, self.before = here, self.done
+        self.here, self.before, self.done = slice(0), 0, 0  # this block; steps before it, and done
 
     def __call__(self, step: int, s: float, block: Tensor) -> None:
         self.done = self.before + step
         if self.history is not None:
-            event = self.events.pop()._replace(step=self.done)
+            event = self.events.pop()
             whole = {name: self.widened(getattr(event, name)) for name in ("revealed", "again")}
-            self.history.append(event._replace(**whole))
+            self.history.append(event._replace(step=self.done, **whole))
         if self.callback:
             xt = self.xt.clone()
             xt[:, self.here] = block
@@ -291,7 +288,7 @@ def fill_blocks(
     for start in range(0, L, size):
         here = slice(start, start + size)
         network.finished = xt[:, :start]
-        steps.begin(here)
+        steps.here, steps.before = here, steps.done
         filled = sample(
             network,
             xt[:, here],
