@@ -106,8 +106,9 @@ def read(path: str | Path, rows: bool = False) -> Content:
     A .jsonl or a folder holds documents, or pairs if the .jsonl has the fields of `PAIR`. Raises
     `UserError` for a path that is missing, empty, not UTF-8 or without these fields.
     """
-    path, files = Path(path), [Path(path)]
-    if path.is_dir():
+    path = Path(path)
+    files, is_folder = [path], path.is_dir()
+    if is_folder:
         files = sorted(p for p in path.rglob("*") if p.suffix.lower() in SUFFIXES and p.is_file())
         if not files:
             raise UserError(f"no {', '.join(SUFFIXES)} file in {path}: name another folder or file")
@@ -124,12 +125,12 @@ def read(path: str | Path, rows: bool = False) -> Content:
         if rows:
             texts = [line for text in texts for line in text.split("\n") if line]
         kinds.add(kind)
-        found.append((file.relative_to(path).as_posix() if path.is_dir() else path.name, texts))
+        found.append((file.relative_to(path).as_posix() if is_folder else path.name, texts))
     if not any(texts for _, texts in found):
         raise UserError(f"{path} has no line with text: name another file")
     if "pairs" in kinds and (len(kinds) > 1 or rows):
         raise UserError(f"{path} holds pairs: leave out data.rows, and files without pairs")
-    layout = "documents" if path.is_dir() and "pairs" not in kinds else kinds.pop()
+    layout = "documents" if is_folder and "pairs" not in kinds else kinds.pop()
     return Content(path.resolve().name, "rows" if rows else layout, found)
 
 
