@@ -236,7 +236,7 @@ class NextBlock:
 
 
 class Steps:
-    """The steps of each block, told as those of the whole canvas xt (B, L)."""
+    """The steps of each block, as steps of the whole canvas xt (B, L)."""
 
     def __init__(self, xt: Tensor, callback: Callable | None, history: list | None):
         self.xt, self.callback, self.history = xt, callback, history
