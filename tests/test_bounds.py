@@ -548,6 +548,27 @@ def test_the_error_within_a_pass_is_that_over_passes_and_what_the_rows_themselve
     assert mean_square == pytest.approx(over_passes + unlike.var().item() / 64, rel=0.2)
 
 
+@pytest.mark.parametrize("draws", [1, 7, 8])
+def test_a_summary_has_the_loss_its_exponential_and_the_error_that_the_passes_allow(draws):
+    samples = estimate(any_order, NETWORK, TEXT, mask_id=LOOP.V, generator=seeded(0), draws=draws)
+    loss, error = samples.bound()
+    error = error if draws == 8 else bounds.error_within(samples)
+    expected = {"loss": loss, "ppl": math.exp(loss), "error": error}
+    assert samples.summary() == pytest.approx(expected)
+    assert samples.summary(exact=True) == {"loss": loss, "ppl": math.exp(loss)}
+    far = samples._replace(nats=samples.nats + 1e6).summary()
+    assert far["loss"] > 1e4 and math.isfinite(far["ppl"])
+
+
+@pytest.mark.parametrize(("right", "n"), [(0, 7), (3, 7), (7, 7), (90, 100)])
+def test_the_ends_of_wilsons_interval_are_probabilities_1_96_deviations_from_the_share(right, n):
+    ends = bounds.wilson(right / n, n)
+    assert ends[0] <= right / n <= ends[1] and min(ends) >= 0 and max(ends) <= 1
+    for p in ends:
+        deviations = 1.96 * math.sqrt(p * (1 - p) / n)
+        assert abs(p - right / n) == pytest.approx(deviations, abs=1e-9)
+
+
 def test_several_passes_divide_the_error_within_them_by_the_root_of_their_number():
     x0 = torch.randint(5, (200, 8), generator=seeded(0))
 

@@ -417,6 +417,10 @@ def test_eval_counts_the_answers_tokens_and_one_end_and_finds_exact_answers(answ
     found = answers(run, out, "prompt_file=all.txt")
     right = np.mean([a == word[::-1] for a, word in zip(found, WORDS, strict=True)])
     assert matches["share"] == pytest.approx(right) and right > 0.5
+    wrong = jsonl(Path("w.jsonl"), [{"prompt": w, "response": w[::-1] + "a"} for w in WORDS])
+    assert run("eval.py", *words, f"data.path={wrong}", "output=w.json").code == 0
+    (matches,) = json.loads(Path("w.json").read_text())["matches"]
+    assert matches["texts"] == len(WORDS) and matches["share"] < 0.1  # possible, but never written
     assert run("eval.py", *words, "eval.samplers=[margin]", "sampling.steps=16").code == 0
     (row,) = json.loads(Path("f.json").read_text())["samplers"]
     loaded, pairs = load_model(out / "ckpt.pt"), [(w, w[::-1]) for w in WORDS * 3]
