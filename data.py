@@ -103,14 +103,14 @@ class Rows:
         L = self.length
         rows = [self.tokens[start : start + L] for start in (self.starts[n] for n in numbers)]
         if self.has_pairs:  # the last ones of the split may have fewer than L tokens
-            eos = self.tokenizer.eos
-            rows = [np.pad(row, (0, L - len(row)), constant_values=eos) for row in rows]
+            rows = [np.pad(row, (0, L - len(row))) for row in rows]
         ids = torch.from_numpy(np.stack(rows).astype(np.int64))
         if not self.has_pairs:
             return ids, torch.ones_like(ids, dtype=torch.bool)
+        eos = self.tokenizer.eos
         is_end = ids == eos
         ends = is_end.cumsum(dim=1)  # 1 from the end of the prompt on, 2 from that of the answer
-        # After the answer come tokens of the next pair: they become end tokens.
+        # After the answer come tokens of the next pair, or zeros: they become end tokens.
         return ids.masked_fill(ends > 1, eos), ends - is_end.int() > 0
 
     def batch(
