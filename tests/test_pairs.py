@@ -476,6 +476,11 @@ def test_pairs_that_are_too_long_are_counted_and_if_all_are_refused(answering, r
     words = [*TINY, f"data.path={answering[1]}", "out_dir=short"]
     result = run("train.py", *words, "model.block_size=10")
     assert result.code == 0 and "pairs of the train split are longer than 10 tokens" in result.err
+    result = run("eval.py", "checkpoint=short/ckpt.pt", f"data.path={answering[1]}")
+    long = 3 * sum(2 * len(word) + 2 > 10 for word in WORDS)
+    assert f"\n{long} pairs are longer than the context, and are left out" in f"\n{result.err}"
+    result = run("eval.py", f"checkpoint={answering[0]}/ckpt.pt", f"data.path={answering[1]}")
+    assert result.code == 0 and "left out" not in result.err
     result = run("train.py", *words, "model.block_size=4")
     assert result.code == 2 and "and no other is there: set a larger model.block_size" in result.err
 

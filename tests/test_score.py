@@ -305,6 +305,12 @@ def test_a_strategy_that_leaves_a_mask_is_an_error_and_not_a_lower_cost():
     with pytest.raises(ValueError, match="left 162 masks"):
         score(arbitrary_network(LOOP), LOOP.data, LOOP.V, strategy=half, steps=2)
 
+    def first(state):  # of the rows, that is
+        return state.is_masked & (torch.arange(len(state.xt)) < 1)[:, None]
+
+    with pytest.raises(ValueError, match="left 320 masks"):
+        score(arbitrary_network(LOOP), LOOP.data, LOOP.V, strategy=first, steps=2)
+
 
 def test_a_token_that_a_filter_cuts_makes_its_text_cost_infinity_and_no_other():
     nats = score(arbitrary_network(LOOP), LOOP.data, LOOP.V, strategy="margin", top_k=2, steps=2)
