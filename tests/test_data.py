@@ -67,6 +67,24 @@ def test_the_splits_put_together_are_the_text(tmp_path):
     assert corpus.tokenizer.decode(ids) == POEM
 
 
+def test_a_text_is_tokenized_anew_for_the_tokenizer_of_a_checkpoint(tmp_path):
+    prepare(tmp_path)
+    tokenizer = CharTokenizer("".join(sorted({*POEM, "~", "!"})))
+    corpus = data.prepare(content(POEM), "char", 300, tmp_path, tokenizer)
+    assert corpus.tokenizer.state() == tokenizer.state()
+    ids = [*corpus.train.tolist(), *corpus.val.tolist()]
+    assert tokenizer.decode(ids) == POEM
+
+
+@pytest.mark.parametrize(("path", "named"), [("", "poem"), ("poem.txt", "shakespeare")])
+def test_the_text_that_stands_in_for_a_dataset_is_named_in_the_settings(path, named, monkeypatch):
+    monkeypatch.setattr(texts, "find", lambda *_: content(POEM))
+    settings = {"dir": "", "path": path, "dataset": "shakespeare", "rows": False}
+    settings = SimpleNamespace(**settings, tokenizer="char", vocab_size=300)
+    data.load(settings)
+    assert settings.dataset == named
+
+
 def test_characters_of_the_whole_text_are_symbols_in_the_order_of_their_code_points(tmp_path):
     corpus = prepare(tmp_path, "b" * 9 + "a")  # the split for training has no "a"
     assert corpus.tokenizer.characters == "ab"

@@ -4,6 +4,7 @@ import hashlib
 import json
 import math
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -16,8 +17,10 @@ import torch
 from conftest import QUIET, ROOT, TEXT, TINY, environment
 from torch._dynamo.utils import counters
 
+import data
 import train as train_script
 from nanomdm import checkpoint, cli, optim, runlog
+from nanomdm import text as text_room
 
 STEPS = 12  # of TINY
 FIGURE = r"\d\.\d{4} ± \d\.\d{4}"
@@ -262,6 +265,28 @@ def test_ids_of_ones_own_without_a_meta_file_are_trained_on_sampled_and_scored(r
     printed = run("eval.py", "output=figures.json").out
     assert "nats/token" in printed and "bits" not in printed
     assert json.loads(Path("figures.json").read_text())["bits_per_byte"] is None
+
+
+@pytest.mark.parametrize("key", ["path", "dir"])
+def test_a_text_that_has_changed_is_neither_trained_on_further_nor_scored(run, tmp_path, key):
+    def place(text: str) -> None:
+        """As a.txt, or as the bins in the folder a."""
+        Path("a.txt").write_text(text)
+        if key == "dir":
+            found = text_room.find("", "a.txt", tmp_path)
+            data.prepare(found, "char", 0, tmp_path / "new")
+            shutil.rmtree("a", ignore_errors=True)
+            next(Path("new").iterdir()).rename("a")
+
+    place(TEXT)
+    where = f"data.{key}=a" + (".txt" if key == "path" else "")
+    assert run("train.py", *TINY, *QUIET, where).code == 0
+    place(TEXT[::-1])
+    for command in (["train.py", "training.resume=true", "training.max_iters=20"], ["eval.py"]):
+        result = run(*command)
+        assert result.code == 2 and "is not the text that the checkpoint was" in result.err
+    place(TEXT)
+    assert run("eval.py").code == 0
 
 
 def test_a_second_run_keeps_the_first_ones_files(train):
