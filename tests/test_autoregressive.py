@@ -1,7 +1,10 @@
 """training.objective=ar: the same network and loop under a causal mask, as a control."""
 
 import copy
+import json
+import math
 import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -104,6 +107,8 @@ def test_samples_follow_the_law_that_the_likelihood_says(network):
 def test_one_flag_trains_a_control_that_learns_samples_and_is_evaluated(run, text_file):
     result = run("train.py", *TINY, f"data.path={text_file}", "training.objective=ar")
     assert result.code == 0, result.err
+    first = json.loads(Path("out/metrics.jsonl").read_text().splitlines()[0])
+    assert first["train/loss"] == pytest.approx(math.log(len(set(TEXT))), abs=0.1)  # untrained
     losses = [float(x) for x in re.findall(r"loss ([\d.]+) on train", result.out)]
     assert losses[-1] < losses[0]
     evaluated = run("eval.py", "system.device=cpu").out
