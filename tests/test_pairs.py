@@ -436,10 +436,16 @@ def test_eval_counts_the_answers_tokens_and_one_end_and_finds_exact_answers(answ
     assert row["value"] == pytest.approx(float(nats.sum()) / figures["tokens"], rel=1e-4)
 
 
-def test_the_log_of_a_run_on_pairs_shows_a_prompt_and_its_answer(answering, run):
+def test_the_log_of_a_run_on_pairs_shows_an_answer_and_the_bound_of_answers(answering, run):
     result = run("train.py", *TINY, f"data.path={answering[1]}", "model.block_size=16")
     samples = re.findall(r"--- sample after \d+ steps ---\n(.*)\n", result.out)
     assert len(samples) == 2 and all(re.match("[ab]+ -> ", sample) for sample in samples)
+    lines = [json.loads(line) for line in Path("out/metrics.jsonl").read_text().splitlines()]
+    logged = [line["eval/val_loss"] for line in lines if "eval/val_loss" in line][-1]
+    stored = cli.stored_data(checkpoint.load("out/ckpt.pt")["config"])
+    rows = len(data.load(stored).rows("val", 16))
+    draws = f"eval.draws={-(-bounds.LEAST_ROWS // rows)}"  # as many as the log's bound has
+    assert f"loss {logged:.4f} ± " in run("eval.py", draws, *GREEDY[2:]).out
 
 
 @pytest.mark.parametrize("objective", ["diffusion", "ar"])
