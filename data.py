@@ -79,6 +79,7 @@ class Rows:
     def __init__(self, tokens, length: int, layout: str, tokenizer, overlap: bool = False):
         self.tokens, self.length, self.tokenizer = tokens, length, tokenizer
         self.left_out, self.has_pairs = 0, layout == "pairs"
+        self.turn = 0.618 if layout in ("rows", "pairs") else 0  # see `evenly`
         if self.has_pairs:
             ends = find(tokens, tokenizer.eos)[1::2] + 1
             starts = np.append(0, ends)[:-1]
@@ -124,13 +125,14 @@ class Rows:
         return x0, predict
 
     def evenly(self, limit: int = 0) -> list[Row]:
-        """All rows or, with a `limit`, evenly spaced ones that hold about `limit` tokens in all."""
+        """All rows or, with a `limit`, ones spread evenly that hold about `limit` tokens in all."""
         keep, size = len(self), self.length
         if self.has_pairs and keep:
             size = len(self.tokens) / (keep + self.left_out)
         if 0 < limit < len(self.tokens):
             keep = min(keep, max(1, int(limit // size)))
-        return [self[i * len(self) // keep] for i in range(keep)]
+        # Lines of two kinds may take turns: steps of one size could meet a single kind.
+        return [self[int((i + i * self.turn % 1) * len(self) / keep)] for i in range(keep)]
 
 
 # --- From text to a corpus -----------------------------------------------------------------------
@@ -204,5 +206,5 @@ def open_bins(
         raise UserError(f"{folder} was made with another tokenizer than the checkpoint has")
     train, val = (open_split(folder, split, meta, own.vocab_size) for split in SPLITS)
     sha256 = meta["sha256"] or sha256_of(val[:].tobytes())
-    name, layout = meta["corpus"] or folder.name, meta["layout"]
-    return Corpus(name, sha256, own, train, val, layout, meta["row_length"])
+    name = meta["corpus"] or folder.name
+    return Corpus(name, sha256, own, train, val, meta["layout"], meta["row_length"])

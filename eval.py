@@ -62,10 +62,12 @@ def main(config: cli.Section) -> None:
             for name, bound in chosen.items():
                 measured[name] = (bound, *measure(models[0], bound, scored, config))
             show(report.side_by_side(measured, shape.block_length > 0))
-            rows = []
-            for name, bound in samplers.items():
-                found = measure(models[0], bound, scored, config)
-                rows.append(report.sampler(name, bound, *found, uniform=samples))
+            rows = [
+                report.sampler(
+                    name, bound, *measure(models[0], bound, scored, config), uniform=samples
+                )
+                for name, bound in samplers.items()
+            ]
             show({"samplers": rows})
         if greedy:
             found = {name: measure(models[0], bound, scored, config)[0] for name, bound in greedy}

@@ -129,7 +129,7 @@ def load_model(
             f"{path} holds averaged weights only and cannot be resumed: start from them by "
             "training.init_from="
         )
-    with as_user_error(f"{path} holds no model of this version, train again: "):
+    with as_user_error(f"{path} holds no model of this version or class, train again: "):
         validate(state)
         model = build(state["model_config"], state["ema"], Transformer, ModelConfig)
         if resume:

@@ -286,8 +286,9 @@ def jobs(words, name="config", script=None):
     for key, _ in itertools.chain(*choices):
         if key.startswith(DECIDED) and not key.startswith(reads):
             raise UserError(f"{key}: the checkpoint decides it: leave it out")
-    for number, settings in enumerate(itertools.product(*choices)):
-        config = configure(settings, name, defaults, options)
+    combinations = list(itertools.product(*choices))  # all are checked before the first begins
+    configs = [configure(settings, name, defaults, options) for settings in combinations]
+    for number, (settings, config) in enumerate(zip(combinations, configs, strict=True)):
         if options:
             config.out_dir = str(Path(config.out_dir, str(number)))
             if config.output:
@@ -432,7 +433,7 @@ def checked(values, defaults):
     if values.get("data.path") and values.get("data.dir"):
         raise UserError("data.path and data.dir are both given: leave one of them empty")
     if output := values.get("output"):
-        if not Path(output).name:
+        if Path(output).is_dir():
             raise UserError(f"output={output} is a folder: name a file")
         for key in ("checkpoint", "eval.against", "data.path", "prompt_file"):
             if values.get(key) and Path(values[key]).resolve() == Path(output).resolve():

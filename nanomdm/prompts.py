@@ -39,6 +39,8 @@ def read(config, tokenizer, shape, layout: str = "stream") -> tuple[list[str], l
         if config.prompt:
             raise UserError("prompt and prompt_file are both given: leave one of them out")
         lines = read_lines(Path(config.prompt_file))
+    if config.blank and any(lines) and not set(config.blank) & set("".join(lines)):
+        print(f"blank has no effect: no prompt has {config.blank}", file=sys.stderr)
     length = config.sampling.length
     canvases = [
         make_canvas(with_blanks(line, config.blank), length, tokenizer, shape.block_size, layout)

@@ -53,19 +53,21 @@ def split_texts(content: text.Content) -> tuple[list[str], list[str]]:
 
 
 def encode(
-    texts: list[str], layout: str, tokenizer, is_cut: bool = False, length: int = 0
+    texts: list[str], layout: str, tokenizer, is_cut: bool = False, length: int = 0, start: int = 1
 ) -> np.ndarray:
     """The ids of texts, one after the other; an end token follows documents, prompts and answers.
 
-    But not the last one, if it `is_cut`, and goes on elsewhere. Raises `UserError` for a row that
-    has not `length` tokens (0: those of the first) and for a tokenizer without an end token.
+    But not the last one, if it `is_cut`, and goes on elsewhere. Raises `UserError`, with the number
+    of the text, counted from `start`: for one that the tokenizer cannot encode, for a row that has
+    not `length` tokens (0: those of the first); and for a tokenizer without an end token.
     """
     eos, parts = tokenizer.eos, []
     has_ends, small = layout in ("documents", "pairs"), dtype_of(tokenizer.vocab_size)
     if has_ends and eos is None:
         raise UserError(f"data.tokenizer={tokenizer.kind} has no end token, which {layout} need")
-    for number, each in enumerate(texts, 1):
-        ids = tokenizer.encode(each).astype(small)
+    for number, each in enumerate(texts, start):
+        with as_user_error():  # also of a tokenizer of the user's own
+            ids = tokenizer.encode(each).astype(small)
         length = length or len(ids)
         if layout == "rows" and len(ids) != length:
             raise UserError(
@@ -90,8 +92,8 @@ def tokenize(content: text.Content, kind: str, vocab_size: int, tokenizer=None) 
     is_cut = content.layout == "documents" and sum(map(len, splits)) > len(content.texts)
     length = len(tokenizer.encode(content.texts[0])) if is_rows else 0
     train, val = (
-        encode(texts, content.layout, tokenizer, is_cut and texts is splits[0], length)
-        for texts in splits
+        encode(texts, content.layout, tokenizer, is_cut and start == 1, length, start)
+        for texts, start in zip(splits, (1, 1 + len(splits[0])), strict=True)
     )
     about = {"corpus": content.name, "sha256": content.sha256, "layout": content.layout}
     return tokenizer, {"train": train, "val": val}, about | {"row_length": length}

@@ -11,7 +11,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 SIX = ("model", "diffusion", "data", "train", "sample", "eval")  # the files at the root
 EACH, ALL_SIX = 3_220, 12_050
-CORE = 43_250  # the six files and nanomdm/; docs/LOG.md has the aims
+CORE = 43_350  # the six files and nanomdm/; docs/LOG.md has the aims
 LAYOUT = {
     tokenize.COMMENT,
     tokenize.NL,

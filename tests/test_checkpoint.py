@@ -464,7 +464,7 @@ def test_parts_that_make_no_network_are_refused_in_one_line_each(kind, network, 
     with pytest.raises(UserError) as error:
         load_model(path)
     line = str(error.value)
-    assert line.startswith(f"{path} holds no model of this version, train again: ")
+    assert line.startswith(f"{path} holds no model of this version or class, train again: ")
     assert said in line and "\n" not in line and len(line) < len(str(path)) + 300
 
 

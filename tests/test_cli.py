@@ -522,6 +522,14 @@ def test_a_sweep_goes_on_after_a_run_that_diverges_and_ranks_its_runs(run, text_
         assert line.startswith(f"{best['eval/val_loss']:.4f} ± {best['eval/val_error']:.4f} ")
 
 
+def test_a_mistake_in_any_job_of_a_sweep_is_found_before_the_first_begins(run, monkeypatch):
+    begun = []
+    monkeypatch.setitem(SCRIPTS, "train.py", begun.append)
+    result = run("train.py", "-m", "training.learning_rate=1e-3,abc")
+    assert result.code == 2 and "learning_rate=abc is not of type float" in result.err
+    assert not begun
+
+
 def test_a_note_of_a_sweep_is_said_once_at_the_jobs_that_it_is_about(run, monkeypatch):
     monkeypatch.setitem(SCRIPTS, "sample.py", lambda config: None)
     words = ("sampling.strategy=spread,eb,threshold", "sampling.steps=4", "system.seed=1,2")

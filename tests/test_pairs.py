@@ -154,7 +154,7 @@ def test_an_end_token_follows_each_document_and_each_part_of_a_pair_but_no_row()
     ],
 )
 def test_a_row_of_another_length_is_found_in_the_other_split_too(kind, lines, tmp_path):
-    with pytest.raises(UserError, match=r"row \d has \d tokens, not \d: one length"):
+    with pytest.raises(UserError, match=r"row 10 has \d tokens, not \d: one length"):
         data.prepare(content("rows", lines), kind, 9, tmp_path)
 
 
@@ -184,6 +184,15 @@ def test_documents_of_an_earlier_versions_run_are_the_stream_that_they_were(tmp_
 def test_rows_of_unequal_length_are_refused_with_the_number_of_the_first():
     with pytest.raises(UserError, match="row 3 has 1 tokens, not 2"):
         texts.encode(["ab", "ca", "b"], "rows", TOKENIZER)
+
+
+def test_a_text_that_a_tokenizer_of_ones_own_cannot_encode_is_refused():
+    class Latin1(ByteTokenizer):
+        def encode(self, text):
+            return np.frombuffer(text.encode("latin-1"), np.uint8).astype(np.int64)
+
+    with pytest.raises(UserError, match="'latin-1' codec can't encode character"):
+        texts.encode(["ab", "\N{SNOWMAN}"], "stream", Latin1())
 
 
 def test_documents_need_a_tokenizer_that_can_end_them():
@@ -580,6 +589,15 @@ def test_a_limit_is_about_a_number_of_tokens_also_of_pairs(limit):
     rows = rows_of([("ab", "ba")] * 100, 30)  # 6 tokens each, filled up to 30
     assert len(rows.evenly(limit)) == max(1, limit // 6)
     assert rows_of([("abcabc", "ab")] * 3, 4).evenly(limit) == []
+
+
+@pytest.mark.parametrize("limit", range(60, 600, 30))
+def test_a_limit_meets_both_kinds_of_lines_that_take_turns(limit):
+    rows = rows_of([("ab", "a"), ("ab", "b")] * 300, 5)
+    chosen = rows.evenly(limit)
+    answers = [row.ids[3].item() for row in chosen]
+    assert len(chosen) == limit // 5
+    assert 0.3 < answers.count(answers[0]) / len(answers) < 0.7
 
 
 def test_a_limit_is_shared_by_files():

@@ -96,6 +96,12 @@ def test_blanks_are_filled_and_what_is_around_them_stays(texts):
     assert re.fullmatch(r"KING .:\nThe .{6} and", text, flags=re.S)
 
 
+@pytest.mark.parametrize(("prompt", "said"), [("KING", 1), ("KI.G", 0), ("", 0)])
+def test_a_blank_that_no_prompt_has_is_said(run, trained, prompt, said):
+    words = (f"checkpoint={trained}/ckpt.pt", f"prompt={prompt}", "sampling.steps=2", "blank=.")
+    assert run("sample.py", *words).err.count("blank has no effect: no prompt has .") == said
+
+
 def test_a_blank_may_be_the_whole_prompt(texts):
     assert len(texts("prompt=[MASK*9]")[0]) == 9
 

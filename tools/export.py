@@ -143,6 +143,12 @@ def read_figures(config: Section) -> dict | None:
     return figures
 
 
+PAIRS = """
+It was trained to answer prompts. The text to fill is a prompt, then `tokenizer.eos_token`, then
+masks up to the length of the context.
+"""
+
+
 def card(config: Section, loaded: Loaded, figures: dict | None) -> str:
     """README.md of the folder: what is known, and how to measure what is not."""
     state, network = loaded.state, loaded.model.config
@@ -154,6 +160,8 @@ def card(config: Section, loaded: Loaded, figures: dict | None) -> str:
         "PARAMETERS": f"{count:,}",
         "SHAPE": f"{network.n_layer} layers, {network.n_head} heads, {network.n_embd} wide",
         "CONTEXT": f"{network.block_size} tokens{blocks_of(network)}",
+        "MASKS": str(min(64, network.block_size)),
+        "PAIRS": PAIRS if loaded.layout == "pairs" else "",
         "TOKENIZER": f"{state['tokenizer']['kind']}, {network.vocab_size:,} tokens",
         "CORPUS": corpus_of(state["corpus"]),
         "TRAINING": training_of(state, loaded.config),
@@ -211,7 +219,8 @@ def bound_of(config: Section, state: dict, figures: dict | None) -> str:
     known = ""
     if "best" in state:
         known = f"{state['best']:.4f} nats per token is the lowest of its run, without its error; "
-    measure = f"python eval.py checkpoint={config.checkpoint} output=figures.json"
+    name = Path(config.checkpoint).name
+    measure = f"python eval.py checkpoint={name} output=figures.json"
     return f"{known}`{measure}` measures it with its error, for `figures=` of tools.export"
 
 

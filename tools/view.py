@@ -43,6 +43,7 @@ def main(config: Section) -> None:
         f"{filled.calls} calls · temperature {config.sampling.temperature:g} · seed {config.seed}"
     )
     if config.format == "svg":
+        cli.ignored(config, {"num_samples"}, "format=svg shows the first sample")
         content = draw(traces[0], config.seconds)
     else:
         content = assemble("view", "nanoMDM", {"subtitle": subtitle, "traces": traces})
