@@ -152,7 +152,7 @@ def test_a_setting_that_train_cannot_use(refusal, words, named):
         (["prompt_file=blank.txt"], "prompt_file=blank.txt | no prompt | one a line"),
         (["prompt_file=latin.txt"], "prompt_file=latin.txt | UTF-8 text"),
         (["prompt=K", "prompt_file=blank.txt"], "prompt and prompt_file | leave one"),
-        (["output=out"], "output=out | choose another output"),
+        (["output=out"], "output=out is a folder | name a file"),
         (["system.dtype=float64"], "system.dtype=float64 | float32 | bfloat16 | float16"),
         (["model.n_layer=2"], "model.n_layer | checkpoint | leave it out"),
         (["checkpoint=nowhere.pt"], "no checkpoint at nowhere.pt | check the name"),
