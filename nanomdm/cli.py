@@ -286,9 +286,11 @@ def jobs(words, name="config", script=None):
     for key, _ in itertools.chain(*choices):
         if key.startswith(DECIDED) and not key.startswith(reads):
             raise UserError(f"{key}: the checkpoint decides it: leave it out")
-    combinations = list(itertools.product(*choices))  # all are checked before the first begins
-    configs = [configure(settings, name, defaults, options) for settings in combinations]
-    for number, (settings, config) in enumerate(zip(combinations, configs, strict=True)):
+    found = [  # all are checked before the first begins
+        (settings, configure(settings, name, defaults, options))
+        for settings in itertools.product(*choices)
+    ]
+    for number, (settings, config) in enumerate(found):
         if options:
             config.out_dir = str(Path(config.out_dir, str(number)))
             if config.output:

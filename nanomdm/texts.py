@@ -57,9 +57,9 @@ def encode(
 ) -> np.ndarray:
     """The ids of texts, one after the other; an end token follows documents, prompts and answers.
 
-    But not the last one, if it `is_cut`, and goes on elsewhere. Raises `UserError`, with the number
-    of the text, counted from `start`: for one that the tokenizer cannot encode, for a row that has
-    not `length` tokens (0: those of the first); and for a tokenizer without an end token.
+    But not the last one, if it `is_cut`, and goes on elsewhere. Raises `UserError` for a text that
+    the tokenizer cannot encode or that spells the end token, for a row that has not `length` tokens
+    (0: those of the first; texts are counted from `start`), and for a tokenizer without an end.
     """
     eos, parts = tokenizer.eos, []
     has_ends, small = layout in ("documents", "pairs"), dtype_of(tokenizer.vocab_size)
@@ -92,8 +92,8 @@ def tokenize(content: text.Content, kind: str, vocab_size: int, tokenizer=None) 
     is_cut = content.layout == "documents" and sum(map(len, splits)) > len(content.texts)
     length = len(tokenizer.encode(content.texts[0])) if is_rows else 0
     train, val = (
-        encode(texts, content.layout, tokenizer, is_cut and start == 1, length, start)
-        for texts, start in zip(splits, (1, 1 + len(splits[0])), strict=True)
+        encode(texts, content.layout, tokenizer, is_cut and texts is splits[0], length, start)
+        for texts, start in zip(splits, (1, 1 + len(splits[0]) - is_cut), strict=True)
     )
     about = {"corpus": content.name, "sha256": content.sha256, "layout": content.layout}
     return tokenizer, {"train": train, "val": val}, about | {"row_length": length}
