@@ -12,7 +12,6 @@ matrix products timed in the same run.
 import importlib.util
 import json
 import platform
-import resource
 import shlex
 import statistics
 import subprocess
@@ -233,6 +232,8 @@ def peak_memory(device: torch.device) -> int:
     """Bytes: of the GPU's allocator since the run began, or of this process as a whole."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated()
+    import resource  # not on Windows, where other benches import this module
+
     kib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return kib if sys.platform == "darwin" else 1024 * kib
 

@@ -62,11 +62,11 @@ class Content(NamedTuple):
                 f"{self.name} holds pairs, and the checkpoint's tokenizer has no end token: start "
                 "from one that was trained on documents or pairs"
             )
-        if self.layout != "documents":
+        is_one = cannot or len(self.texts) == 1
+        if self.layout != "documents" or not (is_one or sha256):
             return self
         stream = self._replace(layout="stream", files=[(self.name, [self.text])])
-        is_one = cannot or len(self.texts) == 1 or sha256 and stream.sha256 == sha256
-        return stream if is_one else self
+        return stream if is_one or stream.sha256 == sha256 else self
 
 
 def find(dataset: str, path: str, cache: str | Path, rows: bool = False) -> Content:

@@ -234,9 +234,7 @@ def test_the_times_of_a_rows_blocks_are_uniform_and_spread_evenly(blocks):
     assert all((((t * 10).long().bincount(minlength=10)) - 100).abs().max() < 3 for t in times.T)
     points = times[0].sort().values
     gaps = torch.cat((points, points[:1] + 1)).diff()
-    assert (
-        0 < gaps.min() and gaps.max() < 2 / blocks
-    )  # at random the largest is log(blocks) / blocks
+    assert 0 < gaps.min() and gaps.max() < 2 / blocks  # at random some log(blocks) / blocks
 
 
 @pytest.mark.parametrize("estimator", [bounds.continuous, partial(bounds.discrete, steps=3)])
