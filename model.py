@@ -8,7 +8,6 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
-from torch.nn.attention.flex_attention import flex_attention
 from torch.utils.checkpoint import checkpoint
 
 # On a CPU, softmax(QK^T)V written out beats PyTorch's fused attention up to this length; where
@@ -91,8 +90,8 @@ def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 def attend(q: Tensor, k: Tensor, v: Tensor, visible=None, causal: bool = False) -> Tensor:
     """Attention of (B, H, L, K) queries, keys and values: full (bidirectional), unless `causal`.
 
-    `visible` are the keys that each query sees: booleans (L, keys), a mask of FlexAttention, or
-    None for all.
+    `visible` are the keys that each query sees: booleans (L, keys), or None for all. It may also be
+    a function of q, k and v, which is then used instead: FlexAttention, on a GPU.
     """
     written_out = visible is None or q.dtype == torch.bfloat16
     if q.is_cpu and q.size(2) <= WRITTEN_OUT_UP_TO and written_out:
@@ -104,7 +103,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, visible=None, causal: bool = False) 
         return scores.softmax(dim=-1, dtype=v.dtype) @ v
     if isinstance(visible, Tensor | None):
         return F.scaled_dot_product_attention(q, k, v, attn_mask=visible, is_causal=causal)
-    return flex_attention(q, k, v, block_mask=visible)
+    return visible(q, k, v)
 
 
 class ShortConvolution(nn.Module):

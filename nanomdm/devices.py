@@ -17,7 +17,6 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from torch.nn.attention.flex_attention import create_block_mask
 
 from .errors import UserError
 
@@ -260,21 +259,23 @@ def use_flex_attention(model: nn.Module) -> None:
     def mask(query: Tensor, key: Tensor, streams: int):
         if streams == 1:
             return model.dense_mask(query, key, streams)
-        return flex_mask(len(key), size, key.device)
+        return flex_attention(len(key), size, key.device)
 
     model.block_mask = mask
 
 
 @lru_cache
-def flex_mask(length: int, block_length: int, device: torch.device):
-    """`model.block_mask` of two streams of this length, as a mask of FlexAttention."""
+def flex_attention(length: int, block_length: int, device: torch.device) -> Callable:
+    """Attention of q, k and v that sees what `model.block_mask` of two streams of a length says."""
+    from torch.nn.attention import flex_attention as flex  # half a second, which few commands need
 
     def sees(b, h, i, j):
         i_block, j_block = i % length // block_length, j % length // block_length
         is_own = (i < length) == (j < length)
         return is_own & (i_block == j_block) | (j >= length) & (j_block < i_block)
 
-    return create_block_mask(sees, None, None, 2 * length, 2 * length, device)
+    mask = flex.create_block_mask(sees, None, None, 2 * length, 2 * length, device)
+    return partial(flex.flex_attention, block_mask=mask)
 
 
 def eager_if_compiling_fails(call: Callable, model: nn.Module) -> Callable:

@@ -80,7 +80,9 @@ def watched(patch: pytest.MonkeyPatch) -> dict:
     seen = {"masks": {}, "averages": 0}
     loss_of, distribute = train_script.masked_diffusion_loss, parallel.distribute
     training_step, steps = train_script.training_step, []
-    scatter = dist.reduce_scatter_single  # what FSDP2 of PyTorch 2.13 averages by
+    by = "reduce_scatter_single"  # what FSDP2 averages by; before PyTorch 2.13 it had another name
+    by = by if hasattr(dist, by) else "reduce_scatter_tensor"
+    scatter = getattr(dist, by)
 
     def watched_step(run):
         steps.append(run.step)
@@ -112,7 +114,7 @@ def watched(patch: pytest.MonkeyPatch) -> dict:
     patch.setattr(train_script, "training_step", watched_step)
     patch.setattr(train_script, "masked_diffusion_loss", watched_loss)
     patch.setattr(parallel, "distribute", watched_distribute)
-    patch.setattr(dist, "reduce_scatter_single", count)
+    patch.setattr(dist, by, count)
     return seen
 
 
