@@ -4,12 +4,15 @@ import importlib
 import os
 import sys
 from contextlib import contextmanager
+from copy import deepcopy
 from pathlib import Path
 from types import SimpleNamespace
 from typing import NamedTuple
 
+import hydra
 import pytest
 import torch
+import yaml
 
 import eval as eval_script
 import sample as sample_script
@@ -75,6 +78,37 @@ def cache(tmp_path_factory) -> Path:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("NANOMDM_CACHE", str(folder))
         yield folder
+
+
+@pytest.fixture(scope="session", autouse=True)
+def composed_once():
+    """Equal files and words have equal settings: a thousand commands would parse them anew."""
+    load, scan, compose, known = yaml.load, yaml.scan, hydra.compose, {}
+
+    def load_once(stream, Loader):
+        content = stream.read() if hasattr(stream, "read") else stream
+        key = content, Loader.__qualname__
+        if key not in known:
+            known[key] = load(content, Loader)
+        return deepcopy(known[key])
+
+    def scan_once(content):
+        if content not in known:
+            known[content] = list(scan(content))
+        return known[content]
+
+    def compose_once(name, overrides):
+        files = sorted(cli.CONFIGS.rglob("*.yaml"))
+        key = name, *overrides, *((str(file), file.read_bytes()) for file in files)
+        if key not in known:
+            known[key] = compose(name, overrides)
+        return known[key]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(yaml, "load", load_once)
+        patch.setattr(yaml, "scan", scan_once)
+        patch.setattr(hydra, "compose", compose_once)
+        yield
 
 
 @pytest.fixture(scope="session")
