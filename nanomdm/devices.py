@@ -274,8 +274,11 @@ def flex_attention(length: int, block_length: int, device: torch.device) -> Call
         is_own = (i < length) == (j < length)
         return is_own & (i_block == j_block) | (j >= length) & (j_block < i_block)
 
-    mask = flex.create_block_mask(sees, None, None, 2 * length, 2 * length, device)
-    return partial(flex.flex_attention, block_mask=mask)
+    size = 2 * length
+    return partial(
+        flex.flex_attention,
+        block_mask=flex.create_block_mask(sees, None, None, size, size, device),
+    )
 
 
 def eager_if_compiling_fails(call: Callable, model: nn.Module) -> Callable:

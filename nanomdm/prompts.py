@@ -39,12 +39,10 @@ def read(config, tokenizer, shape, layout: str = "stream") -> tuple[list[str], l
         if config.prompt:
             raise UserError("prompt and prompt_file are both given: leave one of them out")
         lines = read_lines(Path(config.prompt_file))
-    if config.blank and any(lines) and not set(config.blank) & set("".join(lines)):
-        print(f"blank has no effect: no prompt has {config.blank}", file=sys.stderr)
     length = config.sampling.length
     canvases = [
-        make_canvas(with_blanks(line, config.blank), length, tokenizer, shape.block_size, layout)
-        for line in lines
+        make_canvas(line, length, tokenizer, shape.block_size, layout)
+        for line in with_blanks(lines, config.blank)
     ]
     for canvas in canvases:
         require_order(shape, canvas.is_masked)
@@ -79,18 +77,24 @@ def read_lines(path: Path) -> list[str]:
     return lines
 
 
-def with_blanks(line: str, blank: str) -> str:
-    """The line with [MASK*n] in the place of n characters of `blank`; a backslash keeps one."""
+def with_blanks(lines: list[str], blank: str) -> list[str]:
+    """The lines with [MASK*n] in the place of n characters of `blank`; a backslash keeps one.
+
+    Says so where no prompt has any of them.
+    """
     if not blank:
-        return line
-    known, characters = BLANK.pattern, f"[{re.escape(blank)}]"
+        return lines
+    if any(lines) and not set(blank) & set("".join(lines)):
+        print(f"blank has no effect: no prompt has {blank}", file=sys.stderr)
+    characters = f"[{re.escape(blank)}]"
+    pattern = rf"{BLANK.pattern}|\\(?P<kept>{characters})|(?P<run>{characters}+)"
 
     def written(match: re.Match) -> str:
         if match[0].startswith("[MASK") or not match["run"]:
             return match["kept"] or match[0]
         return f"[MASK*{len(match['run'])}]"
 
-    return re.sub(rf"{known}|\\(?P<kept>{characters})|(?P<run>{characters}+)", written, line)
+    return [re.sub(pattern, written, line) for line in lines]
 
 
 def parse(prompt: str) -> list[str | int]:

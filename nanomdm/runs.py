@@ -48,7 +48,7 @@ def decide(config, decided: dict, source: str) -> None:
         if key in config.explicit and getattr(section, name) != value:
             raise UserError(
                 f"{key}={getattr(section, name)} is not what {source} has ({value}): leave it out "
-                "(or its experiment), or train from the beginning"
+                f"(or its experiment), or do without {source}"
             )
         setattr(section, name, value)
 

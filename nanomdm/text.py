@@ -144,7 +144,7 @@ def _read_file(path: Path) -> tuple[str, list[str]]:
         raise UserError(f"{path} is not UTF-8 (byte {error.start}): convert it first") from None
     layout, texts = _jsonl(path, text) if path.suffix.lower() == ".jsonl" else ("stream", [text])
     if not any(texts):
-        raise UserError(f"{path} is empty: name a file with text in it")
+        raise UserError(f"{path} is empty: leave it out, or write a text into it")
     return layout, texts
 
 

@@ -102,7 +102,9 @@ def tokenize(content: text.Content, kind: str, vocab_size: int, tokenizer=None) 
 def check_layout(name: str, found: str, wanted: str) -> None:
     """Raise `UserError` for data of another layout than a checkpoint's; documents make a stream."""
     if found != wanted and {found, wanted} != {"stream", "documents"}:
-        raise UserError(f"{name} holds {found}, and the checkpoint was trained on {wanted}")
+        raise UserError(
+            f"{name} holds {found}, and the checkpoint was trained on {wanted}: take another"
+        )
 
 
 def read(path: str, tokenizer, layout: str = "stream", length: int = 0) -> list[Document]:

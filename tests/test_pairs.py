@@ -165,11 +165,14 @@ def test_a_bpe_learns_from_rows_one_by_one_and_says_why_they_do_not_fit(tmp_path
         data.prepare(content("rows", lines), "bpe", 300, tmp_path)
 
 
-@pytest.mark.parametrize("rows", ["data.rows=true", "data.rows=false"])
-def test_a_file_of_empty_lines_is_refused(rows, run, tmp_path):
-    (tmp_path / "blank.txt").write_text("\n\n" if rows.endswith("true") else "")
-    result = run("train.py", *TINY, "data.path=blank.txt", rows)
-    assert result.code == 2 and "blank.txt" in result.err and "name a" in result.err
+@pytest.mark.parametrize(
+    ("rows", "text", "says"),
+    [("true", "\n\n", "no line with text: name another"), ("false", "", "is empty: leave it out")],
+)
+def test_a_file_of_empty_lines_is_refused(rows, text, says, run, tmp_path):
+    (tmp_path / "blank.txt").write_text(text)
+    result = run("train.py", *TINY, "data.path=blank.txt", f"data.rows={rows}")
+    assert result.code == 2 and "blank.txt" in result.err and says in result.err
 
 
 def test_documents_of_an_earlier_versions_run_are_the_stream_that_they_were(tmp_path):
@@ -333,11 +336,11 @@ def test_rows_and_pairs_have_one_length(layout):
 
 
 def test_characters_that_are_blanks_stand_for_one_mask_each():
-    line = prompts.with_blanks("a..b_.", "._")
+    [line] = prompts.with_blanks(["a..b_."], "._")
     assert line == "a[MASK*2]b[MASK*2]"
     canvas = prompts.make_canvas(line, 0, TOKENIZER, 6, "rows")
     assert canvas.is_masked.tolist() == [False, True, True, False, True, True]
-    assert prompts.with_blanks("a..b", "") == "a..b"
+    assert prompts.with_blanks(["a..b"], "") == ["a..b"]
 
 
 @pytest.mark.parametrize(
@@ -351,7 +354,8 @@ def test_characters_that_are_blanks_stand_for_one_mask_each():
     ],
 )
 def test_blanks_leave_other_blanks_and_kept_characters_alone(line, blank, expected):
-    assert prompts.with_blanks(line, blank).replace("[MASK*1]", "[MASK]") == expected
+    [found] = prompts.with_blanks([line], blank)
+    assert found.replace("[MASK*1]", "[MASK]") == expected
 
 
 def test_a_prompt_that_leaves_nothing_to_fill_is_refused():
@@ -503,7 +507,7 @@ def test_pairs_that_are_too_long_are_counted_and_if_all_are_refused(answering, r
 def test_a_checkpoint_and_a_text_of_other_kinds_are_refused(answering, run, trained, text_file):
     out, path = answering
     for folder, data_path, says in (
-        (out, text_file, "holds stream, and the checkpoint was trained on pairs"),
+        (out, text_file, "holds stream, and the checkpoint was trained on pairs: take another"),
         (trained, path, "holds pairs, and the checkpoint was trained on stream"),
     ):
         result = run("eval.py", f"checkpoint={folder}/ckpt.pt", f"data.path={data_path}")

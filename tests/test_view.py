@@ -325,6 +325,7 @@ def test_lines_of_the_picture_break_at_blanks():
         (f"prompt={'n' * 32}", "nothing is masked"),
         ("sampling.strategy=best", "sampling.strategy=best is unknown: choose stochastic"),
         ("sampling.options={gamma: 1}", "sampling.options.gamma is no option of spread"),
+        ("out=x.svg", "out=x.svg is not format=html: set format=svg"),
         ("out=/dev/null/x.html", "cannot write out=/dev/null/x.html"),
     ],
 )
@@ -332,6 +333,12 @@ def test_a_mistake_is_one_line(run, trained, word, message):
     result = run("tools.view", f"checkpoint={trained}/ckpt.pt", word)
     assert result.code == 2 and result.err.startswith("error: ") and message in result.err
     assert result.err.count("\n") == 1
+
+
+def test_a_blank_that_no_prompt_has_is_said(run, trained):
+    words = (f"checkpoint={trained}/ckpt.pt", "prompt=KING", "blank=_", "sampling.steps=2")
+    result = run("tools.view", *words)
+    assert result.code == 0 and result.err == "blank has no effect: no prompt has _\n"
 
 
 def test_what_send_raises_ends_the_sampling(loaded):

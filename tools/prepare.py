@@ -195,7 +195,8 @@ def check_documents(documents: dict[str, int], source: sources.Source) -> None:
         if not documents[split]:
             raise UserError(
                 f"none of {sum(documents.values())} documents of {source.dataset} is for {split}: "
-                f"{other} val={source.val}, or divide the text (separator, begins)"
+                f"{other} val={source.val}, or divide the text (separator, begins); equal "
+                "documents stay together"
             )
 
 

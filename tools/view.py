@@ -26,7 +26,7 @@ def main(config: Section) -> None:
     shape = loaded.model.config
     with as_user_error():
         sampler = strategies.from_config(config.sampling, sample, shape.causal, shape.block_length)
-    prompt = with_blanks(config.prompt, config.blank)
+    [prompt] = with_blanks([config.prompt], config.blank)
     canvas = canvas_of(prompt, config.sampling.length, loaded, limit=shape.block_size)
     traces = [[] for _ in range(config.num_samples)]
     filled = record(
@@ -59,6 +59,9 @@ def check(config: Section) -> None:
     """Raise `UserError` for a setting of the tool's own that is out of its range."""
     if config.format not in FORMATS:
         raise UserError(f"format={config.format} is unknown: choose one of {', '.join(FORMATS)}")
+    named = Path(config.out).suffix[1:]
+    if named in FORMATS and named != config.format:
+        raise UserError(f"out={config.out} is not format={config.format}: set format={named}")
     for name in ("alternatives", "seconds"):
         if (value := getattr(config, name)) < 1:
             raise UserError(f"{name}={value:g} must be at least 1")
