@@ -473,6 +473,7 @@ def test_parts_that_make_no_network_are_refused_in_one_line_each(kind, network, 
     [
         ({"kind": "char", "characters": "abcd"}, "its tokenizer has 4 tokens, its model 3"),
         ({"kind": "char", "characters": "aba"}, "the alphabet is empty or has duplicates"),
+        ({"kind": "char", "characters": "abc", "ends": 1}, "expected ends to be true or false"),
         ({"kind": "word"}, "no tokenizer of this project"),
     ],
 )

@@ -235,6 +235,8 @@ def test_the_revision_and_what_differs_from_it_are_found(tmp_path):
     (tmp_path / "train.py").write_text("2")
     assert clean == {"revision": git("rev-parse", "HEAD"), "changed": []}
     assert git_state(tmp_path.resolve())["changed"] == ["train.py"]
+    (folder := tmp_path.resolve() / "copy").mkdir()
+    assert git_state(folder) is None  # the revision would be that of somebody else's code
 
 
 def test_without_git_the_revision_is_unknown(tmp_path, monkeypatch):

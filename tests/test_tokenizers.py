@@ -266,6 +266,13 @@ def test_a_bpe_with_a_regular_expression_from_outside_is_refused(bpe):
         load_tokenizer({"kind": "bpe", "serialized": json.dumps(spec)})
 
 
+def test_a_bpe_whose_tokens_stand_for_no_bytes_is_refused(bpe):
+    spec = json.loads(bpe.state()["serialized"])
+    spec["model"]["vocab"]["\N{SNOWMAN}"] = len(spec["model"]["vocab"])
+    with pytest.raises(UserError, match="its tokens hold characters that stand for no byte"):
+        load_tokenizer({"kind": "bpe", "serialized": json.dumps(spec)})
+
+
 def test_what_only_imported_weights_bring_is_no_choice():
     assert "hf" in TOKENIZERS and "hf" not in choices()
 

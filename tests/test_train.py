@@ -19,8 +19,10 @@ from torch._dynamo.utils import counters
 
 import data
 import train as train_script
-from nanomdm import checkpoint, cli, optim, runlog
+from model import ModelConfig
+from nanomdm import checkpoint, cli, optim, runlog, runs
 from nanomdm import text as text_room
+from nanomdm.errors import UserError
 
 STEPS = 12  # of TINY
 FIGURE = r"\d\.\d{4} ± \d\.\d{4}"
@@ -233,6 +235,59 @@ def test_the_rate_of_a_run_that_is_made_longer_is_announced(run, text_file):
     assert line in longer.err
     last, first = [row["train/lr"] for row in metrics() if "train/lr" in row][11:13]
     assert last == 0 and first == pytest.approx(11 / 21 * 1e-2)
+
+
+@pytest.mark.parametrize(
+    ("step", "now", "said"),
+    [
+        (6, 24, "training.max_iters was 12 and is 24: the learning rate goes from 67% to 81%"),
+        (6, 12, ""),
+        (0, 24, ""),
+        (12, 12, ""),
+    ],
+)
+def test_the_rate_is_announced_where_another_number_of_steps_changes_it(step, now, said, capsys):
+    settings = SimpleNamespace(max_iters=now, warmup_iters=2, lr_schedule="linear")
+    runs.announce_schedule(settings, {"step": step, "config": {"training": {"max_iters": 12}}})
+    err = capsys.readouterr().err
+    assert err.startswith(said) and bool(err) == bool(said)
+
+
+@pytest.mark.parametrize(
+    ("device", "processes", "changes", "shards", "layers", "rows", "bytes_"),
+    [
+        ("cpu", 1, {}, 1, 8, 64, 100),
+        ("cpu", 1, {"activation_checkpointing": True}, 1, 1, 64, 100),
+        ("cpu", 1, {"grad_accum": 4}, 1, 8, 16, 100),
+        ("cpu", 1, {"block_length": 64}, 1, 16, 64, 100),  # two streams
+        ("cpu", 1, {"block_length": 512}, 1, 8, 64, 100),
+        ("cpu", 2, {"parallel": "ddp"}, 1, 8, 32, 100),
+        ("cpu", 2, {"parallel": "fsdp"}, 2, 8, 32, 100),
+        ("cuda", 1, {}, 1, 8, 64, 16),
+    ],
+)
+def test_a_run_that_takes_a_byte_more_than_there_is_is_refused(
+    device, processes, changes, shards, layers, rows, bytes_, monkeypatch
+):
+    """16 bytes a weight, of 12 n d^2 + V d, and so many for each number of a layer."""
+    settings = {"parallel": "auto", "grad_accum": 1, "activation_checkpointing": False} | changes
+    shape = ModelConfig(1000, 512, 8, 8, 1024, block_length=settings.pop("block_length", 0))
+    config = SimpleNamespace(
+        training=SimpleNamespace(batch_size=64, **settings),
+        system=SimpleNamespace(device=device, parallel=settings["parallel"]),
+    )
+    corpus = SimpleNamespace(train=range(10**6), layout="stream", name="text")
+    model = 16 * (12 * 8 * 1024**2 + 1000 * 1024) // shards
+    batch = bytes_ * layers * rows * 512 * 1024
+    monkeypatch.setattr(runs.devices, "pick_device", torch.device)
+    monkeypatch.setattr(runs.parallel, "world", lambda: SimpleNamespace(size=processes))
+    monkeypatch.setattr(runs.devices, "memory", lambda device: model + batch)
+    runs.require_room(config, corpus, shape)
+    monkeypatch.setattr(runs.devices, "memory", lambda device: model + batch - 1)
+    with pytest.raises(UserError) as error:
+        runs.require_room(config, corpus, shape)
+    sizes = f"{model / 2**30:.1f} GiB for the model and {batch / 2**30:.1f} GiB for {rows} rows"
+    assert f"training takes at least {sizes}, and {device} has" in str(error.value)
 
 
 @pytest.mark.parametrize(("finite", "code"), [(6, 0), (5, 1)])
