@@ -60,7 +60,7 @@ def test_checkpoints_of_earlier_versions_have_tokenizers_without_an_end():
 
 
 def test_a_jsonl_of_texts_holds_documents_and_a_text_file_one_stream(tmp_path):
-    documents = jsonl(tmp_path / "a.jsonl", [{"text": "a"}, {"text": "b\nc"}])
+    documents = jsonl(tmp_path / "a.jsonl", [{"prompt": "x", "text": "a"}, {"text": "b\nc"}])
     (tmp_path / "b.txt").write_text("one\ntwo")
     found = [text.read(path) for path in (documents, tmp_path / "b.txt", tmp_path)]
     assert [content.layout for content in found] == ["documents", "stream", "documents"]
@@ -178,9 +178,8 @@ def test_a_file_of_empty_lines_is_refused(rows, text, says, run, tmp_path):
 def test_documents_of_an_earlier_versions_run_are_the_stream_that_they_were(tmp_path):
     """Whose tokenizer may have had an end token, as GPT-2's."""
     texts_ = content("documents", ["ab", "ba"] * 9)
-    assert (
-        texts_.for_tokenizer(TOKENIZER, content("stream", [texts_.text]).sha256).layout == "stream"
-    )
+    stream = texts_.for_tokenizer(TOKENIZER, content("stream", [texts_.text]).sha256)
+    assert stream.layout == "stream" and stream.texts == ["\n".join(["ab", "ba"] * 9)]
     assert texts_.for_tokenizer(TOKENIZER, texts_.sha256).layout == "documents"
 
 
@@ -545,6 +544,7 @@ def test_one_document_is_a_stream_and_so_are_documents_for_a_tokenizer_without_a
     old = CharTokenizer("ab\n")
     corpus = data.prepare(two.for_tokenizer(old), "char", 0, tmp_path, old)
     assert (corpus.layout, corpus.tokenizer.eos) == ("stream", None)
+    assert old.decode([*corpus.train, *corpus.val]) == "ab" * 20 + "\nba"
 
 
 def test_rows_set_the_context_and_another_one_is_refused(run, tmp_path):

@@ -67,6 +67,15 @@ def test_the_curve_has_the_bins_that_have_rows():
     assert [row["value"] for row in figures["curve"]] == [pytest.approx(1.5), pytest.approx(1.75)]
 
 
+def test_a_decrease_spans_two_bins_and_has_an_interval_by_the_passes(monkeypatch):
+    monkeypatch.setattr(bounds, "decreases", lambda samples, bins: [(2, (-0.2, 0.05))])
+    samples = samples_of([[1.0] * 40 for _ in range(8)], [20] * 40)
+    [step] = report.cost_by_rate(samples, bins=10)["decreases"]
+    assert (step["from"], step["to"]) == (0.1, 0.3)
+    assert step["interval"] == pytest.approx([-0.2 - 2.3646243 * 0.05, -0.2 + 2.3646243 * 0.05])
+    assert "10% to 30% (-0.2000 ± 0.0500)" in report.decreases_line([step])
+
+
 def test_one_pass_says_nothing_about_decreases():
     figures = report.cost_by_rate(samples_of([[2.0, 4.0]], [2, 2]))
     assert figures["decreases"] is None

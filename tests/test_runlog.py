@@ -13,6 +13,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
 from conftest import ROOT, TINY, environment, files_limited_to
 
 from nanomdm import checkpoint, runlog
@@ -376,10 +377,23 @@ def test_ctrl_c_and_sigterm_ask_with_their_number(number):
         assert interrupt.asked == number
 
 
-def test_a_second_ctrl_c_ends_nothing():
+def test_one_process_alone_stops_after_its_step_and_several_where_they_compare(monkeypatch):
+    with Interrupt() as interrupt:
+        signal.raise_signal(signal.SIGTERM)
+        monkeypatch.setattr(runlog.parallel, "world", lambda: SimpleNamespace(size=2))
+        interrupt.agree(False, torch.device("cpu"))
+        assert not interrupt.stop
+        monkeypatch.undo()
+        interrupt.agree(False, torch.device("cpu"))
+        assert interrupt.stop == signal.SIGTERM
+
+
+def test_a_second_ctrl_c_ends_nothing_and_the_first_one_says_so(capfd):
     with Interrupt() as interrupt:
         signal.raise_signal(signal.SIGINT)
+        assert capfd.readouterr().err.endswith("Ctrl-C twice more ends without it\n")
         signal.raise_signal(signal.SIGINT)
+        assert not capfd.readouterr().err
         assert interrupt.asked == signal.SIGINT
 
 
@@ -480,5 +494,6 @@ def test_a_ranking_leaves_out_losses_that_were_not_finite(tmp_path):
         (tmp_path / name).mkdir()
         (tmp_path / name / "metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
     _, *lines = ranking({str(tmp_path / name): f"run={name}" for name in "abc"})
-    assert [line.split()[0] for line in lines] == ["2.0000", "2.5000", "not"]
+    values = ["2.0000 ± 0.1000 ", "2.5000 ± 0.1000 ", "not evaluated    "]
+    assert [line[:16] for line in lines] == [value[:16] for value in values]
     assert [line[-1] for line in lines] == ["c", "a", "b"]
