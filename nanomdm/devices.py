@@ -229,20 +229,17 @@ def compile_calls(
 
     It is compiled for the length that most tokens are in. What has another shape, as a last batch
     has, is computed without, for each would be compiled anew; and so is what goes on from a cache,
-    whose size grows. With `auto`, only on a CPU.
+    whose size grows. With `auto`, only on a CPU, and for twice the tokens that earn it in training.
     """
-    device, lengths = model.device, Counter(map(len, texts))
-    if setting == "auto" and device.type != "cpu":
+    device, work = model.device, passes * sum(map(len, texts)) / 2
+    if device.type != "cpu" and setting == "auto" or not pays_to_compile(setting, device, work):
         return
-    if not pays_to_compile(setting, device, passes * lengths.total()):
-        return
-    length, number = max(lengths.items(), key=math.prod)
+    length, number = max(Counter(map(len, texts)).items(), key=math.prod)
     B, L = min(rows, number), min(length, model.config.block_size)
 
-    def either(eager: Callable, fast: Callable, x: Tensor, *rest) -> Tensor:
-        *_, cache = rest
+    def either(eager: Callable, fast: Callable, x: Tensor, *rest):  # the last one is the cache
         is_usual = len(x) == B and x.size(1) in (L, 2 * L)  # one stream, or two
-        return (fast if is_usual and cache is None else eager)(x, *rest)
+        return (fast if is_usual and rest[-1] is None else eager)(x, *rest)
 
     for block in model.blocks:
         block.forward = partial(either, block.forward, compiled(block.forward))
@@ -259,26 +256,24 @@ def use_flex_attention(model: nn.Module) -> None:
     def mask(query: Tensor, key: Tensor, streams: int):
         if streams == 1:
             return model.dense_mask(query, key, streams)
-        return flex_attention(len(key), size, key.device)
+        return tiled_attention(len(key), size, key.device)
 
     model.block_mask = mask
 
 
 @lru_cache
-def flex_attention(length: int, block_length: int, device: torch.device) -> Callable:
+def tiled_attention(length: int, block_length: int, device: torch.device) -> Callable:
     """Attention of q, k and v that sees what `model.block_mask` of two streams of a length says."""
-    from torch.nn.attention import flex_attention as flex  # half a second, which few commands need
+    # Here: with PyTorch 2.15 it takes half a second.
+    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
     def sees(b, h, i, j):
         i_block, j_block = i % length // block_length, j % length // block_length
         is_own = (i < length) == (j < length)
         return is_own & (i_block == j_block) | (j >= length) & (j_block < i_block)
 
-    size = 2 * length
-    return partial(
-        flex.flex_attention,
-        block_mask=flex.create_block_mask(sees, None, None, size, size, device),
-    )
+    mask = create_block_mask(sees, None, None, 2 * length, 2 * length, device)
+    return partial(flex_attention, block_mask=mask)
 
 
 def eager_if_compiling_fails(call: Callable, model: nn.Module) -> Callable:

@@ -153,7 +153,7 @@ def test_flex_attention_has_the_same_numbers(size):
         devices.use_flex_attention(model)
         torch.testing.assert_close(model(xt, x0, is_masked), dense, rtol=0, atol=2e-5)
         torch.testing.assert_close(model(xt), alone)
-    attention = devices.flex_attention(L, size, torch.device("cpu"))
+    attention = devices.tiled_attention(L, size, torch.device("cpu"))
     sees = attention.keywords["block_mask"].mask_mod
     i, j = torch.arange(2 * L)[:, None], torch.arange(2 * L)
     number = torch.arange(L) // size

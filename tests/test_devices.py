@@ -11,7 +11,7 @@ from conftest import environment
 from problems import seeded
 
 import diffusion
-from model import ModelConfig, Transformer
+from model import ModelConfig, Transformer, block_mask
 from nanomdm import devices
 
 # --- Precision and torch.compile ----------------------------------------------------------------
@@ -61,6 +61,51 @@ def test_the_sums_of_a_convolution_are_compiled_apart(monkeypatch, width):
     apart = {"triton.mix_order_reduction": False} if width else None
     assert [options["options"] for options in seen] == [apart, apart]
     real(network.norm, **seen[0])
+
+
+@pytest.mark.parametrize(
+    ("shape", "is_tiled"),
+    [
+        ({"block_length": 4, "n_embd": 32}, True),
+        ({"block_length": 4, "n_embd": 28}, False),  # heads of 14, which FlexAttention lacks
+        ({"block_length": 0, "n_embd": 32}, False),
+    ],
+)
+def test_a_gpu_compiles_the_head_and_attends_blocks_tile_by_tile(shape, is_tiled, monkeypatch):
+    seen = []
+    monkeypatch.setattr(torch, "compile", lambda f, **options: seen.append(f.__name__) or f)
+    network = Transformer(ModelConfig(5, 8, n_layer=2, n_head=2, **shape))
+    monkeypatch.setattr(Transformer, "device", GPU)
+    devices.compile_parts(network)
+    assert seen == ["forward", "forward", "cross_entropy"]
+    assert (network.block_mask is not block_mask) == is_tiled
+
+
+@pytest.mark.parametrize(
+    ("device", "setting", "texts", "compiles"),
+    [
+        *((GPU, "auto", 9, False), (GPU, "true", 9, True), (GPU, "false", 9, False)),
+        *((CPU, "auto", LONG // 4, True), (CPU, "auto", LONG // 4 - 1, False)),
+        (CPU, "true", 9, True),
+    ],
+)
+def test_calls_are_compiled_for_the_usual_batch_if_the_work_is_long(
+    device, setting, texts, compiles, monkeypatch
+):
+    monkeypatch.setattr(devices.shutil, "which", lambda name: name)
+    monkeypatch.setattr(devices.Path, "exists", lambda path: True)
+    monkeypatch.setattr(Transformer, "device", device)
+    monkeypatch.setattr(devices, "compiled", lambda function: lambda *inputs: "compiled")
+    network = Transformer(ModelConfig(5, 8, n_layer=1, n_head=2, n_embd=32))
+    [block] = network.blocks
+    block.forward = lambda *inputs: "eager"
+    devices.compile_calls(network, setting, [range(4)] * texts, 2, rows=6)
+    for rows, length, cache, is_usual in (
+        *((6, 4, None, True), (6, 8, None, True)),  # one stream, or two
+        *((5, 4, None, False), (6, 3, None, False), (6, 4, "cache", False)),
+    ):
+        found = block.forward(torch.zeros(rows, length, 32), None, None, None, 1, cache)
+        assert found == ("compiled" if compiles and is_usual else "eager")
 
 
 @pytest.mark.parametrize("missing", ["compiler", "headers"])

@@ -83,7 +83,9 @@ def test_one_pass_says_nothing_about_decreases():
 
 
 def test_the_speed_is_that_of_all_passes():
-    assert report.speed(TWO_DRAWS, 4.0) == {"seconds": 4.0, "tokens_per_second": 4.0}
+    found = report.speed(TWO_DRAWS, 4.0)
+    assert found == {"seconds": 4.0, "tokens_per_second": 4.0}
+    assert report.lines(found) == ["4.0 s, 4 tokens/s"]
 
 
 # --- Bounds side by side -------------------------------------------------------------------------
@@ -110,9 +112,12 @@ def test_a_chain_that_differs_from_uniform_is_a_violation():
     assert len(found["violations"]) == 1 and not found["remarks"]
 
 
-def test_a_chain_that_differs_by_chance_is_none():
-    found = report.relations([row("uniform", 2.0), row("chain", 2.03)], decreases=False)
-    assert found == {"violations": [], "remarks": []}
+@pytest.mark.parametrize(("errors", "violations"), [(5.3, 0), (5.5, 1)])
+def test_chance_makes_a_chain_differ_by_students_t_of_the_draws(errors, violations):
+    """With 8 draws |t| is below 5.408 in 99.9% of cases."""
+    rows = [row("uniform", 2.0), row("chain", 2.0 + errors * math.hypot(0.01, 0.01))]
+    found = report.relations(rows, decreases=False)
+    assert len(found["violations"]) == violations and not found["remarks"]
 
 
 @pytest.mark.parametrize("name", ["discrete", "continuous"])
@@ -203,6 +208,15 @@ def test_the_model_that_costs_less_is_better(by, better):
     found = compared(shifted(0.0), shifted(by))
     assert found["better"] == better
     assert found["difference"]["value"] == pytest.approx(-by / 10, abs=0.05)
+
+
+def test_the_interval_of_a_difference_goes_by_the_passes_of_the_bound():
+    """Also beside an exact figure, which has one: with 3 degrees of freedom t is 3.182446."""
+    exact = shifted(0.0, draws=1)
+    for pair in ((exact, shifted(5.0)), (shifted(5.0), exact), (shifted(0.0), shifted(5.0))):
+        found = compared(*pair)["difference"]
+        low, high = found["interval"]
+        assert (high - low) / 2 == pytest.approx(3.182446 * found["standard_error"])
 
 
 def test_the_verdict_on_a_single_row_goes_by_the_error_over_the_masks():
