@@ -199,6 +199,29 @@ def test_tiny_shakespeare_has_nanogpts_65_characters_and_token_counts(tmp_path):
 # --- Folders of bins ----------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"layout": "columns"}, "its layout is unknown"),
+        ({"layout": "rows", "row_length": -1}, "its row_length cannot be"),
+        ({"layout": "stream", "row_length": 2}, "its row_length cannot be"),
+        ({"dtype": "float16"}, "expected a tokenizer, and dtype to be uint16 or uint32"),
+    ],
+)
+def test_a_meta_file_that_cannot_be_is_refused(change, says, tmp_path):
+    meta = {"dtype": "uint16", "tokenizer": {"kind": "byte"}} | change
+    (tmp_path / "meta.json").write_text(json.dumps(meta))
+    with pytest.raises(ValueError, match=f"is damaged .{says}.: prepare again"):
+        data.open_bins(tmp_path)
+
+
+def test_a_token_is_found_in_every_part_that_is_read_at_once(monkeypatch):
+    monkeypatch.setattr(bins, "SCANNED", 3)
+    tokens = np.array([7, 1, 7, 7, 2, 3, 4, 7])
+    assert bins.find(tokens, 7).tolist() == [0, 2, 3, 7]
+    assert bins.find(bins.Shards([tokens[:5], tokens[5:]]), 7).tolist() == [0, 2, 3, 7]
+
+
 def nanogpt(folder: Path, meta: object | None = None, train: tuple = (0, 1, 2, 1)) -> Path:
     """A folder as nanoGPT's data/*/prepare.py leaves it; without `meta`, there is no meta.pkl."""
     folder.mkdir(exist_ok=True)

@@ -4,6 +4,7 @@ import subprocess
 import sys
 
 import pytest
+import torch
 from conftest import environment
 
 from nanomdm import watch
@@ -51,6 +52,22 @@ def test_a_watched_text_shows_its_masks_and_what_is_new(watched):
     masks = [frame.count("░") for frame in frames]
     assert masks[0] > 0 and masks[-1] == 0 and masks == sorted(masks, reverse=True)
     assert len(frames) == 6 and all(watch.NEW in frame for frame in frames)
+
+
+def test_new_tokens_alone_are_green(monkeypatch, capsys):
+    monkeypatch.setattr(watch, "FRAME", 0.0)
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    ids = torch.full((1, 4), 256)
+    screen = watch.Watch(ByteTokenizer(), 256, ids[0])
+    for step, (column, letter) in enumerate(((1, "b"), (2, "c")), start=1):
+        ids[0, column] = ord(letter)
+        screen.show(slice(0, 4), step, 0.5, ids)
+    screen.show(slice(0, 4), 3, 0.0, ids)  # nothing is new, and nothing is shown
+    screen.close()
+    M, N, P = watch.MASKED, watch.NEW, watch.PLAIN
+    frames = f"{M}░{N}b{M}░░{P}", f"{M}░{P}b{N}c{M}░{P}"
+    written = watch.ENTER + "".join(watch.CLEAR + frame for frame in frames) + watch.LEAVE
+    assert capsys.readouterr().out == written
 
 
 def test_the_screen_of_before_comes_back_after_an_error(tmp_path):
