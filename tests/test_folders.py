@@ -14,7 +14,7 @@ import pytest
 from conftest import ROOT, TINY
 
 from nanomdm import folders
-from nanomdm.folders import begin, git_state, locked, record, set_aside
+from nanomdm.folders import begin, git_state, locked, record, set_aside, write_output
 
 fcntl = pytest.importorskip("fcntl")
 
@@ -243,6 +243,15 @@ def test_without_git_the_revision_is_unknown(tmp_path, monkeypatch):
     assert git_state(tmp_path) is None
     monkeypatch.setenv("PATH", "")
     assert git_state(ROOT) is None
+
+
+def test_an_earlier_output_is_kept_and_that_is_said(tmp_path, capsys):
+    path = tmp_path / "new" / "o.json"
+    for number in (1, 2):
+        write_output(str(path), {"number": number})
+    assert json.loads(path.read_text()) == {"number": 2}
+    assert json.loads((path.parent / "o-1.json").read_text()) == {"number": 1}
+    assert capsys.readouterr().err == f"an earlier file is kept as {path.parent}/o-1.json\n"
 
 
 def test_a_run_json_that_is_damaged_is_kept_under_another_name(tmp_path):

@@ -5,6 +5,7 @@ import math
 import re
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -17,7 +18,7 @@ import data
 import diffusion
 import train as train_script
 from data import open_bins
-from nanomdm import bounds, checkpoint, cli, prompts, strategies, text, texts
+from nanomdm import bounds, checkpoint, cli, prompts, runs, strategies, text, texts
 from nanomdm.errors import UserError
 from nanomdm.tokenizers import ByteTokenizer, CharTokenizer, IdTokenizer, load_tokenizer
 
@@ -524,6 +525,29 @@ def test_weights_of_documents_can_learn_pairs(run, tmp_path):
     assert result.code == 0, result.err
     assert load_model("pairs/ckpt.pt").layout == "pairs"
     assert load_model("docs/ckpt.pt").layout == "documents"
+
+
+@pytest.mark.parametrize("layout", ["stream", "pairs"])
+def test_the_text_in_the_log_fills_a_context_or_answers_the_first_prompt_of_val(layout):
+    """A pair is `prompt -> answer`, up to its first end token."""
+    eos = TOKENIZER.eos
+    pair = torch.tensor([*TOKENIZER.encode("ab"), eos, *TOKENIZER.encode("ba"), eos, eos])
+    predict = torch.arange(7) > 2
+    filled = pair if layout == "pairs" else torch.from_numpy(TOKENIZER.encode("abbabba"))
+
+    def fill(model, ids, is_masked, generator):
+        assert is_masked.tolist() == [predict.tolist() if layout == "pairs" else [True] * 7]
+        return SimpleNamespace(ids=filled[None])
+
+    run = SimpleNamespace(
+        corpus=SimpleNamespace(tokenizer=TOKENIZER, layout=layout),
+        model=SimpleNamespace(config=SimpleNamespace(block_size=7)),
+        eval_rows={"val": [data.Row(pair, predict, 3), None]},
+        sampler=SimpleNamespace(fill=fill),
+        ema=None,
+    )
+    text = runs.sample_text(run, None)
+    assert text == ("ab -> ba" if layout == "pairs" else "abbabba")
 
 
 def test_samples_of_documents_begin_and_end_where_documents_do(run, tmp_path):
