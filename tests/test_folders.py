@@ -14,7 +14,16 @@ import pytest
 from conftest import ROOT, TINY
 
 from nanomdm import folders
-from nanomdm.folders import begin, git_state, locked, record, set_aside, write_output
+from nanomdm.errors import UserError
+from nanomdm.folders import (
+    begin,
+    check_output,
+    git_state,
+    locked,
+    record,
+    set_aside,
+    write_output,
+)
 
 fcntl = pytest.importorskip("fcntl")
 
@@ -243,6 +252,13 @@ def test_without_git_the_revision_is_unknown(tmp_path, monkeypatch):
     assert git_state(tmp_path) is None
     monkeypatch.setenv("PATH", "")
     assert git_state(ROOT) is None
+
+
+@pytest.mark.skipif(not Path("/proc/self").exists(), reason="no folder that root cannot write to")
+def test_a_folder_that_takes_no_file_is_known_before_the_work():
+    with pytest.raises(UserError, match="cannot write output=/proc/o.json .*: choose another"):
+        check_output("/proc/o.json")
+    check_output("")
 
 
 def test_an_earlier_output_is_kept_and_that_is_said(tmp_path, capsys):

@@ -149,6 +149,8 @@ def test_a_sampler_is_compared_with_uniform_on_the_same_texts():
     assert found["above_uniform"]["value"] == pytest.approx((16 - 14.5) / 8)
     expected = bounds.ratio(torch.tensor([0.5, -1.0, 2.0]).double(), torch.tensor([2, 2, 4]))
     assert found["above_uniform"]["standard_error"] == pytest.approx(expected[1])
+    low, high = found["above_uniform"]["interval"]  # of three texts: t is 4.302653
+    assert (high - low) / 2 == pytest.approx(4.302653 * expected[1])
 
 
 def test_texts_that_cannot_be_drawn_are_counted_and_left_out_of_both():

@@ -266,6 +266,23 @@ def test_a_bpe_with_a_regular_expression_from_outside_is_refused(bpe):
         load_tokenizer({"kind": "bpe", "serialized": json.dumps(spec)})
 
 
+@pytest.mark.parametrize(
+    ("key", "value"), [("type", "WordPiece"), ("continuing_subword_prefix", "longer than a token")]
+)
+def test_an_imported_tokenizer_that_would_end_the_process_is_refused(bpe, key, value):
+    spec = json.loads(bpe.serialized)
+    spec["model"][key] = value
+    with pytest.raises(UserError, match="expected a BPE without continuing_subword_prefix"):
+        HFTokenizer(json.dumps(spec), 280, 280)
+
+
+def test_a_bpe_of_256_tokens_has_one_for_each_byte():
+    pytest.importorskip("tokenizers")
+    assert train_tokenizer("bpe", "ab" * 20, 40, 256).vocab_size == 256
+    with pytest.raises(UserError, match="vocab_size=255 must be at least 256"):
+        train_tokenizer("bpe", "ab" * 20, 40, 255)
+
+
 def test_a_bpe_whose_tokens_stand_for_no_bytes_is_refused(bpe):
     spec = json.loads(bpe.state()["serialized"])
     spec["model"]["vocab"]["\N{SNOWMAN}"] = len(spec["model"]["vocab"])
