@@ -148,7 +148,7 @@ def measure(
     """All puzzles of a share of blanks, at temperature 0; 0 steps are one for each blank."""
     L, tokenizer = loaded.model.config.block_size, loaded.tokenizer
     is_pair = loaded.layout == "pairs"
-    lines = puzzles if is_pair else [with_blanks(puzzle, ".") for puzzle in puzzles]
+    lines = puzzles if is_pair else with_blanks(puzzles, ".")
     canvases = [make_canvas(line, 0, tokenizer, L, loaded.layout) for line in lines]
     for canvas in canvases:
         require_order(loaded.model.config, canvas.is_masked)

@@ -382,8 +382,8 @@ def test_workers_end_with_the_process_that_a_kill_ended(folder, tmp_path, monkey
     (tmp_path / "pids").mkdir()
     real = prepare._start
 
-    def begin(state: dict) -> None:
-        real(state)
+    def begin(state: dict, parent: int) -> None:
+        real(state, parent)
         (tmp_path / "pids" / str(os.getpid())).touch()
 
     with pytest.MonkeyPatch.context() as patch, Killer(shards.Job, "save", 4):
@@ -393,6 +393,17 @@ def test_workers_end_with_the_process_that_a_kill_ended(folder, tmp_path, monkey
     assert len(pids) == 2 and all(ended(pid) for pid in pids)
     with folders.locked("out", "out"):  # which died with them
         pass
+
+
+def test_a_worker_that_begins_after_the_end_of_its_parent_ends():
+    def begin() -> None:
+        prepare._start({"kind": "byte"}, parent=2**30)  # the number of no process
+        time.sleep(60)
+
+    worker = multiprocessing.get_context("fork").Process(target=begin)
+    worker.start()
+    worker.join(30)
+    assert worker.exitcode == 1
 
 
 def ended(pid: int) -> bool:

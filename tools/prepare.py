@@ -98,9 +98,9 @@ class Workers:
 
     def __init__(self, count: int, tokenizer):
         context = get_context("fork" if sys.platform == "linux" else "spawn")
-        state = tokenizer.state()
+        settings = tokenizer.state(), os.getpid()
         self.window, self.tokenizer = 2 * count, tokenizer  # batches in progress
-        self.pool = ProcessPoolExecutor(count, context, _start, (state,)) if count > 1 else None
+        self.pool = ProcessPoolExecutor(count, context, _start, settings) if count > 1 else None
 
     def map(self, batches: Iterable[sources.Batch]) -> Iterator[tuple[sources.Batch, dict]]:
         """(batch, its ids by split) in the order of the batches."""
@@ -127,11 +127,11 @@ class Workers:
             self.pool.shutdown(cancel_futures=True)
 
 
-def _start(state: dict) -> None:
+def _start(state: dict, parent: int) -> None:
     global _tokenizer
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent handles it and ends the pool
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
+    threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
     _tokenizer = load_tokenizer(state)
 
 
