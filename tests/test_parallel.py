@@ -80,7 +80,7 @@ def watched(patch: pytest.MonkeyPatch) -> dict:
     seen = {"masks": {}, "averages": 0}
     loss_of, distribute = train_script.masked_diffusion_loss, parallel.distribute
     training_step, steps = train_script.training_step, []
-    by = "reduce_scatter_single"  # what FSDP2 averages by; before PyTorch 2.13 it had another name
+    by = "reduce_scatter_single"  # what FSDP2 averages by; PyTorch 2.10 has another name for it
     by = by if hasattr(dist, by) else "reduce_scatter_tensor"
     scatter = getattr(dist, by)
 
